@@ -1,0 +1,142 @@
+"""Train a click-through-rate ranker on IDs, side features and content, and measure it on warm and cold items.
+
+    accelerate launch -m finetune.train configs/finetune/toy_din_table.yaml [key=value ...]
+
+Every recipe knows `data.path=`, `run_dir=` and `seed=`. The run folder holds config.yaml, model.safetensors,
+metrics.json, log.jsonl, predictions.parquet and checkpoints/. Started again after a crash it goes on.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pyarrow.parquet
+import torch
+from pydantic import Field
+
+from mmctr.config import Config
+from mmctr.data.interactions import ColdItemsSplit, SplitConfig, split_interactions
+from mmctr.data.loaders import BatchPlan, TrainBatches
+from mmctr.data.ranking import RankingData, RankingVocabulary
+from mmctr.embeddings import read_tables
+from mmctr.evaluation import embed_catalog, full_report, predict, predictions_table, quick_metrics
+from mmctr.files import replace_file, write_json
+from mmctr.fusion import ContentEncoder, ContentTable
+from mmctr.runs import DataConfig, begin_run, item_content, make_accelerator, open_data, run_recipe
+from mmctr.tasks import PretrainTask, RankingTask, RankingTaskConfig
+from mmctr.training import FitConfig, fit
+
+
+class FinetuneConfig(Config):
+    data: DataConfig
+    split: SplitConfig = ColdItemsSplit()
+    task: RankingTaskConfig = RankingTaskConfig()
+    fit: FitConfig = FitConfig()
+    primary: Literal["gauc", "auc", "gauc_warm", "gauc_cold"] = "gauc"
+    """what early stopping looks at, on the validation rows"""
+    run_dir: str
+    seed: int = Field(0, ge=0)
+
+
+def main(config: FinetuneConfig) -> dict:
+    run_dir = Path(config.run_dir)
+    accelerator = make_accelerator(config.fit, run_dir)
+    identity = begin_run(config, run_dir, accelerator)
+    torch.manual_seed(config.seed)
+
+    # data: the log is cut first; vocabularies then see training rows alone
+    dataset = open_data(config.data, accelerator)
+    log, catalog = dataset.interactions, dataset.catalog
+    splits = split_interactions(log, len(catalog), config.split)
+    if len(np.unique(splits.train.label)) < 2:
+        raise ValueError(
+            f"{config.data.path}: all training labels are {splits.train.label[0]}; a ranker needs clicks and "
+            f"impressions without a click"
+        )
+    vocabulary = RankingVocabulary.learn(dataset, splits, config.task.features)
+    data = RankingData(dataset, vocabulary, config.task.features, config.task.max_history)
+    accelerator.print(f"{config.data.path}: {splits.report}")
+
+    # content: nothing, a frozen table, or an encoder with the vectors it has now
+    content_config, table, encoder, content = config.task.embedder.content, None, None, None
+    if isinstance(content_config, ContentTable):
+        table = read_tables(content_config.path, catalog.item_ids)
+    if isinstance(content_config, ContentEncoder):
+        encoder = PretrainTask.load(content_config.run).to(accelerator.device)
+        content = item_content(dataset, config.data, encoder, accelerator)
+        table = embed_catalog(encoder, content, len(catalog), accelerator)
+    if table is not None:
+        accelerator.print(f"content: {int(table[1].sum())} of {len(catalog)} items, {table[0].shape[1]} dimensions")
+    torch.manual_seed(config.seed)
+    task = RankingTask(config.task, vocabulary, table, encoder, catalog.item_ids)
+    task.to(accelerator.device)
+
+    # the encoder runs on training batches only while it learns; else its table says the same
+    encodes = isinstance(content_config, ContentEncoder) and not content_config.frozen
+    train_collator = data.collator(
+        splits.train,
+        content=content if encodes else None,
+        encode_history=encodes and content_config.history == "encoder",  # type: ignore[union-attr]
+        id_dropout=config.task.embedder.id_dropout,
+        user_dropout=config.task.user_dropout,
+        seed=config.seed,
+    )
+    plan = BatchPlan(
+        len(splits.train), config.fit.batch_size, config.seed, accelerator.process_index, accelerator.num_processes
+    )
+    train = TrainBatches(plan, train_collator, config.fit.num_workers)
+    validation_collator, test_collator = data.collator(splits.validation), data.collator(splits.test)
+    cold = {"validation": splits.seen[splits.validation.item] == 0, "test": splits.seen[splits.test.item] == 0}
+
+    def refresh() -> None:
+        if encodes:
+            assert encoder is not None and content is not None
+            task.embedder.refresh(*embed_catalog(encoder.eval(), content, len(catalog), accelerator))
+
+    def evaluate() -> dict[str, float]:
+        refresh()
+        return quick_metrics(splits.validation, predict(task, validation_collator, accelerator), cold["validation"])
+
+    result = fit(
+        task,
+        train,
+        config.fit,
+        run_dir=run_dir,
+        accelerator=accelerator,
+        evaluate=evaluate,
+        primary=config.primary,
+        seed=config.seed,
+        identity=identity,
+    )
+
+    # the test rows are touched once, with the weights of the best validation
+    parts = {"validation": (splits.validation, validation_collator), "test": (splits.test, test_collator)}
+    scores = {name: predict(task, collator, accelerator) for name, (_, collator) in parts.items()}
+    if accelerator.is_main_process:
+        task.save(run_dir)
+        clicks = {name: splits.clicks[part.item] for name, (part, _) in parts.items()}
+        metrics = {name: full_report(part, scores[name], cold[name], clicks[name]) for name, (part, _) in parts.items()}
+        predictions = predictions_table(
+            splits.test,
+            scores["test"],
+            cold["test"],
+            clicks["test"],
+            dataset.users["user_id"].combine_chunks(),
+            catalog.item_ids,
+        )
+        replace_file(run_dir / "predictions.parquet", lambda path: pyarrow.parquet.write_table(predictions, path))
+        write_json(run_dir / "metrics.json", {**metrics, "training": result, "split": splits.report})
+        for name in ("all", "warm", "cold"):
+            m = metrics["test"][name]
+            if m["auc"] is not None:
+                print(
+                    f"test {name:4}  AUC {m['auc']:.4f}  gAUC {m['gauc'] or float('nan'):.4f}  log loss {m['log_loss']:.4f}"
+                )
+    accelerator.end_training()
+    return result
+
+
+if __name__ == "__main__":
+    run_recipe(main, FinetuneConfig)

@@ -1,0 +1,187 @@
+"""Side features: declared in the config, their vocabularies learned on training rows only, encoded once to columns.
+
+Row 0 of every vocabulary means "unknown or missing". A value seen only on cold items, test users or test rows is
+unknown too: its embedding would never have been trained.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from mmctr.config import Config
+from mmctr.data.batches import Features, Jagged, jagged_rows
+from mmctr.data.tables import as_text, require_columns, rows_of
+
+
+class CategoricalFeature(Config):
+    """One value a row: brand, gender, shop."""
+
+    name: Literal["categorical"] = "categorical"
+    dim: int = Field(8, ge=1)
+    """embedding size"""
+    min_count: int = Field(1, ge=1)
+    """values on fewer training rows are unknown"""
+
+
+class MultiValuedFeature(Config):
+    """Several values a row, mean-pooled: genres, tags, the words of a text."""
+
+    name: Literal["multi_valued"] = "multi_valued"
+    separator: str = "|"
+    """splits text; list columns need none. " " takes the words"""
+    dim: int = Field(8, ge=1)
+    min_count: int = Field(1, ge=1)
+
+
+class NumericFeature(Config):
+    """A number, standardised on training rows, with a flag for missing ones; or cut into quantile buckets."""
+
+    name: Literal["numeric"] = "numeric"
+    log: bool = False
+    """take log(1 + x) first: prices, counts"""
+    buckets: int | None = Field(None, ge=2)
+    """embed quantile buckets instead of the number itself"""
+    dim: int = Field(8, ge=1)
+    """embedding size of the buckets"""
+
+
+FeatureConfig = Annotated[CategoricalFeature | MultiValuedFeature | NumericFeature, Field(discriminator="name")]
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What training rows said about one column: known values, or the numbers that standardise it."""
+
+    values: list[Any]
+    """categorical values; row i + 1 embeds values[i]. For buckets, their inner edges"""
+    mean: float = 0.0
+    std: float = 1.0
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.values) + 1
+
+    def to_json(self) -> dict[str, Any]:
+        return {"values": self.values, "mean": self.mean, "std": self.std}
+
+
+@dataclass(frozen=True)
+class FeatureColumns:
+    """The declared features of one table (items, users or context), encoded: `take(rows)` gives a batch."""
+
+    columns: dict[str, Any]
+    """name -> Tensor (n, ...) or Jagged over n rows"""
+
+    def take(self, rows: Tensor) -> Features:
+        """Features of the given (m,) rows."""
+        return {name: _take(column, rows) for name, column in self.columns.items()}
+
+
+def _take(column: Tensor | Jagged, rows: Tensor) -> Tensor | Jagged:
+    if isinstance(column, Jagged):
+        index, offsets = jagged_rows(column.offsets[rows], column.offsets[rows + 1])
+        return Jagged(values=column.values[index].long(), offsets=offsets)
+    taken = column[rows]
+    return taken if taken.is_floating_point() else taken.long()
+
+
+def learn_vocabulary(config: FeatureConfig, column: pa.ChunkedArray, rows: np.ndarray) -> Vocabulary:
+    """Vocabulary of a column from the given training rows (repeats count)."""
+    if isinstance(config, NumericFeature):
+        numbers = _numbers(config, column)[rows]
+        numbers = numbers[np.isfinite(numbers)]
+        if not len(numbers):
+            return Vocabulary([])
+        if config.buckets:
+            edges = np.unique(np.quantile(numbers, np.linspace(0, 1, config.buckets + 1)[1:-1]))
+            return Vocabulary([float(edge) for edge in edges])
+        return Vocabulary([], float(numbers.mean()), float(numbers.std()) or 1.0)
+    taken = (
+        as_text(column).take(pa.array(rows)) if isinstance(config, CategoricalFeature) else column.take(pa.array(rows))
+    )
+    flat = taken if isinstance(config, CategoricalFeature) else _lists(config, taken)[0]
+    counts = pc.value_counts(flat.drop_null() if isinstance(flat, pa.Array) else pa.chunked_array(flat).drop_null())  # type: ignore[attr-defined]
+    pairs = [(pair["values"], pair["counts"]) for pair in counts.to_pylist()]
+    return Vocabulary(sorted(value for value, count in pairs if count >= config.min_count))
+
+
+def encode_column(config: FeatureConfig, vocabulary: Vocabulary, column: pa.ChunkedArray) -> Tensor | Jagged:
+    """A whole column in the form batches carry (see `Features`), int32 where it holds rows."""
+    if isinstance(config, NumericFeature):
+        numbers = _numbers(config, column)
+        missing = ~np.isfinite(numbers)
+        if config.buckets:
+            bucket = np.searchsorted(np.asarray(vocabulary.values), numbers, side="right") + 1
+            return torch.from_numpy(np.where(missing, 0, bucket).astype(np.int32))
+        scaled = np.where(missing, 0, (np.where(missing, 0, numbers) - vocabulary.mean) / vocabulary.std)
+        return torch.from_numpy(np.stack([scaled, missing], 1).astype(np.float32))
+    known = pa.array(vocabulary.values, type=pa.string())
+    if isinstance(config, CategoricalFeature):
+        text = as_text(column)
+        return torch.from_numpy((rows_of(text.combine_chunks(), known, "feature") + 1).astype(np.int32))
+    flat, offsets = _lists(config, column)
+    rows = rows_of(flat, known, "feature") + 1
+    # unknown values are left out of the pool rather than averaged in
+    kept = rows > 0
+    kept_before = np.concatenate([[0], np.cumsum(kept)])
+    return Jagged(torch.from_numpy(rows[kept].astype(np.int32)), torch.from_numpy(kept_before[offsets]))
+
+
+def table_rows(config: FeatureConfig, vocabulary: Vocabulary) -> int | None:
+    """Embedding rows a feature needs; None for a number that enters as it is."""
+    if isinstance(config, NumericFeature) and not config.buckets:
+        return None
+    return vocabulary.num_rows + (1 if isinstance(config, NumericFeature) else 0)
+
+
+def learn_vocabularies(
+    configs: dict[str, FeatureConfig], table: pa.Table, rows: np.ndarray, where: str
+) -> dict[str, Vocabulary]:
+    """Vocabularies of all declared columns. Raises ValueError when the table lacks one."""
+    require_columns(table, list(configs), where)
+    return {name: learn_vocabulary(config, table.column(name), rows) for name, config in configs.items()}
+
+
+def encode_table(
+    configs: dict[str, FeatureConfig], vocabularies: dict[str, Vocabulary], table: pa.Table, where: str
+) -> FeatureColumns:
+    require_columns(table, list(configs), where)
+    return FeatureColumns({n: encode_column(c, vocabularies[n], table.column(n)) for n, c in configs.items()})
+
+
+def _numbers(config: NumericFeature, column: pa.ChunkedArray) -> np.ndarray:
+    try:
+        numbers = column.cast(pa.float64()).to_numpy()
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        raise ValueError(
+            f"a numeric feature is declared on a column of type {column.type}; declare it categorical"
+        ) from None
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.log1p(numbers) if config.log else numbers
+
+
+def _lists(config: MultiValuedFeature, column: pa.ChunkedArray) -> tuple[pa.Array, np.ndarray]:
+    """Flat string values and (n + 1,) offsets of a list column, or of a text column cut at the separator."""
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    if isinstance(array, pa.ChunkedArray):
+        array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], type=array.type)
+    if pa.types.is_list(array.type) or pa.types.is_large_list(array.type):
+        lists = array
+    else:
+        text = as_text(pa.chunked_array([array])).combine_chunks()
+        if config.separator == " ":
+            # words: letters and digits, case folded, so that "Love," and "love" are one
+            text = pc.replace_substring_regex(pc.utf8_lower(text), r"[^\pL\pN]+", " ")  # type: ignore[attr-defined]
+        lists = pc.split_pattern(text, config.separator)  # type: ignore[attr-defined]
+    lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)  # type: ignore[attr-defined]
+    flat = pc.utf8_trim_whitespace(pc.list_flatten(lists).cast(pa.string()))  # type: ignore[attr-defined]
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    return pc.if_else(pc.equal(pc.utf8_length(flat), 0), None, flat), offsets  # type: ignore[attr-defined]

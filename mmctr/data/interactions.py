@@ -1,0 +1,234 @@
+"""Interactions: the click log in columns, sorted by (user, time); histories are slices; splits and cold items.
+
+A history is not stored with its impression. All positives (clicks) stand in one array sorted by (user, time); an
+impression holds where its history begins and ends there. So an impression costs about 30 bytes whatever the length
+of its history, and the arrays can be memory-mapped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from mmctr.config import Config
+
+
+@dataclass(frozen=True)
+class Interactions:
+    """n interactions sorted by (user, time). Rows of users and items, not raw ids."""
+
+    user: np.ndarray
+    """(n,) int32"""
+    item: np.ndarray
+    """(n,) int32 rows of the catalog"""
+    time: np.ndarray
+    """(n,) int64, in the unit the log came in"""
+    label: np.ndarray
+    """(n,) uint8, 0 or 1"""
+
+    NAMES = ("user", "item", "time", "label")
+
+    def __len__(self) -> int:
+        return len(self.user)
+
+    @classmethod
+    def from_columns(
+        cls, user: np.ndarray, item: np.ndarray, time: np.ndarray, label: np.ndarray
+    ) -> tuple[Interactions, np.ndarray]:
+        """Sort by (user, time), equal times in the given order. Also returns the (n,) order applied."""
+        order = np.lexsort((time, user))
+        columns = (user.astype(np.int32), item.astype(np.int32), time.astype(np.int64), label.astype(np.uint8))
+        return cls(*(column[order] for column in columns)), order
+
+    def save(self, folder: Path) -> None:
+        for name in self.NAMES:
+            np.save(folder / f"{name}.npy", getattr(self, name), allow_pickle=False)
+
+    @classmethod
+    def load(cls, folder: Path) -> Interactions:
+        """Memory-mapped: nothing is read before it is used."""
+        return cls(*(np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in cls.NAMES))
+
+    def user_position(self) -> tuple[np.ndarray, np.ndarray]:
+        """For each row its place (0, 1, ...) among its user's rows, and how many rows that user has: (n,), (n,)."""
+        first = _group_start(self.user[1:] != self.user[:-1])
+        _, size = np.unique(self.user, return_counts=True)
+        return np.arange(len(self)) - first, np.repeat(size, size)
+
+    def histories(self, keep: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Positives where `keep` (n,) is True, and each row's slice of them: what its user clicked strictly earlier.
+
+        Returns `values` (P,) int32 item rows sorted by (user, time), `start` (n,) and `end` (n,) int64, such that the
+        history of row i is `values[start[i]:end[i]]`. Clicks at the very same time are not "before" and stay out.
+        """
+        clicked = (self.label == 1) & keep
+        before = np.cumsum(clicked) - clicked
+        new_user = self.user[1:] != self.user[:-1]
+        new_moment = new_user | (self.time[1:] != self.time[:-1])
+        start = before[_group_start(new_user)]
+        end = before[_group_start(new_moment)]
+        return self.item[clicked], start, end
+
+
+def _group_start(changed: np.ndarray) -> np.ndarray:
+    """(n,) index of the first row of each row's group, from the (n - 1,) marks of where a new group begins."""
+    index = np.arange(len(changed) + 1)
+    begins = np.concatenate([np.ones(min(1, len(index)), bool), changed])
+    return np.maximum.accumulate(np.where(begins, index, 0))
+
+
+@dataclass(frozen=True)
+class Impressions:
+    """The rows of one split with their histories: what a loader draws from."""
+
+    user: np.ndarray
+    """(n,) user rows"""
+    item: np.ndarray
+    """(n,) catalog rows"""
+    label: np.ndarray
+    """(n,) 0 or 1"""
+    source: np.ndarray
+    """(n,) rows of the interactions, for context columns"""
+    history: np.ndarray
+    """(P,) catalog rows of positives, shared by all impressions of the split"""
+    history_start: np.ndarray
+    history_end: np.ndarray
+    """(n,) the slice of `history` that happened before the impression"""
+
+    def __len__(self) -> int:
+        return len(self.item)
+
+
+class TemporalSplit(Config):
+    """Train on the past, test on the last part of the log by global time. Cold items are those unseen before it."""
+
+    name: Literal["temporal"] = "temporal"
+    test: float = Field(0.1, gt=0, lt=1)
+    """fraction of all interactions, the latest"""
+    validation: float = Field(0.1, gt=0, lt=1)
+    """fraction of what is left, the latest"""
+
+
+class ColdItemsSplit(Config):
+    """A seeded fraction of items is kept out of training and of training histories; each user's last part is tested.
+
+    Validation is cut the same way from what is left: further items are held out, and each user's last part of the
+    remaining rows is taken. Test rows of items held out for validation alone are set aside (and counted): they are
+    neither warm nor part of the cold set asked for.
+    """
+
+    name: Literal["cold_items"] = "cold_items"
+    cold: float = Field(0.15, gt=0, lt=1)
+    """fraction of the items in the log that no training row and no training history holds"""
+    test: float = Field(0.2, gt=0, lt=1)
+    """fraction of each user's interactions, the latest"""
+    validation_cold: float = Field(0.05, ge=0, lt=1)
+    """fraction of the remaining items held out for validation"""
+    validation: float = Field(0.1, gt=0, lt=1)
+    """fraction of each user's remaining interactions, the latest"""
+    seed: int = 0
+    """which items are held out; separate from the training seed so that seeds can be compared on the same rows"""
+
+
+SplitConfig = Annotated[TemporalSplit | ColdItemsSplit, Field(discriminator="name")]
+
+
+@dataclass(frozen=True)
+class Splits:
+    train: Impressions
+    validation: Impressions
+    test: Impressions
+    seen: np.ndarray
+    """(N,) int64: training impressions of each catalog item; 0 means cold"""
+    clicks: np.ndarray
+    """(N,) int64: training clicks of each catalog item"""
+    report: dict[str, Any]
+    """row counts, with everything set aside and why"""
+
+
+def split_interactions(log: Interactions, num_items: int, config: TemporalSplit | ColdItemsSplit) -> Splits:
+    """Cut a log into training, validation and test impressions without leaking the future or the cold items.
+
+    Raises ValueError when a part comes out empty.
+    """
+    everything = np.ones(len(log), bool)
+    if isinstance(config, TemporalSplit):
+        # rows at the very moment of the cut go to the later part together
+        test = log.time >= _cut_time(log.time, config.test)
+        rest = np.sort(log.time[~test])
+        validation = ~test & (log.time >= _cut_time(rest, config.validation)) if len(rest) else ~everything
+        train = ~test & ~validation
+        aside: dict[str, int] = {}
+        keep_train, keep_validation = train, ~test
+    else:
+        cold, validation_cold = _held_out_items(log, num_items, config)
+        place, size = log.user_position()
+        late = place >= np.ceil(size * (1 - config.test) - 1e-9)
+        test = late & ~validation_cold[log.item]
+        left = ~late & ~cold[log.item]
+        left_rows = np.flatnonzero(left)
+        left_log = Interactions(*(getattr(log, name)[left_rows] for name in Interactions.NAMES))
+        place, size = left_log.user_position()
+        validation = np.zeros(len(log), bool)
+        validation[left_rows[place >= np.ceil(size * (1 - config.validation) - 1e-9)]] = True
+        train = left & ~validation & ~validation_cold[log.item]
+        keep_train, keep_validation = train, left
+        aside = {
+            "early rows of items held out for test": int((~late & cold[log.item]).sum()),
+            "early rows of items held out for validation": int((left & ~validation & validation_cold[log.item]).sum()),
+            "test rows of items held out for validation": int((late & validation_cold[log.item]).sum()),
+        }
+    parts = {
+        "train": _impressions(log, train, keep_train),
+        "validation": _impressions(log, validation, keep_validation),
+        "test": _impressions(log, test, everything),
+    }
+    for name, part in parts.items():
+        if not len(part):
+            raise ValueError(
+                f"split {config.name!r}: no {name} rows among {len(log)} interactions; change its fractions"
+            )
+    seen = np.bincount(parts["train"].item, minlength=num_items)
+    clicks = np.bincount(parts["train"].item, weights=parts["train"].label, minlength=num_items).astype(np.int64)
+    report: dict[str, Any] = {
+        name: {"rows": len(part), "positives": int(part.label.sum()), "cold rows": int((seen[part.item] == 0).sum())}
+        for name, part in parts.items()
+    }
+    report |= {"items seen in training": int((seen > 0).sum()), "set aside": aside}
+    return Splits(**parts, seen=seen, clicks=clicks, report=report)
+
+
+def _impressions(log: Interactions, rows: np.ndarray, keep: np.ndarray) -> Impressions:
+    values, start, end = log.histories(keep)
+    picked = np.flatnonzero(rows)
+    return Impressions(
+        user=log.user[picked],
+        item=log.item[picked],
+        label=log.label[picked],
+        source=picked,
+        history=values,
+        history_start=start[picked],
+        history_end=end[picked],
+    )
+
+
+def _cut_time(times: np.ndarray, fraction: float) -> int:
+    """The time from which the latest `fraction` of the rows begins."""
+    ordered = np.sort(times)
+    return int(ordered[min(len(ordered) - 1, int(len(ordered) * (1 - fraction)))])
+
+
+def _held_out_items(log: Interactions, num_items: int, config: ColdItemsSplit) -> tuple[np.ndarray, np.ndarray]:
+    """Two (N,) bool masks: items held out for test, and further ones held out for validation."""
+    active = np.unique(log.item)
+    shuffled = np.random.default_rng([config.seed, len(active)]).permutation(active)
+    num_cold = round(len(active) * config.cold)
+    num_validation = round((len(active) - num_cold) * config.validation_cold)
+    masks = np.zeros((2, num_items), bool)
+    masks[0, shuffled[:num_cold]] = True
+    masks[1, shuffled[num_cold : num_cold + num_validation]] = True
+    return masks[0], masks[1]

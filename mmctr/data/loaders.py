@@ -1,0 +1,201 @@
+"""Batches as a pure function of (seed, epoch, step): resuming needs no state, and workers or processes change nothing.
+
+A global batch is cut into equal slices, one a process, so two processes see the rows one process would see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+
+from mmctr.data.batches import BehaviorBatch, Features, ItemBatch, jagged_rows
+from mmctr.data.catalog import Pictures
+from mmctr.data.features import FeatureColumns
+from mmctr.data.interactions import Impressions
+
+BatchT = TypeVar("BatchT")
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """Which rows each training step takes.
+
+    Args:
+        num_rows: training rows.
+        batch_size: rows of a step over all processes together.
+        rank, world_size: this process and how many there are.
+
+    The last, incomplete batch of an epoch is left out: other rows fall into it each epoch. Raises ValueError when
+    a batch does not fit the rows or the processes.
+    """
+
+    num_rows: int
+    batch_size: int
+    seed: int
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        if self.batch_size > self.num_rows:
+            raise ValueError(f"batch_size={self.batch_size} is more than the {self.num_rows} training rows; lower it")
+        if self.batch_size % self.world_size:
+            raise ValueError(
+                f"batch_size={self.batch_size} is not a multiple of the {self.world_size} processes; change it"
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.num_rows // self.batch_size
+
+    def order(self, epoch: int) -> np.ndarray:
+        """(num_rows,) the permutation of an epoch."""
+        return np.random.default_rng([self.seed, epoch]).permutation(self.num_rows)
+
+    def rows(self, step: int, order: np.ndarray) -> np.ndarray:
+        """This process's rows of a step of the whole run, given its epoch's order."""
+        size = self.batch_size // self.world_size
+        start = (step % self.steps_per_epoch) * self.batch_size + self.rank * size
+        return order[start : start + size]
+
+
+class TrainBatches(Generic[BatchT]):
+    """Training batches from any step on: `for step, batch in batches.iterate(start, stop)`.
+
+    Args:
+        collate: `(rows, step) -> batch`, a pure function of both.
+        num_workers: processes that collate ahead; 0 collates in the loop.
+    """
+
+    def __init__(self, plan: BatchPlan, collate: Callable[[np.ndarray, int], BatchT], num_workers: int = 0):
+        self.plan = plan
+        self.steps_per_epoch = plan.steps_per_epoch
+        self._steps = _Steps(plan, collate)
+        self._num_workers = num_workers
+
+    def iterate(self, start: int, stop: int) -> Iterator[tuple[int, BatchT]]:
+        loader = DataLoader(
+            self._steps,
+            batch_size=None,
+            sampler=range(start, stop),
+            num_workers=self._num_workers,
+            pin_memory=torch.cuda.is_available(),
+        )
+        yield from zip(range(start, stop), loader, strict=True)
+
+
+class _Steps(TorchDataset):
+    """Item `step` is the whole batch of that step; the order of the current epoch is kept between steps."""
+
+    def __init__(self, plan: BatchPlan, collate: Callable[[np.ndarray, int], Any]):
+        self.plan, self.collate = plan, collate
+        self._epoch, self._order = -1, np.empty(0, np.int64)
+
+    def __getitem__(self, step: int) -> Any:
+        epoch = step // self.plan.steps_per_epoch
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, self.plan.order(epoch)
+        return self.collate(self.plan.rows(step, self._order), step)
+
+
+def hashed_uniform(seed: int, step: int, keys: np.ndarray) -> np.ndarray:
+    """(n,) numbers in [0, 1) that depend on (seed, step, key) alone: the same draw in every process and worker."""
+    with np.errstate(over="ignore"):
+        x = keys.astype(np.uint64) + np.uint64(seed) * np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9) + np.uint64(step)
+        # the finaliser of splitmix64, twice: neighbouring steps and keys must not look alike
+        for _ in range(2):
+            x = x + np.uint64(0x9E3779B97F4A7C15)
+            x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            x = x ^ (x >> np.uint64(31))
+    return (x >> np.uint64(11)) * 2.0**-53
+
+
+@dataclass(frozen=True)
+class ItemContent:
+    """Pictures and tokens of a catalog, for batches whose items are to be encoded."""
+
+    pictures: Pictures | None
+    input_ids: Tensor | None
+    """(N, T) int32"""
+    has_text: Tensor | None
+    """(N,) bool"""
+
+    def batch(self, rows: Tensor, features: Features | None = None, encode: Tensor | None = None) -> ItemBatch:
+        """The ItemBatch of the given catalog rows, with the content of all of them or of the positions `encode`."""
+        picked = rows if encode is None else rows[encode]
+        image, has_image = self.pictures.take(picked) if self.pictures else (None, None)
+        return ItemBatch(
+            row=rows,
+            features=features or {},
+            image=image,
+            has_image=has_image,
+            input_ids=self.input_ids[picked].long() if self.input_ids is not None else None,
+            has_text=self.has_text[picked] if self.has_text is not None else None,
+            encode=encode,
+        )
+
+
+@dataclass(frozen=True)
+class BehaviorCollator:
+    """Rows of a split -> BehaviorBatch. Everything is columns; there is no Python per row.
+
+    `content` is given when items are encoded inside the ranker; `encode_history` says whether histories are too.
+    """
+
+    impressions: Impressions
+    items: FeatureColumns
+    """`item_id` and the declared item features"""
+    user_rows: Tensor
+    """(num users,) rows of the user vocabulary"""
+    users: FeatureColumns
+    context: FeatureColumns
+    max_history: int
+    content: ItemContent | None = None
+    encode_history: bool = True
+    id_dropout: float = 0.0
+    """chance that a distinct item of a batch shows the ID of an unknown item, so that this row is trained too"""
+    user_dropout: float = 0.0
+    seed: int = 0
+
+    def __call__(self, rows: np.ndarray, step: int = 0) -> BehaviorBatch:
+        part = self.impressions
+        end = torch.from_numpy(part.history_end[rows])
+        start = torch.maximum(torch.from_numpy(part.history_start[rows]), end - self.max_history)
+        index, offsets = jagged_rows(start, end)
+        target = torch.from_numpy(part.item[rows]).long()
+        catalog_rows = torch.cat([target, torch.from_numpy(part.history[index.numpy()]).long()])
+        distinct, position = torch.unique(catalog_rows, return_inverse=True)
+
+        features = self.items.take(distinct)
+        if self.id_dropout:
+            dropped = torch.from_numpy(hashed_uniform(self.seed, step, distinct.numpy()) < self.id_dropout)
+            features["item_id"] = features["item_id"].masked_fill(dropped, 0)  # type: ignore[union-attr]
+        if self.content is None:
+            items = ItemBatch(row=distinct, features=features)
+        else:
+            encode = None if self.encode_history else torch.unique(position[: len(rows)])
+            items = self.content.batch(distinct, features, encode)
+
+        user = torch.from_numpy(part.user[rows]).long()
+        source = torch.from_numpy(part.source[rows])
+        user_row = self.user_rows[user].long()
+        if self.user_dropout:
+            unknown = hashed_uniform(self.seed + 1, step, user.numpy()) < self.user_dropout
+            user_row = user_row.masked_fill(torch.from_numpy(unknown), 0)
+        return BehaviorBatch(
+            items=items,
+            target=position[: len(rows)],
+            history=position[len(rows) :],
+            history_offsets=offsets,
+            user=user_row,
+            context=self.users.take(user) | self.context.take(source),
+            label=torch.from_numpy(part.label[rows]).float(),
+        )

@@ -1,0 +1,314 @@
+"""Check a dataset folder once, say what was rejected and why, and store it in the form training reads.
+
+A prepared folder holds `prepared.json`, `report.json`, `items.parquet` (unique ids), and, where there is a log,
+`interactions/` (columns sorted by user and time), `context.parquet` (its further columns in the same order) and
+`users.parquet` (one row a user row). Picture and token caches are added beside them when they are first asked for.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet
+
+from mmctr.data.catalog import Catalog, dataset_table
+from mmctr.data.interactions import Interactions
+from mmctr.data.tables import as_ids, examples, find_table, read_table, require_columns, rows_of
+from mmctr.files import fingerprint, read_json, replace_folder, write_json
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A prepared dataset: catalog, click log, users."""
+
+    folder: Path
+    catalog: Catalog
+    report: dict[str, Any]
+
+    @cached_property
+    def interactions(self) -> Interactions:
+        """Raises ValueError when the dataset has no log."""
+        if not (self.folder / "interactions").is_dir():
+            raise ValueError(f"{self.report['source']}: there is no interactions table; a ranker needs a click log")
+        return Interactions.load(self.folder / "interactions")
+
+    @cached_property
+    def context(self) -> pa.Table:
+        """Further columns of the log, in the order of `interactions`."""
+        return pyarrow.parquet.read_table(self.folder / "context.parquet")
+
+    @cached_property
+    def users(self) -> pa.Table:
+        """One row a user row: `user_id` and the columns of the users table, null for users it lacks."""
+        return pyarrow.parquet.read_table(self.folder / "users.parquet")
+
+
+def open_dataset(path: str | Path, items: str | None = None) -> Dataset:
+    """Open a prepared folder, or prepare a dataset folder into the cache and open that.
+
+    The cache is `$MMCTR_CACHE`, else `~/.cache/mmctr`; an entry is made anew when a file of the dataset changes.
+    """
+    path = Path(path)
+    if (path / "prepared.json").is_file():
+        return _load(path)
+    if not path.is_dir() and items is None:
+        raise ValueError(f"{path}: no such dataset folder")
+    cache = Path(os.environ.get("MMCTR_CACHE") or Path.home() / ".cache" / "mmctr")
+    folder = cache / f"{path.resolve().name or 'dataset'}-{_source_key(path, items)}"
+    return _load(folder) if (folder / "prepared.json").is_file() else prepare(path, folder, items)
+
+
+def prepare(path: str | Path, out: str | Path, items: str | None = None) -> Dataset:
+    """Check the dataset folder `path` and write the prepared folder `out`; a finished one is reused when unchanged.
+
+    `items` names a `datasets` dataset (Hub name, `name:split`, or a folder written by `save_to_disk`) to take the
+    catalog from instead of `path/items.*`. Raises ValueError naming the file, the column and the remedy.
+    """
+    path, out = Path(path), Path(out)
+    key = _source_key(path, items)
+    if (out / "prepared.json").is_file() and read_json(out / "prepared.json").get("key") == key:
+        return _load(out)
+    if out.exists() and any(out.iterdir()) and not (out / "prepared.json").is_file():
+        raise ValueError(f"{out}: the folder is not empty and was not made by `mmctr prepare`; choose another --out")
+
+    items_table, items_name = _read_items(path, items)
+    catalog_table, report = clean_items(items_table, items_name)
+    result: dict[str, Any] = {"source": str(path), "items": report}
+    log_path, users_path = find_table(path, "interactions"), find_table(path, "users")
+    log = read_table(log_path, ("user_id", "item_id", "timestamp", "label")) if log_path else None
+
+    def write(folder: Path) -> None:
+        pyarrow.parquet.write_table(catalog_table, folder / "items.parquet", row_group_size=10_000)
+        if log is not None and log_path is not None:
+            result["interactions"] = _write_log(log, log_path, users_path, catalog_table, folder)
+        write_json(folder / "report.json", result)
+        root = str(path.resolve()) if path.is_dir() else None
+        write_json(folder / "prepared.json", {"format": FORMAT, "key": key, "root": root})
+
+    replace_folder(out, write)
+    return _load(out)
+
+
+def _load(folder: Path) -> Dataset:
+    manifest = read_json(folder / "prepared.json")
+    if manifest.get("format") != FORMAT:
+        raise ValueError(
+            f"{folder}: prepared by another version (format {manifest.get('format')}); run `mmctr prepare` again"
+        )
+    table = pyarrow.parquet.read_table(folder / "items.parquet", memory_map=True)
+    root = Path(manifest["root"]) if manifest["root"] else None
+    return Dataset(folder, Catalog(table, folder, root), read_json(folder / "report.json"))
+
+
+def _source_key(path: Path, items: str | None) -> str:
+    """Changes with any table of the dataset (pictures are judged when they are decoded)."""
+    tables = [find_table(path, stem) for stem in ("items", "interactions", "users")] if path.is_dir() else []
+    stats = [(str(t.resolve()), t.stat().st_size, t.stat().st_mtime_ns) for t in tables if t]
+    return fingerprint(FORMAT, str(path.resolve()), items, stats)
+
+
+def _read_items(path: Path, items: str | None) -> tuple[pa.Table, str]:
+    if items is None:
+        file = find_table(path, "items")
+        if file is None:
+            raise ValueError(
+                f"{path}: no items.parquet, items.csv or items.jsonl; or name a `datasets` dataset with --items"
+            )
+        return read_table(file, ("item_id",)), str(file)
+    import datasets
+
+    name, _, split = items.partition(":")
+    try:
+        loaded = (
+            datasets.load_from_disk(name)
+            if Path(name).is_dir()
+            else datasets.load_dataset(name, split=split or "train")
+        )
+    except Exception as error:  # the hub raises many kinds
+        raise ValueError(f"--items {items}: cannot be loaded by `datasets`: {error}") from None
+    if isinstance(loaded, dict):
+        if (split or "train") not in loaded:
+            raise ValueError(f"--items {items}: has splits {', '.join(loaded)}; write {name}:SPLIT")
+        loaded = loaded[split or "train"]
+    table = dataset_table(loaded)
+    require_columns(table, ("item_id",), f"--items {items}")
+    return table, items
+
+
+def clean_items(table: pa.Table, name: str) -> tuple[pa.Table, dict[str, Any]]:
+    """Items with unique ids and plain columns; what was set aside is counted in the report.
+
+    Raises ValueError when no item is left.
+    """
+    ids = as_ids(table.column("item_id"), "item_id", name)
+    valid = np.asarray(ids.is_valid())
+    order = np.flatnonzero(valid)
+    first = np.zeros(len(ids), bool)
+    _, where = np.unique(ids.filter(pa.array(valid)).dictionary_encode().indices.to_numpy(), return_index=True)
+    first[order[where]] = True
+    if not first.any():
+        raise ValueError(f"{name}: no items (of {len(ids)} rows, {int((~valid).sum())} have no item_id)")
+    repeated = ids.filter(pa.array(valid & ~first))
+    kept = table.filter(pa.array(first))
+    columns = {"item_id": ids.filter(pa.array(first))}
+    for column_name in kept.column_names:
+        if column_name == "item_id":
+            continue
+        column = kept.column(column_name)
+        columns[column_name] = _picture_sources(column, name) if column_name == "image" else column
+    report: dict[str, Any] = {
+        "rows": len(ids),
+        "kept": int(first.sum()),
+        "set aside": {
+            "no item_id": int((~valid).sum()),
+            "repeated item_id (the first one is kept)": {"count": len(repeated), "examples": examples(repeated)},
+        },
+    }
+    if "title" in columns:
+        from mmctr.data.tables import as_text
+
+        titles = as_text(columns["title"])
+        columns["title"] = titles
+        report["without title"] = titles.null_count
+    return pa.table(columns), report
+
+
+def _picture_sources(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
+    """Relative paths (string) or encoded pictures (binary); a struct of both, as `datasets` has it, becomes bytes."""
+    kind = column.type
+    if pa.types.is_struct(kind):
+        data, path = pc.struct_field(column, "bytes"), pc.struct_field(column, "path")  # type: ignore[attr-defined]
+        if data.null_count == 0 or path.null_count == len(path):
+            return data.cast(pa.large_binary())
+        if data.null_count == len(data):
+            return path.cast(pa.string())
+        raise ValueError(f"{name}: column 'image' mixes paths and bytes; use one of them for all items")
+    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+        return column.cast(pa.large_binary())
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind):
+        return column.cast(pa.string())
+    raise ValueError(f"{name}: column 'image' has type {kind}; it holds relative paths, bytes or nulls")
+
+
+def _write_log(log: pa.Table, log_path: Path, users_path: Path | None, items: pa.Table, folder: Path) -> dict[str, Any]:
+    """Check, sort and write the click log; returns its report."""
+    users = as_ids(log.column("user_id"), "user_id", log_path)
+    item_ids = as_ids(log.column("item_id"), "item_id", log_path)
+    catalog_ids = items.column("item_id").combine_chunks()
+    item = rows_of(item_ids, _array(catalog_ids), f"{log_path} and the items table")
+    time, time_ok = _times(log.column("timestamp"), log_path)
+    label, label_ok = _labels(log.column("label"), log_path)
+
+    reasons = {
+        "no user_id": ~np.asarray(users.is_valid()),
+        "item_id not in the catalog": item < 0,
+        "no label": ~label_ok,
+        "no timestamp": ~time_ok,
+        "negative timestamp": time_ok & (time < 0),
+    }
+    ok = np.ones(len(log), bool)
+    aside: dict[str, Any] = {}
+    for reason, bad in reasons.items():
+        aside[reason] = {"count": int((ok & bad).sum())}
+        if reason == "item_id not in the catalog" and bad.any():
+            aside[reason]["examples"] = examples(item_ids.filter(pa.array(bad & ok)))
+        ok &= ~bad
+
+    known_users = pc.unique(users.filter(pa.array(ok)))  # type: ignore[attr-defined]
+    known_users = known_users.take(pc.sort_indices(known_users))  # type: ignore[attr-defined]
+    user = rows_of(users, known_users, str(log_path))
+    picked = np.flatnonzero(ok)
+    # the same user, item and moment twice: one impression, clicked if either was
+    order = picked[np.lexsort((-label[picked].astype(np.int64), item[picked], time[picked], user[picked]))]
+    same = np.zeros(len(order), bool)
+    if len(order):
+        same[1:] = (np.diff(user[order]) == 0) & (np.diff(item[order]) == 0) & (np.diff(time[order]) == 0)
+    aside["repeated (same user, item and time)"] = {"count": int(same.sum())}
+    kept = np.sort(order[~same])
+    if not len(kept):
+        raise ValueError(f"{log_path}: no interaction is left of {len(log)}; set aside: {_counts(aside)}")
+
+    interactions, sorting = Interactions.from_columns(user[kept], item[kept], time[kept], label[kept])
+    (folder / "interactions").mkdir()
+    interactions.save(folder / "interactions")
+    extra = log.drop_columns(["user_id", "item_id", "timestamp", "label"]).take(pa.array(kept[sorting]))
+    pyarrow.parquet.write_table(extra, folder / "context.parquet")
+    pyarrow.parquet.write_table(_users_table(users_path, known_users), folder / "users.parquet")
+    positives = int(interactions.label.sum())
+    notes = []
+    if positives in (0, len(interactions)):
+        notes.append(f"all labels are {int(positives > 0)}: a ranker needs both clicks and impressions without a click")
+    return {
+        "rows": len(log),
+        "kept": len(interactions),
+        "positives": positives,
+        "users": len(known_users),
+        "items with interactions": len(np.unique(interactions.item)),
+        "set aside": aside,
+        "notes": notes,
+    }
+
+
+def _array(column: pa.Array | pa.ChunkedArray) -> pa.Array:
+    return pa.concat_arrays(column.chunks) if isinstance(column, pa.ChunkedArray) else column
+
+
+def _counts(aside: dict[str, Any]) -> str:
+    return ", ".join(f"{reason}: {entry['count']}" for reason, entry in aside.items() if entry["count"]) or "nothing"
+
+
+def _users_table(users_path: Path | None, known_users: pa.Array) -> pa.Table:
+    if users_path is None:
+        return pa.table({"user_id": known_users})
+    table = read_table(users_path, ("user_id",))
+    ids = as_ids(table.column("user_id"), "user_id", users_path)
+    # a repeated user keeps its first row; users the table lacks get nulls
+    rows = rows_of(known_users, ids, f"{users_path} and the interactions table")
+    index = pa.array(np.where(rows < 0, 0, rows), mask=rows < 0)
+    columns = {name: table.column(name).take(index) for name in table.column_names if name != "user_id"}
+    return pa.table({"user_id": known_users, **columns})
+
+
+def _times(column: pa.ChunkedArray, path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """(n,) int64 times (0 where missing) and the (n,) bool mask of those that are there."""
+    kind = column.type
+    if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
+        column = column.cast(pa.timestamp("ms")).cast(pa.int64())
+    elif pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        raise ValueError(f"{path}: column 'timestamp' holds text; store seconds as integers, or a timestamp type")
+    try:
+        values = column.cast(pa.float64() if pa.types.is_floating(kind) else pa.int64()).to_numpy()
+    except pa.ArrowInvalid:
+        raise ValueError(
+            f"{path}: column 'timestamp' has type {kind}; store seconds as integers, or a timestamp type"
+        ) from None
+    valid = np.asarray(column.is_valid())
+    if values.dtype.kind == "f":
+        valid = valid & np.isfinite(values)
+    return np.where(valid, values, 0).astype(np.int64), valid
+
+
+def _labels(column: pa.ChunkedArray, path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """(n,) uint8 labels and the (n,) bool mask of rows that have one. Raises ValueError for other values than 0 and 1."""
+    try:
+        values = column.cast(pa.float64()).to_numpy()
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        raise ValueError(f"{path}: column 'label' has type {column.type}; labels are 0 or 1") from None
+    valid = np.isfinite(values)
+    wrong = valid & (values != 0) & (values != 1)
+    if wrong.any():
+        row = int(np.argmax(wrong))
+        raise ValueError(
+            f"{path}: column 'label' holds {values[row]:g} (row {row}; {int(wrong.sum())} such rows); labels are 0 or 1: "
+            f"make them so first, for example label = rating >= 4"
+        )
+    return np.where(valid, values, 0).astype(np.uint8), valid

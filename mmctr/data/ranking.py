@@ -1,0 +1,156 @@
+"""Everything a ranker's batches are made of: vocabularies learned on training rows, and columns encoded with them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import torch
+from pydantic import model_validator
+
+from mmctr.config import Config
+from mmctr.data.features import FeatureColumns, FeatureConfig, Vocabulary, encode_table, learn_vocabularies
+from mmctr.data.interactions import Impressions, Splits
+from mmctr.data.loaders import BehaviorCollator, ItemContent
+from mmctr.data.prepare import Dataset
+from mmctr.data.tables import rows_of
+from mmctr.files import read_json, write_json
+
+
+class FeatureConfigs(Config):
+    """Side features by column name."""
+
+    item: dict[str, FeatureConfig] = {}
+    """columns of the items table"""
+    user: dict[str, FeatureConfig] = {}
+    """columns of the users table"""
+    context: dict[str, FeatureConfig] = {}
+    """further columns of the interactions, known before the click"""
+
+    @model_validator(mode="after")
+    def _distinct(self) -> FeatureConfigs:
+        both = set(self.user) & set(self.context)
+        if both:
+            raise ValueError(f"the column {sorted(both)[0]!r} is declared as a user and a context feature; keep one")
+        if "item_id" in self.item:
+            raise ValueError("item_id is not a side feature: the embedder's id_dim makes the ID vector")
+        return self
+
+
+@dataclass(frozen=True)
+class RankingVocabulary:
+    """What training has seen: items and users with a row of their own, and the values of side features."""
+
+    item_ids: pa.Array
+    """items with at least one training impression; row i + 1 of the ID table is item_ids[i]"""
+    clicks: np.ndarray
+    """(number of item_ids,) training clicks of each"""
+    user_ids: pa.Array
+    item: dict[str, Vocabulary] = field(default_factory=dict)
+    user: dict[str, Vocabulary] = field(default_factory=dict)
+    context: dict[str, Vocabulary] = field(default_factory=dict)
+
+    @classmethod
+    def learn(cls, dataset: Dataset, splits: Splits, features: FeatureConfigs) -> RankingVocabulary:
+        """From training rows alone: item values weigh by items, user values by users, context values by rows."""
+        warm = np.flatnonzero(splits.seen)
+        users = np.unique(splits.train.user)
+        return cls(
+            item_ids=dataset.catalog.item_ids.take(pa.array(warm)),
+            clicks=splits.clicks[warm],
+            user_ids=_user_ids(dataset).take(pa.array(users)),
+            item=learn_vocabularies(features.item, dataset.catalog.table, warm, "items table"),
+            user=learn_vocabularies(features.user, dataset.users, users, "users table"),
+            context=learn_vocabularies(features.context, dataset.context, splits.train.source, "interactions table"),
+        )
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        pyarrow.parquet.write_table(
+            pa.table({"item_id": self.item_ids, "clicks": self.clicks}), folder / "items.parquet"
+        )
+        pyarrow.parquet.write_table(pa.table({"user_id": self.user_ids}), folder / "users.parquet")
+        groups = {"item": self.item, "user": self.user, "context": self.context}
+        write_json(
+            folder / "features.json", {g: {n: v.to_json() for n, v in group.items()} for g, group in groups.items()}
+        )
+
+    @classmethod
+    def load(cls, folder: Path) -> RankingVocabulary:
+        items = pyarrow.parquet.read_table(folder / "items.parquet")
+        users = pyarrow.parquet.read_table(folder / "users.parquet")
+        groups = {
+            g: {n: Vocabulary(**v) for n, v in group.items()}
+            for g, group in read_json(folder / "features.json").items()
+        }
+        return cls(
+            item_ids=_one_array(items.column("item_id")),
+            clicks=items.column("clicks").to_numpy(),
+            user_ids=_one_array(users.column("user_id")),
+            **groups,
+        )
+
+    def item_rows(self, item_ids: pa.Array) -> np.ndarray:
+        """(n,) rows of the ID table, 0 for items unseen in training."""
+        return rows_of(item_ids, self.item_ids, "the run's items and this dataset's") + 1
+
+
+class RankingData:
+    """A dataset seen through a vocabulary: makes collators for its impressions.
+
+    Works for the dataset of training and for any other with the same columns.
+    """
+
+    def __init__(self, dataset: Dataset, vocabulary: RankingVocabulary, features: FeatureConfigs, max_history: int):
+        self.vocabulary = vocabulary
+        self.max_history = max_history
+        catalog = dataset.catalog
+        self.id_rows = vocabulary.item_rows(catalog.item_ids)
+        """(N,) row of each catalog item in the ID table, 0 for cold items"""
+        items = encode_table(features.item, vocabulary.item, catalog.table, "items table")
+        self.items = FeatureColumns({"item_id": torch.from_numpy(self.id_rows), **items.columns})
+        self.user_rows = torch.from_numpy(rows_of(_user_ids(dataset), vocabulary.user_ids, "users") + 1)
+        self.users = encode_table(features.user, vocabulary.user, dataset.users, "users table")
+        # nothing of the log's further columns is read unless a feature asks for one
+        context = dataset.context if features.context else pa.table({})
+        self.context = encode_table(features.context, vocabulary.context, context, "interactions table")
+
+    @property
+    def clicks(self) -> np.ndarray:
+        """(N,) training clicks of each catalog item."""
+        return np.concatenate([[0], self.vocabulary.clicks])[self.id_rows]
+
+    def collator(
+        self,
+        impressions: Impressions,
+        *,
+        content: ItemContent | None = None,
+        encode_history: bool = True,
+        id_dropout: float = 0.0,
+        user_dropout: float = 0.0,
+        seed: int = 0,
+    ) -> BehaviorCollator:
+        return BehaviorCollator(
+            impressions=impressions,
+            items=self.items,
+            user_rows=self.user_rows,
+            users=self.users,
+            context=self.context,
+            max_history=self.max_history,
+            content=content,
+            encode_history=encode_history,
+            id_dropout=id_dropout,
+            user_dropout=user_dropout,
+            seed=seed,
+        )
+
+
+def _user_ids(dataset: Dataset) -> pa.Array:
+    return _one_array(dataset.users.column("user_id"))
+
+
+def _one_array(column: pa.ChunkedArray) -> pa.Array:
+    return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], type=column.type)

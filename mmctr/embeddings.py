@@ -1,0 +1,193 @@
+"""EmbeddingTable: item vectors by raw id, on disk; written in shards by any number of processes, resumable."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import torch
+from safetensors.numpy import load_file, save_file
+
+from mmctr.data.tables import as_ids, read_table, require_columns, rows_of
+from mmctr.files import read_json, replace_file, write_json
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class EmbeddingTable:
+    """Vectors of items.
+
+    `ids` (n,) raw item ids and `vectors` (n, D) float32, unit norm when written by `mmctr embed`. Items without any
+    content have no row.
+    """
+
+    ids: pa.Array
+    vectors: np.ndarray
+    titles: list[str] | None = None
+    manifest: dict[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def dim(self) -> int:
+        return self.vectors.shape[1]
+
+    def aligned(self, item_ids: pa.Array) -> tuple[torch.Tensor, torch.Tensor]:
+        """Vectors in the order of `item_ids`: (N, D) float32 and the (N,) bool mask of ids that are in the table."""
+        rows = rows_of(item_ids, self.ids, "the embedding table and the catalog")
+        there = rows >= 0
+        vectors = np.zeros((len(rows), self.dim), np.float32)
+        vectors[there] = self.vectors[rows[there]]
+        return torch.from_numpy(vectors), torch.from_numpy(there)
+
+    @classmethod
+    def read(cls, path: str | Path) -> EmbeddingTable:
+        """An embedding folder, or a Parquet (`item_id` and one list column) or .npz (`item_id`, `vectors`) file.
+
+        Raises ValueError naming the file and what is wrong with it.
+        """
+        path = Path(path)
+        if path.is_dir():
+            return _read_folder(path)
+        if not path.is_file():
+            raise ValueError(f"{path}: no such embedding folder or file")
+        if path.suffix == ".npz":
+            return _read_npz(path)
+        if path.suffix == ".parquet":
+            return _read_parquet(path)
+        raise ValueError(f"{path}: an embedding table is a folder of `mmctr embed`, a .parquet or an .npz file")
+
+
+def read_tables(paths: str | list[str], item_ids: pa.Array) -> tuple[torch.Tensor, torch.Tensor]:
+    """One or several tables side by side, aligned with `item_ids`: (N, sum of D) and the (N,) mask of items in any.
+
+    Where an item lacks one of several tables, the mean vector of that table stands in: it carries no opinion.
+    """
+    blocks = [EmbeddingTable.read(path).aligned(item_ids) for path in ([paths] if isinstance(paths, str) else paths)]
+    for vectors, has in blocks:
+        if len(blocks) > 1 and has.any():
+            vectors[~has] = vectors[has].mean(0)
+    return torch.cat([vectors for vectors, _ in blocks], dim=1), torch.stack([has for _, has in blocks]).any(0)
+
+
+def _checked(ids: pa.Array, vectors: np.ndarray, path: Path, **more: Any) -> EmbeddingTable:
+    vectors = np.ascontiguousarray(vectors, dtype=np.float32)
+    if vectors.ndim != 2 or len(vectors) != len(ids):
+        raise ValueError(f"{path}: {len(ids)} ids but vectors of shape {vectors.shape}; one vector an item is needed")
+    if ids.null_count or len(ids.unique()) != len(ids):
+        raise ValueError(f"{path}: item ids repeat or are null; keep one vector an item")
+    if not np.isfinite(vectors).all():
+        bad = int(np.argmin(np.isfinite(vectors).all(1)))
+        raise ValueError(f"{path}: the vector of item {ids[bad].as_py()!r} is not finite")
+    return EmbeddingTable(ids, vectors, **more)
+
+
+def _read_folder(folder: Path) -> EmbeddingTable:
+    if not (folder / "manifest.json").is_file():
+        raise ValueError(
+            f"{folder}: not a finished embedding folder (no manifest.json); run `mmctr embed` again, it goes on"
+        )
+    manifest = read_json(folder / "manifest.json")
+    items = read_table(folder / "items.parquet", ("item_id",))
+    try:
+        shards = [load_file(folder / name) for name in manifest["shards"]]
+    except Exception as error:
+        raise ValueError(
+            f"{folder}: a shard cannot be read ({error}); delete the folder and run `mmctr embed` again"
+        ) from None
+    vectors = np.concatenate([shard["vectors"][shard["has_content"]] for shard in shards])
+    ids = as_ids(items.column("item_id"), "item_id", folder)
+    titles = items.column("title").to_pylist() if "title" in items.column_names else None
+    return _checked(ids, vectors, folder, titles=titles, manifest=manifest)
+
+
+def _read_npz(path: Path) -> EmbeddingTable:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            ids, vectors = arrays["item_id"], arrays["vectors"]
+    except (KeyError, ValueError, OSError) as error:
+        raise ValueError(f"{path}: needs the arrays `item_id` and `vectors` ({error})") from None
+    return _checked(as_ids(pa.chunked_array([pa.array(ids)]), "item_id", path), vectors, path)
+
+
+def _read_parquet(path: Path) -> EmbeddingTable:
+    table = read_table(path, ("item_id",))
+    lists = [
+        f.name
+        for f in table.schema
+        if pa.types.is_list(f.type) or pa.types.is_large_list(f.type) or pa.types.is_fixed_size_list(f.type)
+    ]
+    if len(lists) != 1:
+        raise ValueError(f"{path}: needs exactly one list column of vectors, found {lists or 'none'}")
+    require_columns(table, (lists[0],), path)
+    flat = pa.concat_arrays([chunk.flatten() for chunk in table.column(lists[0]).chunks])
+    values = flat.to_numpy(zero_copy_only=False)
+    if not len(table) or len(values) % len(table):
+        raise ValueError(f"{path}: the vectors in column {lists[0]!r} differ in length, or some are null")
+    return _checked(as_ids(table.column("item_id"), "item_id", path), values.reshape(len(table), -1), path)
+
+
+def write_embeddings(
+    folder: Path,
+    item_ids: pa.Array,
+    titles: list[str | None] | None,
+    encode: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
+    identity: dict[str, Any],
+    *,
+    shard_size: int = 8192,
+    rank: int = 0,
+    world_size: int = 1,
+    wait: Callable[[], None] = lambda: None,
+) -> None:
+    """Encode a catalog shard by shard; shards that are there already are kept, so a killed export goes on.
+
+    Args:
+        encode: catalog rows (n,) -> vectors (n, D) and the (n,) bool mask of items with content.
+        identity: what the vectors are made of (model, data). A folder begun with another identity is refused.
+        wait: barrier between processes; shard s is written by process s % world_size.
+    """
+    names = [f"vectors-{start // shard_size:05d}.safetensors" for start in range(0, len(item_ids), shard_size)]
+    begun = folder / "begun.json"
+    if rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        manifest = folder / "manifest.json"
+        old = read_json(manifest)["identity"] if manifest.is_file() else read_json(begun) if begun.is_file() else None
+        if old is None and any(folder.iterdir()):
+            raise ValueError(f"{folder}: the folder is not empty and holds no embeddings; choose another --out")
+        if old is not None and old != identity:
+            raise ValueError(f"{folder}: holds embeddings of another run or dataset; choose another --out or delete it")
+        write_json(begun, identity)
+    wait()
+    for number, name in enumerate(names):
+        if number % world_size != rank or (folder / name).is_file():
+            continue
+        rows = np.arange(number * shard_size, min((number + 1) * shard_size, len(item_ids)))
+        vectors, has = encode(rows)
+        arrays = {"vectors": np.ascontiguousarray(vectors, np.float32), "has_content": np.ascontiguousarray(has)}
+        replace_file(folder / name, lambda path, arrays=arrays: save_file(arrays, path))
+    wait()
+    if rank == 0:
+        has = np.concatenate([load_file(folder / name)["has_content"] for name in names])
+        columns: dict[str, Any] = {"item_id": item_ids.filter(pa.array(has))}
+        if titles is not None:
+            columns["title"] = pa.array(titles, type=pa.string()).filter(pa.array(has))
+        table = pa.table(columns)
+        replace_file(folder / "items.parquet", lambda path: pyarrow.parquet.write_table(table, path))
+        counts = {"items": len(item_ids), "vectors": int(has.sum()), "without content": int((~has).sum())}
+        write_json(folder / "manifest.json", {"format": FORMAT, "identity": identity, "shards": names, **counts})
+        begun.unlink(missing_ok=True)
+    wait()
+
+
+def remove_embeddings(folder: Path) -> None:
+    """Delete an embedding folder, and only one."""
+    if (folder / "manifest.json").is_file() or (folder / "begun.json").is_file():
+        shutil.rmtree(folder)

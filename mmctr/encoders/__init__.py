@@ -1,0 +1,13 @@
+"""Encoders: pictures and texts into one space. To add one: a module, then its config in the union below."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from mmctr.encoders.hf import HFEncoderConfig, TowersEncoderConfig
+from mmctr.encoders.openclip import OpenClipEncoderConfig
+
+EncoderConfig = Annotated[
+    OpenClipEncoderConfig | HFEncoderConfig | TowersEncoderConfig,
+    Field(discriminator="name"),
+]

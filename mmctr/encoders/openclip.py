@@ -1,0 +1,143 @@
+"""Any open_clip model as an encoder: built-in names, pretrained tags, hf-hub: names, or a small model from a config."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any, Literal
+
+import open_clip
+from torch import Tensor, nn
+
+from mmctr.config import Config
+from mmctr.encoders.base import AugmentConfig, EncoderBase, TowerMode
+from mmctr.files import write_json
+
+CONFIG_NAME = "open_clip_config.json"
+
+
+class OpenClipEncoderConfig(Config):
+    name: Literal["openclip"] = "openclip"
+    model: str | None = None
+    """open_clip's name ("ViT-B-32"), or "hf-hub:org/name", or "local-dir:path"; None when `model_config_dict` is given"""
+    pretrained: str | None = None
+    """open_clip's tag or a weights file for built-in names; the other kinds bring their own weights"""
+    architecture: dict[str, Any] | str | None = None
+    """an open_clip model config (embed_dim, vision_cfg, text_cfg), or a JSON file of one: a small model from scratch"""
+    image: TowerMode = "full"
+    text: TowerMode = "full"
+    augment: AugmentConfig = AugmentConfig()
+
+    def build(self, folder: Path | None = None) -> OpenClipEncoder:
+        """From names and weights; or, given the folder `save` wrote, the same architecture with fresh weights."""
+        return OpenClipEncoder(self, folder)
+
+
+class OpenClipEncoder(EncoderBase):
+    def __init__(self, config: OpenClipEncoderConfig, folder: Path | None = None):
+        if folder is not None:
+            model, self._tokenizer, self._architecture = _from_folder(folder)
+        elif config.architecture is not None:
+            if config.model is not None:
+                raise ValueError("encoder: give either `model` or `architecture`, not both")
+            model, self._tokenizer, self._architecture = _from_architecture(config.architecture)
+        elif config.model is not None:
+            model, self._tokenizer, self._architecture = _from_name(config.model, config.pretrained)
+        else:
+            raise ValueError("encoder: give `model` (an open_clip name) or `architecture` (a small model's config)")
+        preprocess = open_clip.get_model_preprocess_cfg(model)
+        super().__init__(tuple(preprocess["mean"]), tuple(preprocess["std"]), config.augment)
+        self.model = model
+        size = preprocess["size"]
+        self.image_size = size if isinstance(size, int) else size[0]
+        self.dim = int(self._architecture["embed_dim"])
+        # the task owns temperature and bias; a second pair here would be parameters without a gradient
+        if folder is None and (config.pretrained or (config.model or "").startswith(("hf-hub:", "local-dir:"))):
+            self.logit_scale = float(model.logit_scale)
+            self.logit_bias = None if getattr(model, "logit_bias", None) is None else float(model.logit_bias)
+        model.logit_scale.requires_grad_(False)
+        if getattr(model, "logit_bias", None) is not None:
+            model.logit_bias.requires_grad_(False)
+        self.tokenizer_key = f"openclip {json.dumps(self._architecture.get('text_cfg'), sort_keys=True)}"
+        self.set_modes(config.image, config.text)
+
+    def tower(self, name: str) -> list[nn.Module]:
+        if name == "image":
+            return [self.model.visual]
+        if hasattr(self.model, "text"):
+            return [self.model.text]
+        return [self.model.transformer, self.model.token_embedding, self.model.ln_final]
+
+    def set_modes(self, image: TowerMode, text: TowerMode) -> None:
+        super().set_modes(image, text)
+        if text == "frozen" and not hasattr(self.model, "text"):
+            self.model.positional_embedding.requires_grad_(False)
+            if isinstance(self.model.text_projection, nn.Module):
+                self.model.text_projection.requires_grad_(False)
+            else:
+                self.model.text_projection.requires_grad_(False)
+
+    def encode_image(self, image: Tensor) -> Tensor:
+        with self.gradient("image"):
+            return self.model.encode_image(self.transform(self.training)(image))
+
+    def encode_text(self, input_ids: Tensor) -> Tensor:
+        with self.gradient("text"):
+            return self.model.encode_text(input_ids)
+
+    def tokenize(self, texts: list[str]) -> Tensor:
+        return self._tokenizer(texts)
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        preprocess = open_clip.get_model_preprocess_cfg(self.model)
+        write_json(folder / CONFIG_NAME, {"model_cfg": self._architecture, "preprocess_cfg": preprocess})
+        hf = getattr(self._tokenizer, "tokenizer", None)
+        if hf is not None and hasattr(hf, "save_pretrained"):
+            hf.save_pretrained(folder)
+
+
+def _from_folder(folder: Path) -> tuple[Any, Any, dict[str, Any]]:
+    # never fetch weights for the towers: they come from the run
+    name = f"local-dir:{folder}"
+    model = open_clip.create_model(name, load_weights=False, pretrained_text=False, pretrained_image=False)
+    return model, open_clip.get_tokenizer(name), open_clip.get_model_config(name)  # type: ignore[return-value]
+
+
+def _from_architecture(architecture: dict[str, Any] | str) -> tuple[Any, Any, dict[str, Any]]:
+    if isinstance(architecture, str):
+        try:
+            architecture = json.loads(Path(architecture).read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError) as error:
+            raise ValueError(f"encoder.architecture: {architecture} is not a readable JSON file: {error}") from None
+    missing = {"embed_dim", "vision_cfg", "text_cfg"} - set(architecture)
+    if missing:
+        raise ValueError(f"encoder.architecture: {sorted(missing)[0]!r} is missing (open_clip's model config format)")
+    with tempfile.TemporaryDirectory() as folder:
+        write_json(Path(folder) / CONFIG_NAME, {"model_cfg": architecture, "preprocess_cfg": {}})
+        try:
+            return _from_folder(Path(folder))
+        except (TypeError, AssertionError, KeyError) as error:
+            raise ValueError(f"encoder.architecture: open_clip cannot build it: {error}") from None
+
+
+def _from_name(name: str, pretrained: str | None) -> tuple[Any, Any, dict[str, Any]]:
+    try:
+        architecture = open_clip.get_model_config(name)
+        if architecture is None:
+            close = (
+                ", ".join(n for n in open_clip.list_models() if n.lower()[:5] == name.lower()[:5][:5])
+                or "open_clip.list_models()"
+            )
+            raise ValueError(f"encoder.model: open_clip has no model {name!r}; for example {close}")
+        load = pretrained is not None or ":" in name
+        model = open_clip.create_model(name, pretrained=pretrained, load_weights=load)
+        return model, open_clip.get_tokenizer(name), architecture
+    except ValueError:
+        raise
+    except Exception as error:  # hubs raise many kinds
+        raise ValueError(
+            f"encoder.model {name!r}, pretrained {pretrained!r}: open_clip cannot load it: {error}. Weights come from a hub: "
+            f"check the network, or use `architecture` for a small model from scratch"
+        ) from None

@@ -1,0 +1,236 @@
+"""ItemEmbedder: ID vector, side features and content vector of an item, fused into the vector rankers read.
+
+The content comes from nothing, from a frozen table, or from an encoder trained inside the ranker; all three are one
+code path, `ItemBatch -> (U, D)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Literal, Protocol
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from mmctr.config import Config
+from mmctr.data.batches import Features, ItemBatch, Jagged
+from mmctr.data.features import FeatureConfig, Vocabulary, table_rows
+
+
+class ContentNone(Config):
+    """IDs and side features alone."""
+
+    name: Literal["none"] = "none"
+
+
+class ContentTable(Config):
+    """Frozen vectors by item id."""
+
+    name: Literal["table"] = "table"
+    path: str | list[str]
+    """an embedding folder of `mmctr embed`, a Parquet or an .npz file of vectors; of several, vectors stand side by side"""
+    dim: int = Field(64, ge=1)
+    """size of the content vector after the adapter"""
+    hidden: list[int] = [128]
+    """hidden sizes of the adapter"""
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+
+class ContentEncoder(Config):
+    """The encoder of a pretraining run, trained on inside the ranker."""
+
+    name: Literal["encoder"] = "encoder"
+    run: str
+    """run folder of `pretrain.train`"""
+    history: Literal["encoder", "table"] = "encoder"
+    """`encoder`: every distinct item of a batch is encoded with gradient. `table`: only targets are; histories read
+    a table of the encoder's own vectors that is made anew before each evaluation. Much faster, and what a history
+    reads is up to one evaluation old"""
+    frozen: bool = False
+    """no gradient into the encoder: equals `table` with the vectors of the same run"""
+    dim: int = Field(64, ge=1)
+    hidden: list[int] = [128]
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+
+ContentConfig = Annotated[ContentNone | ContentTable | ContentEncoder, Field(discriminator="name")]
+
+
+class ItemEncoder(Protocol):
+    """What a content encoder gives: one vector an item, from its picture and text."""
+
+    embedding_dim: int
+
+    def embed(self, items: ItemBatch) -> tuple[Tensor, Tensor]:
+        """(E, embedding_dim) vectors and the (E,) bool mask of items that have any content."""
+        ...
+
+
+class ItemEmbedderConfig(Config):
+    id_dim: int = Field(32, ge=0)
+    """size of the ID vector; 0: no IDs"""
+    id_dropout: float = Field(0.1, ge=0, lt=1)
+    """chance that an item of a training batch shows the vector of an unknown item, which teaches the ranker to do
+    without (DropoutNet, Volkovs et al. 2017) and trains the one vector that cold items read"""
+    init_std: float = Field(0.01, gt=0)
+    """spread of freshly made embeddings"""
+    content: ContentConfig = ContentNone()
+    fusion: Literal["concat", "sum"] = "concat"
+
+
+class FeatureEmbedder(nn.Module):
+    """Embeds declared side features and concatenates them: `Features of n rows -> (n, dim)`."""
+
+    def __init__(self, configs: dict[str, FeatureConfig], vocabularies: dict[str, Vocabulary], init_std: float):
+        super().__init__()
+        self.tables = nn.ModuleDict()
+        self.dim = 0
+        self.names = list(configs)
+        for name, config in configs.items():
+            rows = table_rows(config, vocabularies[name])
+            if rows is None:
+                self.dim += 2
+                continue
+            self.tables[name] = embedding_table(rows, config.dim, init_std)
+            self.dim += config.dim
+
+    def forward(self, features: Features, like: Tensor) -> Tensor:
+        """`like` gives the number of rows, device and dtype when there is no feature at all."""
+        parts = [self._embed(name, features[name]) for name in self.names]
+        return torch.cat(parts, dim=1) if parts else like.new_zeros((len(like), 0), dtype=torch.float32)
+
+    def _embed(self, name: str, feature: Tensor | Jagged) -> Tensor:
+        if isinstance(feature, Jagged):
+            weight: Tensor = self.tables[name].weight  # type: ignore[assignment]
+            if not len(feature.values):
+                return weight[:1].expand(len(feature.offsets) - 1, -1) * 0
+            # an empty list reads zeros: no value, no opinion
+            return nn.functional.embedding_bag(feature.values, weight, feature.offsets[:-1], mode="mean")
+        return self.tables[name](feature) if name in self.tables else feature
+
+
+def embedding_table(num_rows: int, dim: int, init_std: float) -> nn.Embedding:
+    """Row 0, "unknown", starts at zero: until training moves it, it says nothing rather than something random."""
+    table = nn.Embedding(num_rows, dim)
+    with torch.no_grad():
+        table.weight.normal_(0, init_std)
+        table.weight[0] = 0
+    return table
+
+
+class ContentAdapter(nn.Module):
+    """Content vector -> the size the ranker uses; items without content read a learned "absent" vector instead."""
+
+    def __init__(self, in_dim: int, hidden: list[int], out_dim: int, dropout: float):
+        super().__init__()
+        self.absent = nn.Parameter(torch.randn(in_dim) * in_dim**-0.5)
+        # unit-norm vectors have entries near 1/sqrt(dim): the norm brings them to the scale layers expect
+        layers: list[nn.Module] = [nn.LayerNorm(in_dim)]
+        for width in hidden:
+            layers += [nn.Linear(in_dim, width), nn.GELU(), nn.Dropout(dropout)]
+            in_dim = width
+        self.layers = nn.Sequential(*layers, nn.Linear(in_dim, out_dim))
+
+    def forward(self, vectors: Tensor, has_content: Tensor) -> Tensor:
+        """(U, in_dim), (U,) bool -> (U, out_dim)."""
+        return self.layers(torch.where(has_content[:, None], vectors.float(), self.absent))
+
+
+def concat(parts: list[Tensor]) -> Tensor:
+    """[ID; side features; content]: the ranker weighs them. (U, sum of sizes)"""
+    return torch.cat(parts, dim=1)
+
+
+def add(parts: list[Tensor]) -> Tensor:
+    """ID + content in one space: content is where the ID vector starts from. Parts have one size."""
+    return torch.stack(parts).sum(0)
+
+
+FUSIONS: dict[str, Callable[[list[Tensor]], Tensor]] = {"concat": concat, "sum": add}
+
+
+class ItemEmbedder(nn.Module):
+    """`ItemBatch -> (U, dim)`.
+
+    Args:
+        num_ids: rows of the ID vocabulary, row 0 being the unknown item. A cold item has no row of its own.
+        table: (N, content dim) vectors and (N,) mask of items that have one, for content from a table or where the
+            encoder's vectors of the whole catalog are kept.
+        encoder: the content encoder, when content comes from one.
+    """
+
+    content_table: Tensor
+    has_content: Tensor
+
+    def __init__(
+        self,
+        config: ItemEmbedderConfig,
+        num_ids: int,
+        feature_configs: dict[str, FeatureConfig],
+        vocabularies: dict[str, Vocabulary],
+        table: tuple[Tensor, Tensor] | None = None,
+        encoder: nn.Module | None = None,
+    ):
+        super().__init__()
+        self.config = config
+        content = config.content
+        sizes = []
+        self.ids = embedding_table(num_ids, config.id_dim, config.init_std) if config.id_dim else None
+        if config.id_dim:
+            sizes.append(config.id_dim)
+        self.features = FeatureEmbedder(feature_configs, vocabularies, config.init_std)
+        if self.features.dim:
+            sizes.append(self.features.dim)
+        self.encoder, self.adapter = encoder, None
+        if not isinstance(content, ContentNone):
+            assert table is not None
+            # the encoder's vectors change in training and belong to the checkpoint; a frozen table does not
+            self.register_buffer("content_table", table[0], persistent=encoder is not None)
+            self.register_buffer("has_content", table[1], persistent=encoder is not None)
+            self.adapter = ContentAdapter(table[0].shape[1], content.hidden, content.dim, content.dropout)
+            sizes.append(content.dim)
+        if isinstance(content, ContentEncoder) and content.frozen and encoder is not None:
+            encoder.requires_grad_(False)
+        if not sizes:
+            raise ValueError("the embedder has nothing to read: give id_dim > 0, item features or content")
+        if config.fusion == "sum" and len(set(sizes)) > 1:
+            raise ValueError(
+                f"fusion 'sum' needs parts of one size, here they are {sizes}; use 'concat' or equal sizes"
+            )
+        self.dim = sum(sizes) if config.fusion == "concat" else sizes[0]
+
+    @property
+    def encodes(self) -> bool:
+        """Whether batches must carry pictures and texts now."""
+        return self.encoder is not None and self.training
+
+    def forward(self, items: ItemBatch) -> Tensor:
+        parts = []
+        if self.ids is not None:
+            parts.append(self.ids(items.features["item_id"]))
+        if self.features.dim:
+            parts.append(self.features(items.features, items.row))
+        if self.adapter is not None:
+            parts.append(self.adapter(*self._content(items)))
+        return FUSIONS[self.config.fusion](parts)
+
+    def _content(self, items: ItemBatch) -> tuple[Tensor, Tensor]:
+        """(U, content dim) and (U,) mask. In training an encoder encodes what the batch carries; evaluation reads the
+        table, which `refresh` has filled with the same encoder's vectors."""
+        if self.encoder is not None and items.image is None and items.input_ids is None and self.training:
+            raise ValueError("this batch carries no pictures or texts, but the encoder is being trained")
+        if not self.encodes:
+            return self.content_table[items.row], self.has_content[items.row]
+        vectors, has = self.encoder.embed(items)  # type: ignore[union-attr, operator]
+        if items.encode is None:
+            return vectors, has
+        return (
+            self.content_table[items.row].index_copy(0, items.encode, vectors.to(self.content_table.dtype)),
+            self.has_content[items.row].index_copy(0, items.encode, has),
+        )
+
+    def refresh(self, vectors: Tensor, has_content: Tensor) -> None:
+        """Replace the kept vectors of the whole catalog, (N, content dim) and (N,)."""
+        self.content_table = vectors.to(self.content_table.device)
+        self.has_content = has_content.to(self.has_content.device)

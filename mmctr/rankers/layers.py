@@ -1,0 +1,178 @@
+"""Layers shared by rankers: gathers and sums over jagged histories, Dice, MLP."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Activation = Literal["relu", "prelu", "dice", "sigmoid"]
+
+
+@dataclass(frozen=True)
+class RankerInput:
+    """What a ranker sees of B impressions: vectors, never ids or pixels."""
+
+    target: Tensor
+    """(B, D)"""
+    history: Tensor
+    """(H, D), jagged, newest last"""
+    history_offsets: Tensor
+    """(B + 1,)"""
+    context: Tensor
+    """(B, C): user vector, user and context features"""
+    negatives: Tensor | None = None
+    """(H, D)"""
+
+
+@dataclass(frozen=True)
+class RankerOutput:
+    logits: Tensor
+    """(B,)"""
+    losses: dict[str, Tensor]
+    """auxiliary losses by name, already weighted"""
+
+
+class _TakeRows(torch.autograd.Function):
+    """`x[index]` whose gradient is a gather-and-sum over the sorted order instead of a scatter.
+
+    On a CPU `embedding_bag` sums runs of rows in parallel; the backward of indexing adds them one by one.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, index: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(index)
+        ctx.num_rows = len(x)
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (index,) = ctx.saved_tensors
+        ordered, order = torch.sort(index, stable=True)
+        begins = torch.searchsorted(ordered, torch.arange(ctx.num_rows, device=index.device))
+        return F.embedding_bag(order, grad.contiguous(), begins, mode="sum"), None
+
+
+def take_rows(x: Tensor, index: Tensor) -> Tensor:
+    """`x[index]`: (n, D) from (U, D) and (n,)."""
+    if x.device.type == "cpu" and x.dtype == torch.float32 and len(index):
+        return _TakeRows.apply(x, index)  # type: ignore[return-value]
+    return x.index_select(0, index)
+
+
+def segment_ids(offsets: Tensor, total: int) -> Tensor:
+    """(H,) the impression each history value belongs to, from (B + 1,) offsets."""
+    return torch.repeat_interleave(
+        torch.arange(len(offsets) - 1, device=offsets.device), offsets.diff(), output_size=total
+    )
+
+
+def segment_sum(values: Tensor, weights: Tensor, segments: Tensor, num_segments: int) -> Tensor:
+    """Weighted sums of rows by segment: (B, D) from values (H, D), weights (H,), segments (H,) ascending."""
+    pooled = values.new_zeros((num_segments, values.shape[1]), dtype=torch.float32)
+    return pooled.index_add(0, segments, (weights[:, None] * values).float())
+
+
+def segment_softmax(scores: Tensor, segments: Tensor, num_segments: int) -> Tensor:
+    """Softmax within each segment, fp32: (H,) from (H,)."""
+    scores = scores.float()
+    low = torch.full((num_segments,), -torch.inf, device=scores.device)
+    top = low.scatter_reduce(0, segments, scores.detach(), "amax")
+    powers = torch.exp(scores - top[segments])
+    total = torch.zeros(num_segments, device=scores.device).index_add(0, segments, powers)
+    return powers / total[segments]
+
+
+def _sum_over_processes(x: Tensor) -> Tensor:
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+class _DiceFunction(torch.autograd.Function):
+    """Dice on batch statistics, by hand: a third of the memory passes of the same formula left to autograd.
+
+    With u = (s - mean) * r, r = 1 / sqrt(var + eps), p = sigmoid(u): f = s (alpha + (1 - alpha) p). Mean and variance
+    are over the rows of all processes, so their gradients are summed over processes too.
+    """
+
+    @staticmethod
+    def forward(ctx, s: Tensor, alpha: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+        count = _sum_over_processes(s.new_tensor([float(len(s))])).clamp(min=1)
+        mean = _sum_over_processes(s.sum(0)) / count
+        var = _sum_over_processes((s - mean).square_().sum(0)) / count
+        r = torch.rsqrt(var + eps)
+        p = torch.addcmul(-mean * r, s, r).sigmoid_()
+        out = torch.addcmul(alpha, p, 1 - alpha).mul_(s)
+        ctx.save_for_backward(s, alpha, p, mean, r, count)
+        ctx.mark_non_differentiable(mean, var)
+        return out, mean, var
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        s, alpha, p, mean, r, count = ctx.saved_tensors
+        grad_s = grad * s
+        du = grad_s * p
+        grad_alpha = grad_s.sum(0) - du.sum(0)
+        du = torch.addcmul(du, du, p, value=-1).mul_(1 - alpha)  # dL/du
+        u = torch.addcmul(-mean * r, s, r)
+        sums = _sum_over_processes(torch.stack([du.sum(0), (du * u).sum(0)])) / count
+        # through the direct factor s, then through the normalisation as in batch norm
+        out = torch.addcmul(alpha, p, 1 - alpha).mul_(grad)
+        out.addcmul_(du.sub_(sums[0]).addcmul_(u, sums[1], value=-1), r)
+        return out, grad_alpha, None
+
+
+class Dice(nn.Module):
+    """Data-adaptive activation of DIN (Zhou et al. 2018, section 5.3): f(s) = p(s) s + (1 - p(s)) alpha s,
+    p(s) = sigmoid((s - E[s]) / sqrt(Var[s] + eps)), alpha learned per channel.
+
+    Training uses the statistics of the mini-batch over all processes and keeps their moving average; evaluation uses
+    the moving average alone. Histories are jagged, so no padding can reach the statistics.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, num_channels: int, eps: float = 1e-8, momentum: float = 0.1):
+        super().__init__()
+        self.eps, self.momentum = eps, momentum
+        self.alpha = nn.Parameter(torch.zeros(num_channels))
+        self.register_buffer("running_mean", torch.zeros(num_channels))
+        self.register_buffer("running_var", torch.ones(num_channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, channels) -> (n, channels)."""
+        s = x.float()
+        if self.training:
+            out, mean, var = _DiceFunction.apply(s, self.alpha, self.eps)  # type: ignore[misc]
+            with torch.no_grad():
+                self.running_mean.lerp_(mean, self.momentum)
+                self.running_var.lerp_(var, self.momentum)
+            return out.to(x.dtype)
+        p = torch.sigmoid((s - self.running_mean) * torch.rsqrt(self.running_var + self.eps))
+        return (s * (p + self.alpha * (1 - p))).to(x.dtype)
+
+
+def activation(name: Activation, num_channels: int) -> nn.Module:
+    if name == "dice":
+        return Dice(num_channels)
+    return {"relu": nn.ReLU, "prelu": nn.PReLU, "sigmoid": nn.Sigmoid}[name]()
+
+
+class MLP(nn.Sequential):
+    """Linear, activation, dropout for each hidden size, then a linear layer to `out_dim`."""
+
+    def __init__(self, in_dim: int, hidden: Sequence[int], out_dim: int, act: Activation, dropout: float = 0.0):
+        layers: list[nn.Module] = []
+        for width in hidden:
+            layers += [nn.Linear(in_dim, width), activation(act, width)]
+            if dropout:
+                layers.append(nn.Dropout(dropout))
+            in_dim = width
+        super().__init__(*layers, nn.Linear(in_dim, out_dim))

@@ -1,0 +1,270 @@
+"""PretrainTask and RankingTask: `batch -> named, weighted loss terms`; saved folders describe themselves."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from mmctr.config import Config
+from mmctr.data.batches import BehaviorBatch, ItemBatch
+from mmctr.data.ranking import FeatureConfigs, RankingVocabulary
+from mmctr.data.tables import as_ids, read_table, rows_of
+from mmctr.encoders import EncoderConfig
+from mmctr.files import read_json, replace_file, write_json
+from mmctr.fusion import ContentEncoder, FeatureEmbedder, ItemEmbedder, ItemEmbedderConfig, embedding_table
+from mmctr.losses import clip_loss, siglip_loss
+from mmctr.rankers import RankerConfig
+from mmctr.rankers.din import DINConfig
+from mmctr.rankers.layers import RankerInput, take_rows
+
+
+class ClipLossConfig(Config):
+    name: Literal["clip"] = "clip"
+    weight: float = Field(1.0, gt=0)
+
+
+class SigLipLossConfig(Config):
+    name: Literal["siglip"] = "siglip"
+    weight: float = Field(1.0, gt=0)
+
+
+class PretrainTaskConfig(Config):
+    encoder: EncoderConfig
+    loss: Annotated[ClipLossConfig | SigLipLossConfig, Field(discriminator="name")] = ClipLossConfig()
+    item_vector: Literal["mean", "concat"] = "mean"
+    """the embedding of an item: the mean of its unit-norm picture and text features, or both side by side; a missing
+    one is stood in for by the other, and the result has unit norm"""
+
+
+class PretrainTask(nn.Module):
+    """Image-text contrastive pretraining, and the item embeddings that come of it."""
+
+    def __init__(self, config: PretrainTaskConfig, folder: Path | None = None):
+        super().__init__()
+        self.config = config
+        self.encoder = config.encoder.build(folder)
+        sigmoid = config.loss.name == "siglip"
+        scale, bias = self.encoder.logit_scale, self.encoder.logit_bias
+        if scale is None:
+            scale = math.log(10) if sigmoid else math.log(1 / 0.07)
+        self.logit_scale = nn.Parameter(torch.tensor(float(scale)))
+        self.logit_bias = nn.Parameter(torch.tensor(-10.0 if bias is None else bias)) if sigmoid else None
+
+    @property
+    def embedding_dim(self) -> int:
+        return self.encoder.dim * (2 if self.config.item_vector == "concat" else 1)
+
+    def image_features(self, items: ItemBatch) -> Tensor:
+        """(E, dim) unit norm; rows without a picture mean nothing."""
+        return F.normalize(self.encoder.encode_image(items.image).float(), dim=-1)  # type: ignore[arg-type]
+
+    def text_features(self, items: ItemBatch) -> Tensor:
+        """(E, dim) unit norm; rows without text mean nothing."""
+        return F.normalize(self.encoder.encode_text(items.input_ids).float(), dim=-1)  # type: ignore[arg-type]
+
+    def forward(self, batch: ItemBatch) -> dict[str, Tensor]:
+        """Every item of the batch has both picture and text; `row` says which rows are the same item."""
+        image, text = self.image_features(batch), self.text_features(batch)
+        scale, weight = self.logit_scale.exp(), self.config.loss.weight
+        if self.logit_bias is None:
+            return {"clip": weight * clip_loss(image, text, scale, batch.row)}
+        return {"siglip": weight * siglip_loss(image, text, scale, self.logit_bias, batch.row)}
+
+    def embed(self, items: ItemBatch) -> tuple[Tensor, Tensor]:
+        """Item embeddings: (E, embedding_dim) unit norm, and the (E,) mask of items with a picture or a text."""
+        some = items.has_image if items.has_image is not None else items.has_text
+        assert some is not None, "embed needs pictures or texts"
+        none = torch.zeros_like(some)
+        has_image = none if items.has_image is None else items.has_image
+        has_text = none if items.has_text is None else items.has_text
+        image = text = some.new_zeros((len(some), self.encoder.dim), dtype=torch.float32)
+        if items.image is not None:
+            image = torch.where(has_image[:, None], self.image_features(items), 0.0)
+        if items.input_ids is not None:
+            text = torch.where(has_text[:, None], self.text_features(items), 0.0)
+        if self.config.item_vector == "mean":
+            vectors = image + text
+        else:
+            vectors = torch.cat(
+                [torch.where(has_image[:, None], image, text), torch.where(has_text[:, None], text, image)], 1
+            )
+        return F.normalize(vectors, dim=-1), has_image | has_text
+
+    def parameter_parts(self) -> dict[str, list[nn.Parameter]]:
+        heads = [self.logit_scale] if self.logit_bias is None else [self.logit_scale, self.logit_bias]
+        return {"encoder": list(self.encoder.parameters()), "heads": heads}
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Keep the temperature within [1/100, 1], as CLIP did."""
+        self.logit_scale.clamp_(0, math.log(100))
+
+    def save(self, folder: Path) -> None:
+        """`task.json`, `encoder/` (architecture, tokenizer) and `model.safetensors`."""
+        self.encoder.save(folder / "encoder")
+        _save_task(self, folder)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> PretrainTask:
+        """From a run folder. Raises ValueError when it is not one of a pretraining run."""
+        folder = Path(folder)
+        config = PretrainTaskConfig.parse(_task_config(folder, "pretrain"), source=str(folder / "task.json"))
+        task = cls(config, folder / "encoder")
+        task.load_state_dict(_weights(folder))
+        return task.eval()
+
+
+class RankingTaskConfig(Config):
+    embedder: ItemEmbedderConfig = ItemEmbedderConfig()
+    features: FeatureConfigs = FeatureConfigs()
+    ranker: RankerConfig = DINConfig()
+    user_dim: int = Field(16, ge=0)
+    """size of the user ID vector; 0: none"""
+    user_dropout: float = Field(0.05, ge=0, lt=1)
+    """chance that a training impression shows an unknown user"""
+    max_history: int = Field(50, ge=1)
+    """latest behaviours read"""
+
+
+class RankingTask(nn.Module):
+    """ItemEmbedder, user and context features, and a ranker; `forward` gives loss terms, `logits` scores."""
+
+    def __init__(
+        self,
+        config: RankingTaskConfig,
+        vocabulary: RankingVocabulary,
+        table: tuple[Tensor, Tensor] | None = None,
+        encoder: PretrainTask | None = None,
+        catalog_ids: pa.Array | None = None,
+    ):
+        super().__init__()
+        self.config = config
+        self.vocabulary = vocabulary
+        self.catalog_ids = catalog_ids
+        """raw ids of the rows of `table`; None when there is no content"""
+        self.embedder = ItemEmbedder(
+            config.embedder, len(vocabulary.item_ids) + 1, config.features.item, vocabulary.item, table, encoder
+        )
+        std = config.embedder.init_std
+        self.users = embedding_table(len(vocabulary.user_ids) + 1, config.user_dim, std) if config.user_dim else None
+        self.context = FeatureEmbedder(
+            config.features.user | config.features.context, vocabulary.user | vocabulary.context, std
+        )
+        self.ranker = config.ranker.build(self.embedder.dim, config.user_dim + self.context.dim)
+
+    def logits(self, batch: BehaviorBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """(B,) logits and the ranker's auxiliary losses."""
+        vectors = self.embedder(batch.items)  # (U, D)
+        context = self.context(batch.context, batch.user)
+        if self.users is not None:
+            context = torch.cat([self.users(batch.user), context], dim=1)
+        output = self.ranker(
+            RankerInput(
+                target=take_rows(vectors, batch.target),
+                history=take_rows(vectors, batch.history),
+                history_offsets=batch.history_offsets,
+                context=context,
+                negatives=None if batch.negatives is None else take_rows(vectors, batch.negatives),
+            )
+        )
+        return output.logits, output.losses
+
+    def forward(self, batch: BehaviorBatch) -> dict[str, Tensor]:
+        logits, losses = self.logits(batch)
+        return {"log_loss": F.binary_cross_entropy_with_logits(logits.float(), batch.label), **losses}
+
+    def parameter_parts(self) -> dict[str, list[nn.Parameter]]:
+        """`id`: ID tables of items and users; `encoder`: the content encoder; `content`: its adapter; `ranker`: the rest."""
+        parts: dict[str, list[nn.Parameter]] = {"id": [], "encoder": [], "content": [], "ranker": []}
+        for name, parameter in self.named_parameters():
+            if name.startswith(("embedder.ids.", "users.")):
+                parts["id"].append(parameter)
+            elif name.startswith("embedder.encoder."):
+                # the temperature takes part in no ranking loss
+                if not name.startswith(("embedder.encoder.logit_",)):
+                    parts["encoder"].append(parameter)
+            else:
+                parts["content" if name.startswith("embedder.adapter.") else "ranker"].append(parameter)
+        return parts
+
+    def after_step(self) -> None:
+        """Nothing is constrained."""
+
+    def save(self, folder: Path) -> None:
+        """`task.json`, `vocabulary/`, `model.safetensors`, and the content: its frozen table or its encoder."""
+        self.vocabulary.save(folder / "vocabulary")
+        if self.embedder.encoder is not None:
+            self.embedder.encoder.encoder.save(folder / "encoder")  # type: ignore[union-attr, operator]
+            write_json(folder / "encoder" / "pretrain.json", self.embedder.encoder.config.model_dump(mode="json"))  # type: ignore[union-attr, operator]
+        elif self.embedder.adapter is not None:
+            table = {"content_table": self.embedder.content_table, "has_content": self.embedder.has_content}
+            replace_file(folder / "content.safetensors", lambda path: save_file(table, path))
+        if self.catalog_ids is not None:
+            ids = pa.table({"item_id": self.catalog_ids})
+            replace_file(folder / "catalog.parquet", lambda path: pyarrow.parquet.write_table(ids, path))
+        _save_task(self, folder)
+
+    def bind(self, item_ids: pa.Array) -> None:
+        """Put the kept content vectors in the order of another catalog; items they lack count as without content."""
+        if self.embedder.adapter is None or self.catalog_ids is None:
+            return
+        rows = torch.from_numpy(rows_of(item_ids, self.catalog_ids, "the run's catalog and this dataset's"))
+        has = (rows >= 0) & self.embedder.has_content.cpu()[rows.clamp(min=0)]
+        self.embedder.refresh(self.embedder.content_table.cpu()[rows.clamp(min=0)], has)
+        self.catalog_ids = item_ids
+
+    @classmethod
+    def load(cls, folder: str | Path) -> RankingTask:
+        """From a run folder; content vectors are in the order of the catalog it was trained with (see `bind`)."""
+        folder = Path(folder)
+        config = RankingTaskConfig.parse(_task_config(folder, "ranking"), source=str(folder / "task.json"))
+        vocabulary = RankingVocabulary.load(folder / "vocabulary")
+        weights = _weights(folder)
+        table = encoder = None
+        if isinstance(config.embedder.content, ContentEncoder):
+            pretrain = PretrainTaskConfig.parse(read_json(folder / "encoder" / "pretrain.json"))
+            encoder = PretrainTask(pretrain, folder / "encoder")
+            table = (weights["embedder.content_table"], weights["embedder.has_content"])
+        elif (folder / "content.safetensors").is_file():
+            content = load_file(folder / "content.safetensors")
+            table = (content["content_table"], content["has_content"])
+        ids = None
+        if (folder / "catalog.parquet").is_file():
+            ids = as_ids(read_table(folder / "catalog.parquet").column("item_id"), "item_id", folder)
+        task = cls(config, vocabulary, table, encoder, ids)
+        task.load_state_dict(weights)
+        return task.eval()
+
+
+def _save_task(task: nn.Module, folder: Path) -> None:
+    kind = "pretrain" if isinstance(task, PretrainTask) else "ranking"
+    config: Config = task.config  # type: ignore[assignment]
+    weights = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in task.state_dict().items()}
+    replace_file(folder / "model.safetensors", lambda path: save_file(weights, path))
+    write_json(folder / "task.json", {"kind": kind, "config": config.model_dump(mode="json")})
+
+
+def _task_config(folder: Path, kind: str) -> dict[str, Any]:
+    if not (folder / "task.json").is_file():
+        raise ValueError(f"{folder}: not the folder of a finished run (no task.json)")
+    saved = read_json(folder / "task.json")
+    if saved["kind"] != kind:
+        recipe = {"pretrain": "pretrain.train", "ranking": "finetune.train"}
+        raise ValueError(f"{folder}: a {saved['kind']} run; this needs a run of {recipe[kind]}")
+    return saved["config"]
+
+
+def _weights(folder: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(folder / "model.safetensors")
+    except Exception as error:
+        raise ValueError(f"{folder / 'model.safetensors'}: cannot be read ({error}); train the run again") from None

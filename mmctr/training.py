@@ -1,0 +1,301 @@
+"""fit(): the one training loop; optimiser groups; the learning rate of a step; checkpoints that resume exactly."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from pydantic import Field
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from mmctr.config import Config
+from mmctr.data.loaders import TrainBatches
+from mmctr.files import fingerprint, read_json, replace_file, replace_folder, write_json
+
+
+class GroupConfig(Config):
+    """Optimiser settings of one part of a task; None takes the common one."""
+
+    lr: float | None = Field(None, ge=0)
+    weight_decay: float | None = Field(None, ge=0)
+
+
+class OptimizerConfig(Config):
+    """AdamW, one setting for all parameters and exceptions by part."""
+
+    lr: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    """not applied to biases, norms and other vectors"""
+    betas: tuple[float, float] = (0.9, 0.999)
+    groups: dict[str, GroupConfig] = {}
+    """by the names of the task's `parameter_parts()`: `encoder`, `heads` in pretraining; `id`, `content`, `encoder`,
+    `ranker` in ranking"""
+
+
+class FitConfig(Config):
+    epochs: float = Field(1.0, gt=0)
+    batch_size: int = Field(1024, ge=1)
+    """rows of a step over all processes together"""
+    warmup: float = Field(0.05, ge=0, le=1)
+    """fraction of the run in which the learning rate rises from 0"""
+    decay: Literal["constant", "cosine", "linear"] = "cosine"
+    """what the learning rate does after that"""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    max_grad_norm: float | None = Field(5.0, gt=0)
+    evaluations: float = Field(1.0, gt=0)
+    """evaluations on the validation rows an epoch"""
+    patience: int | None = Field(None, ge=1)
+    """stop after this many evaluations without a better one; None: run to the end"""
+    log_every: int = Field(20, ge=1)
+    checkpoint_every: int = Field(500, ge=1)
+    """steps; every evaluation is followed by a checkpoint as well"""
+    num_workers: int = Field(0, ge=0)
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    tracker: str | None = None
+    """an Accelerate tracker: tensorboard, wandb, trackio, mlflow, ..."""
+
+
+def lr_at(step: int, total: int, config: FitConfig) -> float:
+    """The factor on every learning rate at a step: a pure function, so a resumed run goes on exactly."""
+    warmup = max(1, round(total * config.warmup)) if config.warmup else 0
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, total - warmup)
+    if config.decay == "cosine":
+        return 0.5 * (1 + float(torch.cos(torch.tensor(progress * torch.pi, dtype=torch.float64))))
+    return 1.0 - progress if config.decay == "linear" else 1.0
+
+
+def make_optimizer(task: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW over the parts of a task. Raises ValueError for a group name that is no part of it."""
+    parts: dict[str, list[nn.Parameter]] = task.parameter_parts()  # type: ignore[operator]
+    unknown = set(config.groups) - set(parts)
+    if unknown:
+        raise ValueError(f"optimizer.groups: no part {sorted(unknown)[0]!r}; this task has {', '.join(parts)}")
+    groups = []
+    for name, parameters in parts.items():
+        own = config.groups.get(name, GroupConfig())
+        lr = config.lr if own.lr is None else own.lr
+        decay = config.weight_decay if own.weight_decay is None else own.weight_decay
+        trained = [p for p in parameters if p.requires_grad]
+        matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
+        groups += [
+            {"params": matrices, "lr": lr, "weight_decay": decay},
+            {"params": vectors, "lr": lr, "weight_decay": 0.0},
+        ]
+    groups = [group | {"base_lr": group["lr"]} for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, betas=config.betas, fused=True)
+
+
+def fit(
+    task: nn.Module,
+    train: TrainBatches[Any],
+    config: FitConfig,
+    *,
+    run_dir: Path,
+    accelerator: Accelerator,
+    evaluate: Callable[[], dict[str, float]],
+    primary: str,
+    seed: int,
+    identity: str,
+) -> dict[str, Any]:
+    """Train `task`, keep the weights of the best evaluation, and put them back at the end.
+
+    Args:
+        task: called on a batch it returns named, weighted loss terms; `parameter_parts()` groups its parameters,
+            `after_step()` restores constraints on them.
+        evaluate: gives numbers on the validation rows, the higher the better for `primary`.
+        identity: what the run is (its config); a checkpoint of another one is refused with a ValueError.
+
+    Started again with the same arguments after a crash, it goes on from the newest checkpoint and ends bit for bit
+    where it would have ended (CPU, fp32): batches, dropout and learning rate are functions of the step.
+
+    Returns `{"best_step", "best", "steps"}`.
+    """
+    total = max(1, round(config.epochs * train.steps_per_epoch))
+    eval_every = max(1, round(train.steps_per_epoch / config.evaluations))
+    optimizer = make_optimizer(task, config.optimizer)
+    model, optimizer = accelerator.prepare(task, optimizer)
+    checkpoints = Checkpoints(run_dir / "checkpoints", identity)
+    state = checkpoints.load(task, optimizer) or {
+        "step": 0,
+        "best": None,
+        "best_step": 0,
+        "waited": 0,
+        "stopped": False,
+    }
+    log = Log(run_dir / "log.jsonl", state["step"], accelerator)
+    bar = tqdm(total=total, initial=state["step"], disable=not accelerator.is_main_process or None, unit="step")
+    sums: dict[str, Tensor] = {}
+    num_logged, started = 0, time.perf_counter()
+
+    task.train()
+    for step, batch in train.iterate(state["step"], 0 if state["stopped"] else total):
+        # single training step
+        torch.manual_seed(step_seed(seed, step, accelerator.process_index))
+        for group in optimizer.param_groups:
+            group["lr"] = group["base_lr"] * lr_at(step, total, config)
+        with accelerator.autocast():
+            terms: dict[str, Tensor] = model(batch.to(accelerator.device, non_blocking=True))
+        loss = torch.stack(list(terms.values())).sum()
+        accelerator.backward(loss)
+        if config.max_grad_norm is not None:
+            accelerator.clip_grad_norm_(task.parameters(), config.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        task.after_step()  # type: ignore[operator]
+        done = state["step"] = step + 1
+        bar.update()
+
+        # once in a while: log (the only place where the loop waits for the device)
+        for name, term in ({"loss": loss} | terms).items():
+            sums[name] = sums.get(name, torch.zeros((), device=loss.device)) + term.detach().float()
+        num_logged += 1
+        if done % config.log_every == 0 or done == total:
+            means = accelerator.reduce(torch.stack(list(sums.values())) / num_logged, "mean").tolist()  # type: ignore[union-attr]
+            values = dict(zip(sums, means, strict=True))
+            if values["loss"] != values["loss"]:
+                raise ValueError(f"step {done}: the loss is NaN; lower fit.optimizer.lr or raise fit.warmup")
+            rate = num_logged * config.batch_size / (time.perf_counter() - started)
+            epoch = done / train.steps_per_epoch
+            lr = optimizer.param_groups[0]["lr"]
+            log.write({"step": done, "epoch": round(epoch, 4), "lr": lr, **values, "rows_per_second": round(rate)})
+            bar.set_postfix(loss=f"{values['loss']:.4f}", rows_per_s=round(rate))
+            sums, num_logged, started = {}, 0, time.perf_counter()
+
+        # once in a while: evaluate on the validation rows (all processes take part)
+        if done % eval_every == 0 or done == total:
+            task.eval()
+            numbers = evaluate()
+            task.train()
+            log.write({"step": done, "epoch": round(done / train.steps_per_epoch, 4), "validation": numbers})
+            bar.write(f"step {done}: " + "  ".join(f"{name} {value:.4f}" for name, value in numbers.items()))
+            if state["best"] is None or numbers[primary] > state["best"]:
+                state |= {"best": numbers[primary], "best_step": done, "waited": 0}
+                if accelerator.is_main_process:
+                    checkpoints.save_best(task)
+            else:
+                state["waited"] += 1
+            state["stopped"] = config.patience is not None and state["waited"] >= config.patience
+            started = time.perf_counter()
+        if accelerator.is_main_process and (
+            done % config.checkpoint_every == 0 or done % eval_every == 0 or done == total
+        ):
+            checkpoints.save(task, optimizer, state)
+        if state["stopped"]:
+            break
+    bar.close()
+    accelerator.wait_for_everyone()
+    checkpoints.load_best(task)
+    task.eval()
+    return {"best_step": state["best_step"], "best": state["best"], "steps": state["step"]}
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """The seed of everything random inside a step."""
+    return int(fingerprint(seed, step, rank)[:15], 16)
+
+
+class Log:
+    """`log.jsonl`: one JSON object a line, on the main process; lines after a resumed step are taken back."""
+
+    def __init__(self, path: Path, step: int, accelerator: Accelerator):
+        self.path, self.accelerator = path, accelerator
+        if accelerator.is_main_process:
+            kept = [line for line in _json_lines(path) if line["step"] <= step]
+            replace_file(
+                path, lambda temporary: temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            )
+
+    def write(self, values: dict[str, Any]) -> None:
+        numbers = {f"validation/{k}": v for k, v in values["validation"].items()} if "validation" in values else values
+        self.accelerator.log({k: v for k, v in numbers.items() if k != "step"}, step=values["step"])
+        if self.accelerator.is_main_process:
+            with open(self.path, "a", encoding="utf-8") as handle:
+                handle.write(json.dumps(values) + "\n")
+
+
+def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The whole lines of a JSON lines file; a last line cut off by a crash is left out."""
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:
+                return
+
+
+class Checkpoints:
+    """`checkpoints/step-N/` (weights, optimiser, state) and `checkpoints/best.safetensors`. No pickle."""
+
+    def __init__(self, folder: Path, identity: str):
+        self.folder, self.identity = folder, identity
+
+    def save(self, task: nn.Module, optimizer: Any, state: dict[str, Any]) -> None:
+        def write(folder: Path) -> None:
+            save_file(_contiguous(task.state_dict()), folder / "task.safetensors")
+            save_file(optimizer_tensors(optimizer), folder / "optimizer.safetensors")
+            write_json(folder / "state.json", state | {"identity": self.identity})
+
+        path = self.folder / f"step-{state['step']:09d}"
+        try:
+            replace_folder(path, write)
+        except Exception as error:
+            raise OSError(
+                f"cannot save the checkpoint {path}: {error}. Free some space, then start the same command again: "
+                f"it goes on from the checkpoint before"
+            ) from error
+        for old in self._finished()[:-1]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def load(self, task: nn.Module, optimizer: Any) -> dict[str, Any] | None:
+        """Put the newest checkpoint into task and optimiser; returns its state, None when there is none."""
+        finished = self._finished()
+        if not finished:
+            return None
+        state = read_json(finished[-1] / "state.json")
+        if state.pop("identity") != self.identity:
+            raise ValueError(
+                f"{finished[-1]}: this checkpoint belongs to another config or dataset; choose another run_dir, or delete "
+                f"{self.folder.parent} to start anew"
+            )
+        task.load_state_dict(load_file(finished[-1] / "task.safetensors"))
+        load_optimizer_tensors(optimizer, load_file(finished[-1] / "optimizer.safetensors"))
+        return state
+
+    def save_best(self, task: nn.Module) -> None:
+        replace_file(self.folder / "best.safetensors", lambda path: save_file(_contiguous(task.state_dict()), path))
+
+    def load_best(self, task: nn.Module) -> None:
+        task.load_state_dict(load_file(self.folder / "best.safetensors"))
+
+    def _finished(self) -> list[Path]:
+        return sorted(path for path in self.folder.glob("step-*") if (path / "state.json").is_file())
+
+
+def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """safetensors refuses views and tensors that share memory."""
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The state of an optimiser as named tensors: `<parameter number>.<state name>`."""
+    state = optimizer.state_dict()["state"]
+    return {f"{i}.{name}": value.detach().cpu().clone() for i, entry in state.items() for name, value in entry.items()}
+
+
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    whole = optimizer.state_dict()
+    whole["state"] = {}
+    for key, tensor in tensors.items():
+        number, _, name = key.partition(".")
+        whole["state"].setdefault(int(number), {})[name] = tensor
+    optimizer.load_state_dict(whole)
