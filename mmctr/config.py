@@ -10,7 +10,6 @@ A config is a frozen pydantic model that stands above the class it describes. Ch
 from __future__ import annotations
 
 import difflib
-import types
 import typing
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -35,8 +34,7 @@ class Config(BaseModel):
         Raises ValueError naming the file, the key, the value and, for an unknown key, the nearest known one.
         """
         values = _merged(Path(path), seen=())
-        for override in overrides:
-            _apply_override(values, override)
+        _apply_overrides(values, overrides)
         return cls.parse(values, source=str(path))
 
     @classmethod
@@ -51,14 +49,28 @@ class Config(BaseModel):
         write_text(Path(path), yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key that stands twice is an error; plain YAML lets the last one win in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if str(key.value) in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} stands twice; keep one", key.start_mark
+                )
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
 def _merged(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in seen:
         raise ValueError(f"{path}: `base:` goes round in a circle")
     if not path.is_file():
         raise ValueError(f"{path}: no such config file")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
+        values: Any = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: a config is a mapping of keys to values, found {type(values).__name__}")
@@ -73,29 +85,33 @@ def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     result = dict(under)
     for key, value in over.items():
         old = result.get(key)
-        both = isinstance(old, dict) and isinstance(value, dict)
-        if both and value.get("name", old.get("name")) == old.get("name"):
+        if isinstance(old, dict) and isinstance(value, dict) and value.get("name", old.get("name")) == old.get("name"):
             result[key] = _merge(old, value)
         else:
             result[key] = value
     return result
 
 
-def _apply_override(values: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ValueError(f"override {override!r}: write it as key=value, for example fit.batch_size=512")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ValueError(f"override {override!r}: the value is not valid YAML; quote it") from None
-    *parents, last = key.split(".")
-    node = values
-    for parent in parents:
-        if not isinstance(node.get(parent), dict):
-            node[parent] = {}
-        node = node[parent]
-    node[last] = value
+def _apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> None:
+    parsed: list[tuple[list[str], Any]] = []
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise ValueError(f"override {override!r}: write it as key=value, for example fit.batch_size=512")
+        try:
+            parsed.append((key.split("."), yaml.load(text, _Loader)))
+        except yaml.YAMLError:
+            raise ValueError(f"override {override!r}: the value is not valid YAML; quote it") from None
+    # names first: another name is another member of a union, which the keys of the old one do not fit
+    for (*parents, last), value in sorted(parsed, key=lambda pair: pair[0][-1] != "name"):
+        node = values
+        for parent in parents:
+            if not isinstance(node.get(parent), dict):
+                node[parent] = {}
+            node = node[parent]
+        if last == "name" and node.get("name", value) != value:
+            node.clear()
+        node[last] = value
 
 
 def _explain(cls: type[BaseModel], error: ValidationError, source: str) -> str:
@@ -107,6 +123,13 @@ def _explain(cls: type[BaseModel], error: ValidationError, source: str) -> str:
             near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(known))}"
             lines.append(f"{source}: unknown key {where!r}; {hint}")
+        elif problem["type"] in ("union_tag_invalid", "union_tag_not_found"):
+            known = [str(model.model_fields["name"].default) for model in _walk(cls, problem["loc"])[0]]
+            tag = problem.get("ctx", {}).get("tag")
+            near = difflib.get_close_matches(str(tag), known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"it is one of {', '.join(known)}"
+            what = f"{where}.name: unknown name {tag!r}" if tag is not None else f"{where}.name is missing"
+            lines.append(f"{source}: {what}; {hint}")
         else:
             message = problem["msg"].removeprefix("Value error, ")
             value = repr(problem.get("input"))
@@ -119,20 +142,24 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
     """The config classes named anywhere in a type annotation."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    if typing.get_origin(annotation) is typing.Annotated or isinstance(annotation, types.GenericAlias):
-        return [model for part in typing.get_args(annotation) for model in _models_in(part)]
     return [model for part in typing.get_args(annotation) for model in _models_in(part)]
 
 
 def _walk(cls: type[BaseModel], loc: Iterable[Any]) -> tuple[list[type[BaseModel]], list[Any]]:
     """Follow a pydantic error location; returns the models it ends in and the location without union tags."""
-    models, path = [cls], []
+    models, path, is_key = [cls], [], False
     for part in loc:
+        if is_key:  # of a mapping or a list: the user's own word, even where it reads like a field
+            path.append(part)
+            is_key = False
+            continue
         tagged = [m for m in models if "name" in m.model_fields and m.model_fields["name"].default == part]
         field = next((m.model_fields[part] for m in models if part in m.model_fields), None)
         if field is not None:
             models = _models_in(field.annotation)
             path.append(part)
+            parts = (field.annotation, *typing.get_args(field.annotation))
+            is_key = bool(models) and any(typing.get_origin(kind) in (dict, list, tuple) for kind in parts)
         elif tagged:
             models = tagged
         else:

@@ -65,26 +65,56 @@ def embed_batch(task: PretrainTask, items: ItemBatch, modality: Modality) -> tup
     return (task.image_features(items) if modality == "image" else task.text_features(items)), mask
 
 
+def embed_rows(
+    task: PretrainTask, content: ItemContent, rows: np.ndarray, accelerator: Accelerator, modality: Modality = "both"
+) -> tuple[np.ndarray, np.ndarray]:
+    """As `embed_items`, each process encoding a part of the rows and all getting the whole."""
+    number = accelerator.process_index
+    own = (
+        number,
+        *embed_items(
+            task, content, np.array_split(rows, accelerator.num_processes)[number], accelerator.device, modality
+        ),
+    )
+    parts = sorted(gather_object([own]) if accelerator.num_processes > 1 else [own], key=lambda part: part[0])
+    return np.concatenate([part[1] for part in parts]), np.concatenate([part[2] for part in parts])
+
+
 def embed_catalog(
     task: PretrainTask, content: ItemContent, num_items: int, accelerator: Accelerator
 ) -> tuple[Tensor, Tensor]:
-    """Vectors of a whole catalog, (N, D) and (N,), each process encoding a part and all getting the whole."""
-    parts = np.array_split(np.arange(num_items), accelerator.num_processes)
-    own = (accelerator.process_index, *embed_items(task, content, parts[accelerator.process_index], accelerator.device))
-    gathered = gather_object([own]) if accelerator.num_processes > 1 else [own]
-    ordered = sorted(gathered, key=lambda part: part[0])
-    vectors, has = np.concatenate([part[1] for part in ordered]), np.concatenate([part[2] for part in ordered])
+    """Vectors of a whole catalog as tensors: (N, D) and the (N,) mask."""
+    vectors, has = embed_rows(task, content, np.arange(num_items), accelerator)
     return torch.from_numpy(vectors), torch.from_numpy(has)
 
 
-@torch.inference_mode()
 def retrieval(task: PretrainTask, content: ItemContent, rows: np.ndarray, accelerator: Accelerator) -> dict[str, float]:
     """R@1, 5, 10 both ways among the given items, each of which has a picture and a text."""
-    image, _ = embed_items(task, content, rows, accelerator.device, "image")
-    text, _ = embed_items(task, content, rows, accelerator.device, "text")
+    image, _ = embed_rows(task, content, rows, accelerator, "image")
+    text, _ = embed_rows(task, content, rows, accelerator, "text")
     numbers = {f"text_to_image_{name}": value for name, value in recall_at_k(text, image).items()}
     numbers |= {f"image_to_text_{name}": value for name, value in recall_at_k(image, text).items()}
     return numbers | {"mean_recall": float(np.mean(list(numbers.values())))}
+
+
+def neighbour_agreement(vectors: np.ndarray, values: list[str | None], k: int = 10, chunk: int = 1024) -> float:
+    """How often an item's k nearest neighbours (inner product) share its attribute value, averaged over items that
+    have one. Neighbours without a value count as not sharing it.
+
+    Args:
+        vectors: (n, D) unit norm; values: (n,) attribute values.
+    """
+    codes = np.unique([value or "" for value in values], return_inverse=True)[1]
+    known = np.array([value is not None for value in values])
+    shares = []
+    for start in range(0, len(vectors), chunk):
+        rows = np.arange(start, min(start + chunk, len(vectors)))
+        scores = vectors[rows] @ vectors.T
+        scores[np.arange(len(rows)), rows] = -np.inf  # an item is not its own neighbour
+        nearest = np.argpartition(-scores, k, axis=1)[:, :k]
+        same = (codes[nearest] == codes[rows][:, None]) & known[nearest]
+        shares.append(same.mean(1)[known[rows]])
+    return float(np.concatenate(shares).mean())
 
 
 def quick_metrics(impressions: Impressions, scores: np.ndarray, cold: np.ndarray) -> dict[str, float]:

@@ -6,26 +6,38 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 
-def replace_file(path: Path, write: Callable[[Path], None]) -> None:
+def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
     """Call `write(temporary path)`, flush it to disk and rename it to `path`. A failure leaves the old file in place.
 
     Raises OSError that names the file, the reason and the remedy, when the disk is full for instance.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with _explained(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(temporary)
+            _sync(temporary)
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Makes the errors of a failed write name the file and the remedy."""
     try:
-        write(temporary)
-        with open(temporary, "rb") as handle:
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
+        yield
+    except Exception as error:
         # safetensors reports a full disk with an exception class of its own
         if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
             raise OSError(
@@ -35,12 +47,22 @@ def replace_file(path: Path, write: Callable[[Path], None]) -> None:
         raise
 
 
+def _sync(path: Path) -> None:
+    with open(path, "rb") as handle:
+        os.fsync(handle.fileno())
+
+
 def write_text(path: Path, text: str) -> None:
     replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=_plain) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    """Numbers and arrays of NumPy as plain ones, anything else as its text."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
 def read_json(path: Path) -> Any:
@@ -53,25 +75,63 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
 
 
-def replace_folder(path: Path, write: Callable[[Path], None]) -> None:
-    """Call `write(temporary folder)` and rename the folder to `path`, replacing an older one."""
+def replace_folder(path: Path, write: Callable[[Path], Any]) -> None:
+    """Call `write(temporary folder)` and rename the folder to `path`, replacing an older one.
+
+    A failure leaves the old folder in place; errors are those of `replace_file`.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    with _explained(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            write(temporary)
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    _sync(file)
+            if path.exists():
+                os.replace(path, old)
+                try:
+                    os.replace(temporary, path)
+                except BaseException:
+                    os.replace(old, path)
+                    raise
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                os.replace(temporary, path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keep other processes of this user and machine out of the same block for the same `path`; they wait.
+
+    So several runs may be started at once on a dataset that is not prepared yet. Without POSIX locks, a no-op.
+    """
     try:
-        write(temporary)
-        if path.exists():
-            old = path.with_name(f".{path.name}.{os.getpid()}.old")
-            os.replace(path, old)
-            os.replace(temporary, path)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.replace(temporary, path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        import fcntl
+    except ImportError:
+        yield
+        return
+    lock = Path(tempfile.gettempdir()) / f"mmctr-{os.getuid()}-{fingerprint(str(Path(path).resolve()))}.lock"
+    while True:
+        handle = open(lock, "a")  # noqa: SIM115
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        with suppress(FileNotFoundError):
+            if lock.stat().st_ino == os.fstat(handle.fileno()).st_ino:
+                break
+        handle.close()  # the one before us has removed this file: others lock a new one
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        fcntl.flock(handle, fcntl.LOCK_UN)  # closing is not enough: a process forked meanwhile has it open too
+        handle.close()
 
 
 def link_or_copy(source: Path, target: Path) -> None:

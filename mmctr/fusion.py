@@ -76,7 +76,11 @@ class ItemEmbedderConfig(Config):
     init_std: float = Field(0.01, gt=0)
     """spread of freshly made embeddings"""
     content: ContentConfig = ContentNone()
-    fusion: Literal["concat", "sum"] = "concat"
+    fusion: Literal["concat", "sum", "project"] = "concat"
+    """`concat`: side by side; `sum`: added, all of one size; `project`: side by side, then a linear layer to `fused_dim`,
+    applied once a distinct item, so that attention over long histories works in fewer dimensions"""
+    fused_dim: int = Field(64, ge=1)
+    """size after `project`"""
 
 
 class FeatureEmbedder(nn.Module):
@@ -147,7 +151,7 @@ def add(parts: list[Tensor]) -> Tensor:
     return torch.stack(parts).sum(0)
 
 
-FUSIONS: dict[str, Callable[[list[Tensor]], Tensor]] = {"concat": concat, "sum": add}
+FUSIONS: dict[str, Callable[[list[Tensor]], Tensor]] = {"concat": concat, "sum": add, "project": concat}
 
 
 class ItemEmbedder(nn.Module):
@@ -198,7 +202,8 @@ class ItemEmbedder(nn.Module):
             raise ValueError(
                 f"fusion 'sum' needs parts of one size, here they are {sizes}; use 'concat' or equal sizes"
             )
-        self.dim = sum(sizes) if config.fusion == "concat" else sizes[0]
+        self.project = nn.Linear(sum(sizes), config.fused_dim) if config.fusion == "project" else nn.Identity()
+        self.dim = {"concat": sum(sizes), "sum": sizes[0], "project": config.fused_dim}[config.fusion]
 
     @property
     def encodes(self) -> bool:
@@ -213,7 +218,7 @@ class ItemEmbedder(nn.Module):
             parts.append(self.features(items.features, items.row))
         if self.adapter is not None:
             parts.append(self.adapter(*self._content(items)))
-        return FUSIONS[self.config.fusion](parts)
+        return self.project(FUSIONS[self.config.fusion](parts))
 
     def _content(self, items: ItemBatch) -> tuple[Tensor, Tensor]:
         """(U, content dim) and (U,) mask. In training an encoder encodes what the batch carries; evaluation reads the

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
@@ -18,6 +19,7 @@ from mmctr.config import Config
 from mmctr.data.catalog import Resize
 from mmctr.data.loaders import ItemContent
 from mmctr.data.prepare import Dataset, open_dataset
+from mmctr.errors import exit_on_error
 from mmctr.files import fingerprint
 from mmctr.tasks import PretrainTask
 from mmctr.training import FitConfig
@@ -53,6 +55,22 @@ def item_content(dataset: Dataset, config: DataConfig, task: PretrainTask, accel
             pictures = dataset.catalog.pictures(config.image_size or encoder.image_size, config.image_resize)
         input_ids, has_text = dataset.catalog.tokens(config.text, encoder.tokenize, encoder.tokenizer_key)
     return ItemContent(pictures, input_ids, has_text)
+
+
+def pair_rows(content: ItemContent, validation: float, source: str) -> tuple[np.ndarray, np.ndarray]:
+    """Catalog rows of items with both picture and text, in two parts: to train on, and held out.
+
+    Which are held out depends on their number alone, so that seeds are compared on the same items. Raises ValueError
+    when there is nothing to hold out.
+    """
+    if content.pictures is None or content.has_text is None:
+        raise ValueError(f"{source}: image-text pretraining needs an `image` column in the items table")
+    pairs = np.flatnonzero((content.pictures.index >= 0) & content.has_text.numpy())
+    shuffled = np.random.default_rng(len(pairs)).permutation(pairs)
+    num_held_out = round(len(pairs) * validation)
+    if num_held_out < 2:
+        raise ValueError(f"{source}: {len(pairs)} items have both picture and text; that is too few to hold some out")
+    return np.sort(shuffled[num_held_out:]), np.sort(shuffled[:num_held_out])
 
 
 def make_accelerator(config: FitConfig, run_dir: Path) -> Accelerator:
@@ -133,15 +151,3 @@ def run_recipe(main: Callable[[ConfigT], Any], config_class: type[ConfigT], argv
         sys.exit(0 if arguments else 2)
     with exit_on_error():
         main(config_class.load(arguments[0], arguments[1:]))
-
-
-class exit_on_error:
-    """Turns ValueError and OSError into a message and exit code 1; everything else is a bug and keeps its traceback."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if isinstance(error, ValueError | OSError) and not os.environ.get("MMCTR_TRACEBACK"):
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(1)

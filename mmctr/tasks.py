@@ -71,8 +71,16 @@ class PretrainTask(nn.Module):
         """(E, dim) unit norm; rows without text mean nothing."""
         return F.normalize(self.encoder.encode_text(items.input_ids).float(), dim=-1)  # type: ignore[arg-type]
 
+    def _require_shared_space(self) -> None:
+        if getattr(self.config.encoder, "dim", 1) is None:
+            raise ValueError(
+                "encoder.dim is null: the towers share no space; export one modality (`mmctr embed --modality image`), "
+                "or set encoder.dim to train projections"
+            )
+
     def forward(self, batch: ItemBatch) -> dict[str, Tensor]:
         """Every item of the batch has both picture and text; `row` says which rows are the same item."""
+        self._require_shared_space()
         image, text = self.image_features(batch), self.text_features(batch)
         scale, weight = self.logit_scale.exp(), self.config.loss.weight
         if self.logit_bias is None:
@@ -81,6 +89,7 @@ class PretrainTask(nn.Module):
 
     def embed(self, items: ItemBatch) -> tuple[Tensor, Tensor]:
         """Item embeddings: (E, embedding_dim) unit norm, and the (E,) mask of items with a picture or a text."""
+        self._require_shared_space()
         some = items.has_image if items.has_image is not None else items.has_text
         assert some is not None, "embed needs pictures or texts"
         none = torch.zeros_like(some)

@@ -41,7 +41,8 @@ class OptimizerConfig(Config):
 
 
 class FitConfig(Config):
-    epochs: float = Field(1.0, gt=0)
+    epochs: float = Field(1.0, ge=0)
+    """0 trains nothing: the run folder then holds the model as it was loaded"""
     batch_size: int = Field(1024, ge=1)
     """rows of a step over all processes together"""
     warmup: float = Field(0.05, ge=0, le=1)
@@ -106,6 +107,7 @@ def fit(
     primary: str,
     seed: int,
     identity: str,
+    evaluate_first: bool = False,
 ) -> dict[str, Any]:
     """Train `task`, keep the weights of the best evaluation, and put them back at the end.
 
@@ -114,24 +116,27 @@ def fit(
             `after_step()` restores constraints on them.
         evaluate: gives numbers on the validation rows, the higher the better for `primary`.
         identity: what the run is (its config); a checkpoint of another one is refused with a ValueError.
+        evaluate_first: evaluate the untrained task too; it can be the best one.
 
     Started again with the same arguments after a crash, it goes on from the newest checkpoint and ends bit for bit
     where it would have ended (CPU, fp32): batches, dropout and learning rate are functions of the step.
 
-    Returns `{"best_step", "best", "steps"}`.
+    Returns `{"best_step", "best", "steps", "untrained"}`, the last one empty without `evaluate_first`.
     """
-    total = max(1, round(config.epochs * train.steps_per_epoch))
+    total = round(config.epochs * train.steps_per_epoch)
     eval_every = max(1, round(train.steps_per_epoch / config.evaluations))
     optimizer = make_optimizer(task, config.optimizer)
     model, optimizer = accelerator.prepare(task, optimizer)
     checkpoints = Checkpoints(run_dir / "checkpoints", identity)
-    state = checkpoints.load(task, optimizer) or {
-        "step": 0,
-        "best": None,
-        "best_step": 0,
-        "waited": 0,
-        "stopped": False,
-    }
+    state = checkpoints.load(task, optimizer)
+    if state is None:
+        state = {"step": 0, "best": None, "best_step": 0, "waited": 0, "stopped": False, "untrained": {}}
+        if evaluate_first or not total:
+            task.eval()
+            state["untrained"] = evaluate()
+            state["best"] = state["untrained"][primary]
+            if accelerator.is_main_process:
+                checkpoints.save_best(task)
     log = Log(run_dir / "log.jsonl", state["step"], accelerator)
     bar = tqdm(total=total, initial=state["step"], disable=not accelerator.is_main_process or None, unit="step")
     sums: dict[str, Tensor] = {}
@@ -196,7 +201,7 @@ def fit(
     accelerator.wait_for_everyone()
     checkpoints.load_best(task)
     task.eval()
-    return {"best_step": state["best_step"], "best": state["best"], "steps": state["step"]}
+    return {name: state[name] for name in ("best_step", "best", "untrained")} | {"steps": state["step"]}
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:

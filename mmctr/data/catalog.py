@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,13 +11,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from numpy.lib.format import open_memmap
 from torch import Tensor
 
 from mmctr.data.images import PictureError, decode_picture, read_picture
-from mmctr.data.tables import as_text, require_columns, rows_of
-from mmctr.files import fingerprint, read_json, replace_file, write_json
+from mmctr.data.tables import as_ids, as_text, require_columns, rows_of
+from mmctr.files import fingerprint, locked, read_json, replace_file, write_json
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -28,10 +30,14 @@ class Pictures:
     """Decoded pictures of a catalog in one memory-mapped uint8 file: (M, 3, S, S), and where each item's is."""
 
     def __init__(self, folder: Path):
+        self.folder = folder
         self.values = np.load(folder / "values.npy", mmap_mode="r", allow_pickle=False)
         self.index: np.ndarray = np.load(folder / "index.npy", allow_pickle=False)
         """(N,) int32 positions in `values`, -1 for items without a readable picture"""
         self.report: dict[str, Any] = read_json(folder / "report.json")
+
+    def __reduce__(self) -> tuple[type[Pictures], tuple[Path]]:
+        return Pictures, (self.folder,)  # a worker process maps the file anew: a pickled map is a copy of it all
 
     def take(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Pictures of the given catalog rows: (n, 3, S, S) uint8, black where missing, and the (n,) bool mask."""
@@ -75,7 +81,11 @@ class Catalog:
 
     def rows(self, item_ids: Sequence[Any] | pa.Array) -> np.ndarray:
         """Catalog rows of raw ids: (n,) int64. Raises ValueError naming an id that is not in the catalog."""
-        wanted = item_ids if isinstance(item_ids, pa.Array) else pa.array(item_ids, type=self.item_ids.type)
+        try:
+            wanted = item_ids if isinstance(item_ids, pa.Array) else pa.array(item_ids)
+        except pa.ArrowException as error:
+            raise ValueError(f"item ids are all integers or all strings: {error}") from None
+        wanted = as_ids(wanted, "item_id", "catalog")
         rows = rows_of(wanted, self.item_ids, "catalog")
         if (rows < 0).any():
             unknown = wanted[int(np.argmin(rows))].as_py()
@@ -85,6 +95,8 @@ class Catalog:
     def texts(self, columns: Sequence[str]) -> list[str]:
         """One text an item: its non-empty fields joined by ". "; "" where there is none."""
         require_columns(self.table, list(columns), "items")
+        if not columns:
+            return [""] * len(self)
         fields = [as_text(self.table.column(name)).to_pylist() for name in columns]
         return [". ".join(part for part in parts if part) for parts in zip(*fields, strict=True)]
 
@@ -96,9 +108,10 @@ class Catalog:
         `key` must change whenever the tokenizer does.
         """
         texts = self.texts(columns)
-        path = self.folder / f"tokens-{fingerprint(key, list(columns), len(texts))}.npy"
+        path = self.folder / f"tokens-{fingerprint(key, chr(0).join(texts).encode())}.npy"
         if not path.is_file():
-            chunks = [tokenize(texts[start : start + 4096]).to(torch.int32) for start in range(0, len(texts), 4096)]
+            starts = range(0, max(len(texts), 1), 4096)  # no items: a call tells how long a row is
+            chunks = [tokenize(texts[start : start + 4096]).to(torch.int32) for start in starts]
             ids = torch.cat(chunks).numpy()
 
             def write(temporary: Path) -> None:
@@ -110,28 +123,44 @@ class Catalog:
         return ids, torch.tensor([bool(text) for text in texts])
 
     def pictures(self, size: int, resize: Resize, threads: int = 2) -> Pictures:
-        """The picture cache for one size, built when it is not there yet; an interrupted build goes on."""
+        """The picture cache for one size, built when it is not there yet; an interrupted build goes on.
+
+        The cache is of these items: with others, or with other picture cells, it is built anew.
+        """
         folder = self.folder / f"pictures-{size}-{resize}"
-        if not (folder / "report.json").is_file():
-            self._build_pictures(folder, size, resize, threads)
+        key = self._pictures_key()
+        with locked(folder):
+            if not (folder / "report.json").is_file() or read_json(folder / "report.json").get("key") != key:
+                self._build_pictures(folder, size, resize, threads, key)
         return Pictures(folder)
 
-    def _build_pictures(self, folder: Path, size: int, resize: Resize, threads: int) -> None:
+    def _sources(self) -> pa.ChunkedArray:
+        if "image" in self.table.column_names:
+            return self.table.column("image")
+        return pa.chunked_array([pa.nulls(len(self), pa.string())])
+
+    def _pictures_key(self) -> str:
+        """Changes with the ids and the picture cells; of encoded pictures it looks at the sizes, not at all bytes."""
+        cells = self._sources()
+        if not pa.types.is_string(cells.type):
+            cells = pc.binary_length(cells)  # type: ignore[attr-defined]
+        digests = [fingerprint(str(part.to_pylist()).encode()) for part in (*cells.chunks, self.item_ids)]
+        return fingerprint(digests)
+
+    def _build_pictures(self, folder: Path, size: int, resize: Resize, threads: int, key: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        sources = self.table.column("image") if "image" in self.table.column_names else pa.nulls(len(self), pa.string())
+        (folder / "report.json").unlink(missing_ok=True)
+        sources = self._sources()
         wanted = np.flatnonzero(np.asarray(sources.is_valid()))
         values_path, progress_path = folder / "values.npy", folder / "progress.json"
-        progress = read_json(progress_path) if progress_path.is_file() else {"done": 0, "rejected": []}
+        progress = read_json(progress_path) if progress_path.is_file() else {}
         shape = (len(wanted), 3, size, size)
-        if progress["done"] and values_path.is_file():
+        if progress.get("key") == key and values_path.is_file():
             values = open_memmap(values_path, mode="r+")
         else:
-            progress = {"done": 0, "rejected": []}
-            if len(wanted):
-                values = open_memmap(values_path, mode="w+", dtype=np.uint8, shape=shape)
-            else:  # an empty file cannot be mapped
-                values = np.zeros(shape, np.uint8)
-                np.save(values_path, values, allow_pickle=False)
+            progress_path.unlink(missing_ok=True)
+            progress = {"key": key, "done": 0, "rejected": []}
+            values = _reserve(values_path, shape)
 
         def decode(position: int) -> str | None:
             source = sources[int(wanted[position])].as_py()
@@ -164,6 +193,7 @@ class Catalog:
             if len(examples.setdefault(reason, [])) < 3:
                 examples[reason].append(self.item_ids[row].as_py())
         report = {
+            "key": key,
             "items": len(self),
             "pictures": int((index >= 0).sum()),
             "items without a picture": len(self) - len(wanted),
@@ -177,9 +207,29 @@ class Catalog:
         """A catalog from any `datasets.Dataset` with an `item_id` column; an `Image` column may be called `image`."""
         from mmctr.data.prepare import clean_items
 
+        folder = Path(folder)
         table, _ = clean_items(dataset_table(dataset), "dataset")
         folder.mkdir(parents=True, exist_ok=True)
         return cls(table, folder, root)
+
+
+def _reserve(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """A new mapped uint8 array on disk. Raises OSError now if the disk has no room: later it would kill the process."""
+    try:
+        if not np.prod(shape):  # an empty file cannot be mapped
+            np.save(path, np.zeros(shape, np.uint8), allow_pickle=False)
+            return np.zeros(shape, np.uint8)
+        values = open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
+        if hasattr(os, "posix_fallocate"):
+            with open(path, "r+b") as handle:
+                os.posix_fallocate(handle.fileno(), 0, path.stat().st_size)
+        return values
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise OSError(
+            f"cannot write {path} of {np.prod(shape, dtype=np.int64):,} bytes: {error}. Free some space, keep the "
+            f"dataset elsewhere ($MMCTR_CACHE, or `mmctr prepare --out`), or take smaller pictures"
+        ) from error
 
 
 def dataset_table(dataset: Dataset) -> pa.Table:

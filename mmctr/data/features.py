@@ -6,6 +6,7 @@ unknown too: its embedding would never have been trained.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -35,7 +36,7 @@ class MultiValuedFeature(Config):
     """Several values a row, mean-pooled: genres, tags, the words of a text."""
 
     name: Literal["multi_valued"] = "multi_valued"
-    separator: str = "|"
+    separator: str = Field("|", min_length=1)
     """splits text; list columns need none. " " takes the words"""
     dim: int = Field(8, ge=1)
     min_count: int = Field(1, ge=1)
@@ -101,9 +102,17 @@ def learn_vocabulary(config: FeatureConfig, column: pa.ChunkedArray, rows: np.nd
         if not len(numbers):
             return Vocabulary([])
         if config.buckets:
-            edges = np.unique(np.quantile(numbers, np.linspace(0, 1, config.buckets + 1)[1:-1]))
+            edges, repeats = np.unique(
+                np.quantile(numbers, np.linspace(0, 1, config.buckets + 1)[1:-1]), return_counts=True
+            )
+            # a value that fills buckets alone (the zeros of a count) is cut off from the larger ones too
+            heavy = edges[((repeats > 1) | (edges == numbers.min())) & (edges < numbers.max())]
+            above = [numbers[numbers > value].min() for value in heavy]
+            edges = np.unique([*edges[edges > numbers.min()], *above])
             return Vocabulary([float(edge) for edge in edges])
-        return Vocabulary([], float(numbers.mean()), float(numbers.std()) or 1.0)
+        mean, std = float(numbers.mean()), float(numbers.std())
+        # equal numbers have a deviation of rounding errors; dividing by it would blow up any other number
+        return Vocabulary([], mean, std if std > 1e-13 * abs(mean) else 1.0)
     taken = (
         as_text(column).take(pa.array(rows)) if isinstance(config, CategoricalFeature) else column.take(pa.array(rows))
     )
@@ -122,7 +131,8 @@ def encode_column(config: FeatureConfig, vocabulary: Vocabulary, column: pa.Chun
             bucket = np.searchsorted(np.asarray(vocabulary.values), numbers, side="right") + 1
             return torch.from_numpy(np.where(missing, 0, bucket).astype(np.int32))
         scaled = np.where(missing, 0, (np.where(missing, 0, numbers) - vocabulary.mean) / vocabulary.std)
-        return torch.from_numpy(np.stack([scaled, missing], 1).astype(np.float32))
+        # a million deviations away says no more than a billion; without a bound it may be infinite as float32
+        return torch.from_numpy(np.stack([scaled.clip(-1e6, 1e6), missing], 1).astype(np.float32))
     known = pa.array(vocabulary.values, type=pa.string())
     if isinstance(config, CategoricalFeature):
         text = as_text(column)
@@ -147,14 +157,23 @@ def learn_vocabularies(
 ) -> dict[str, Vocabulary]:
     """Vocabularies of all declared columns. Raises ValueError when the table lacks one."""
     require_columns(table, list(configs), where)
-    return {name: learn_vocabulary(config, table.column(name), rows) for name, config in configs.items()}
+    return {n: _named(where, n, learn_vocabulary, c, table.column(n), rows) for n, c in configs.items()}
 
 
 def encode_table(
     configs: dict[str, FeatureConfig], vocabularies: dict[str, Vocabulary], table: pa.Table, where: str
 ) -> FeatureColumns:
     require_columns(table, list(configs), where)
-    return FeatureColumns({n: encode_column(c, vocabularies[n], table.column(n)) for n, c in configs.items()})
+    return FeatureColumns(
+        {n: _named(where, n, encode_column, c, vocabularies[n], table.column(n)) for n, c in configs.items()}
+    )
+
+
+def _named(where: str, name: str, function: Callable[..., Any], *args: Any) -> Any:
+    try:
+        return function(*args)
+    except ValueError as error:
+        raise ValueError(f"{where}: column {name!r}: {error}") from None
 
 
 def _numbers(config: NumericFeature, column: pa.ChunkedArray) -> np.ndarray:
@@ -164,6 +183,7 @@ def _numbers(config: NumericFeature, column: pa.ChunkedArray) -> np.ndarray:
         raise ValueError(
             f"a numeric feature is declared on a column of type {column.type}; declare it categorical"
         ) from None
+    numbers = np.where(np.abs(numbers) < 1e150, numbers, np.nan)  # largest floats mark gaps; their squares overflow
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.log1p(numbers) if config.log else numbers
 
@@ -173,13 +193,17 @@ def _lists(config: MultiValuedFeature, column: pa.ChunkedArray) -> tuple[pa.Arra
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     if isinstance(array, pa.ChunkedArray):
         array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], type=array.type)
+    if pa.types.is_fixed_size_list(array.type):
+        array = array.cast(pa.list_(array.type.value_type))
     if pa.types.is_list(array.type) or pa.types.is_large_list(array.type):
         lists = array
+        if pa.types.is_nested(array.type.value_type):
+            raise ValueError(f"a multi-valued feature is declared on a column of type {array.type}; flatten its lists")
     else:
         text = as_text(pa.chunked_array([array])).combine_chunks()
         if config.separator == " ":
-            # words: letters and digits, case folded, so that "Love," and "love" are one
-            text = pc.replace_substring_regex(pc.utf8_lower(text), r"[^\pL\pN]+", " ")  # type: ignore[attr-defined]
+            # words: letters with their marks (Hindi, Thai) and digits, case folded, so that "Love," and "love" are one
+            text = pc.replace_substring_regex(pc.utf8_lower(text), r"[^\pL\pM\pN]+", " ")  # type: ignore[attr-defined]
         lists = pc.split_pattern(text, config.separator)  # type: ignore[attr-defined]
     lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)  # type: ignore[attr-defined]
     flat = pc.utf8_trim_whitespace(pc.list_flatten(lists).cast(pa.string()))  # type: ignore[attr-defined]

@@ -219,7 +219,7 @@ def _impressions(log: Interactions, rows: np.ndarray, keep: np.ndarray) -> Impre
 def _cut_time(times: np.ndarray, fraction: float) -> int:
     """The time from which the latest `fraction` of the rows begins."""
     ordered = np.sort(times)
-    return int(ordered[min(len(ordered) - 1, int(len(ordered) * (1 - fraction)))])
+    return int(ordered[min(len(ordered) - 1, int(len(ordered) * (1 - fraction) + 1e-9))])
 
 
 def _held_out_items(log: Interactions, num_items: int, config: ColdItemsSplit) -> tuple[np.ndarray, np.ndarray]:

@@ -43,6 +43,8 @@ class BatchPlan:
     world_size: int = 1
 
     def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size={self.batch_size} is not a number of rows; raise it")
         if self.batch_size > self.num_rows:
             raise ValueError(f"batch_size={self.batch_size} is more than the {self.num_rows} training rows; lower it")
         if self.batch_size % self.world_size:

@@ -20,10 +20,12 @@ import pyarrow.parquet
 
 from mmctr.data.catalog import Catalog, dataset_table
 from mmctr.data.interactions import Interactions
-from mmctr.data.tables import as_ids, examples, find_table, read_table, require_columns, rows_of
-from mmctr.files import fingerprint, read_json, replace_folder, write_json
+from mmctr.data.tables import as_ids, as_text, examples, find_table, read_table, require_columns, rows_of, same_kind
+from mmctr.files import fingerprint, locked, read_json, replace_folder, write_json
 
 FORMAT = 1
+_WRITTEN = ("prepared.json", "report.json", "items.parquet", "interactions", "context.parquet", "users.parquet")
+_CACHES = ("pictures-", "tokens-")
 
 
 @dataclass(frozen=True)
@@ -37,19 +39,22 @@ class Dataset:
     @cached_property
     def interactions(self) -> Interactions:
         """Raises ValueError when the dataset has no log."""
-        if not (self.folder / "interactions").is_dir():
-            raise ValueError(f"{self.report['source']}: there is no interactions table; a ranker needs a click log")
-        return Interactions.load(self.folder / "interactions")
+        return Interactions.load(self._of_log("interactions"))
 
     @cached_property
     def context(self) -> pa.Table:
         """Further columns of the log, in the order of `interactions`."""
-        return pyarrow.parquet.read_table(self.folder / "context.parquet")
+        return pyarrow.parquet.read_table(self._of_log("context.parquet"))
 
     @cached_property
     def users(self) -> pa.Table:
         """One row a user row: `user_id` and the columns of the users table, null for users it lacks."""
-        return pyarrow.parquet.read_table(self.folder / "users.parquet")
+        return pyarrow.parquet.read_table(self._of_log("users.parquet"))
+
+    def _of_log(self, name: str) -> Path:
+        if not (self.folder / name).exists():
+            raise ValueError(f"{self.report['source']}: there is no interactions table; a ranker needs a click log")
+        return self.folder / name
 
 
 def open_dataset(path: str | Path, items: str | None = None) -> Dataset:
@@ -74,17 +79,34 @@ def prepare(path: str | Path, out: str | Path, items: str | None = None) -> Data
     catalog from instead of `path/items.*`. Raises ValueError naming the file, the column and the remedy.
     """
     path, out = Path(path), Path(out)
+    if (path / "prepared.json").is_file():
+        raise ValueError(f"{path}: is a prepared folder already; use it as it is, or name the dataset it was made from")
+    with locked(out):
+        return _prepare(path, out, items)
+
+
+def _prepare(path: Path, out: Path, items: str | None) -> Dataset:
     key = _source_key(path, items)
     if (out / "prepared.json").is_file() and read_json(out / "prepared.json").get("key") == key:
         return _load(out)
-    if out.exists() and any(out.iterdir()) and not (out / "prepared.json").is_file():
-        raise ValueError(f"{out}: the folder is not empty and was not made by `mmctr prepare`; choose another --out")
+    if out.exists():
+        foreign = [p.name for p in out.iterdir() if not _is_ours(p.name)] if out.is_dir() else [out.name]
+        if foreign or (any(out.iterdir()) and not (out / "prepared.json").is_file()):
+            raise ValueError(
+                f"{out}: the folder is not empty and was not made by `mmctr prepare`; choose another --out"
+                + (f" (it would replace {foreign[0]!r})" if foreign else "")
+            )
 
     items_table, items_name = _read_items(path, items)
     catalog_table, report = clean_items(items_table, items_name)
     result: dict[str, Any] = {"source": str(path), "items": report}
     log_path, users_path = find_table(path, "interactions"), find_table(path, "users")
     log = read_table(log_path, ("user_id", "item_id", "timestamp", "label")) if log_path else None
+    if log is not None:
+        # ids of a CSV that look like integers are text where those of the other side are
+        items_path = find_table(path, "items") if items is None else None
+        log = same_kind(log, log_path, "item_id", catalog_table.schema.field("item_id").type)
+        catalog_table = same_kind(catalog_table, items_path, "item_id", log.schema.field("item_id").type)
 
     def write(folder: Path) -> None:
         pyarrow.parquet.write_table(catalog_table, folder / "items.parquet", row_group_size=10_000)
@@ -96,6 +118,10 @@ def prepare(path: str | Path, out: str | Path, items: str | None = None) -> Data
 
     replace_folder(out, write)
     return _load(out)
+
+
+def _is_ours(name: str) -> bool:
+    return name in _WRITTEN or name.startswith(_CACHES)
 
 
 def _load(folder: Path) -> Dataset:
@@ -112,8 +138,15 @@ def _load(folder: Path) -> Dataset:
 def _source_key(path: Path, items: str | None) -> str:
     """Changes with any table of the dataset (pictures are judged when they are decoded)."""
     tables = [find_table(path, stem) for stem in ("items", "interactions", "users")] if path.is_dir() else []
+    if items is not None and Path(_name_and_split(items)[0]).is_dir():
+        tables += sorted(file for file in Path(_name_and_split(items)[0]).rglob("*") if file.is_file())
     stats = [(str(t.resolve()), t.stat().st_size, t.stat().st_mtime_ns) for t in tables if t]
     return fingerprint(FORMAT, str(path.resolve()), items, stats)
+
+
+def _name_and_split(items: str) -> tuple[str, str]:
+    name, _, split = ("", "", "") if Path(items).is_dir() else items.rpartition(":")
+    return (name, split) if name else (items, "train")
 
 
 def _read_items(path: Path, items: str | None) -> tuple[pa.Table, str]:
@@ -126,22 +159,16 @@ def _read_items(path: Path, items: str | None) -> tuple[pa.Table, str]:
         return read_table(file, ("item_id",)), str(file)
     import datasets
 
-    name, _, split = items.partition(":")
+    name, split = _name_and_split(items)
     try:
-        loaded = (
-            datasets.load_from_disk(name)
-            if Path(name).is_dir()
-            else datasets.load_dataset(name, split=split or "train")
-        )
+        loaded = datasets.load_from_disk(name) if Path(name).is_dir() else datasets.load_dataset(name, split=split)
     except Exception as error:  # the hub raises many kinds
         raise ValueError(f"--items {items}: cannot be loaded by `datasets`: {error}") from None
     if isinstance(loaded, dict):
-        if (split or "train") not in loaded:
-            raise ValueError(f"--items {items}: has splits {', '.join(loaded)}; write {name}:SPLIT")
-        loaded = loaded[split or "train"]
-    table = dataset_table(loaded)
-    require_columns(table, ("item_id",), f"--items {items}")
-    return table, items
+        if split not in loaded:
+            raise ValueError(f"--items {items}: has splits {', '.join(map(str, loaded))}; write {name}:SPLIT")
+        loaded = loaded[split]
+    return dataset_table(loaded), f"--items {items}"
 
 
 def clean_items(table: pa.Table, name: str) -> tuple[pa.Table, dict[str, Any]]:
@@ -149,6 +176,7 @@ def clean_items(table: pa.Table, name: str) -> tuple[pa.Table, dict[str, Any]]:
 
     Raises ValueError when no item is left.
     """
+    require_columns(table, ("item_id",), name)
     ids = as_ids(table.column("item_id"), "item_id", name)
     valid = np.asarray(ids.is_valid())
     order = np.flatnonzero(valid)
@@ -174,8 +202,6 @@ def clean_items(table: pa.Table, name: str) -> tuple[pa.Table, dict[str, Any]]:
         },
     }
     if "title" in columns:
-        from mmctr.data.tables import as_text
-
         titles = as_text(columns["title"])
         columns["title"] = titles
         report["without title"] = titles.null_count
@@ -187,7 +213,7 @@ def _picture_sources(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
     kind = column.type
     if pa.types.is_struct(kind):
         data, path = pc.struct_field(column, "bytes"), pc.struct_field(column, "path")  # type: ignore[attr-defined]
-        if data.null_count == 0 or path.null_count == len(path):
+        if not pc.any(pc.and_(pc.is_null(data), pc.is_valid(path))).as_py():  # type: ignore[attr-defined]
             return data.cast(pa.large_binary())
         if data.null_count == len(data):
             return path.cast(pa.string())
@@ -210,6 +236,7 @@ def _write_log(log: pa.Table, log_path: Path, users_path: Path | None, items: pa
 
     reasons = {
         "no user_id": ~np.asarray(users.is_valid()),
+        "no item_id": ~np.asarray(item_ids.is_valid()),
         "item_id not in the catalog": item < 0,
         "no label": ~label_ok,
         "no timestamp": ~time_ok,
@@ -242,7 +269,8 @@ def _write_log(log: pa.Table, log_path: Path, users_path: Path | None, items: pa
     interactions.save(folder / "interactions")
     extra = log.drop_columns(["user_id", "item_id", "timestamp", "label"]).take(pa.array(kept[sorting]))
     pyarrow.parquet.write_table(extra, folder / "context.parquet")
-    pyarrow.parquet.write_table(_users_table(users_path, known_users), folder / "users.parquet")
+    users_table = _users_table(users_path, known_users, log_path.suffix == ".csv")
+    pyarrow.parquet.write_table(users_table, folder / "users.parquet")
     positives = int(interactions.label.sum())
     notes = []
     if positives in (0, len(interactions)):
@@ -266,11 +294,14 @@ def _counts(aside: dict[str, Any]) -> str:
     return ", ".join(f"{reason}: {entry['count']}" for reason, entry in aside.items() if entry["count"]) or "nothing"
 
 
-def _users_table(users_path: Path | None, known_users: pa.Array) -> pa.Table:
+def _users_table(users_path: Path | None, known_users: pa.Array, log_is_csv: bool) -> pa.Table:
     if users_path is None:
         return pa.table({"user_id": known_users})
     table = read_table(users_path, ("user_id",))
+    table = same_kind(table, users_path, "user_id", known_users.type)
     ids = as_ids(table.column("user_id"), "user_id", users_path)
+    if pa.types.is_integer(known_users.type) and pa.types.is_string(ids.type) and log_is_csv:
+        known_users = known_users.cast(pa.string())
     # a repeated user keeps its first row; users the table lacks get nulls
     rows = rows_of(known_users, ids, f"{users_path} and the interactions table")
     index = pa.array(np.where(rows < 0, 0, rows), mask=rows < 0)
@@ -279,26 +310,34 @@ def _users_table(users_path: Path | None, known_users: pa.Array) -> pa.Table:
 
 
 def _times(column: pa.ChunkedArray, path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """(n,) int64 times (0 where missing) and the (n,) bool mask of those that are there."""
+    """(n,) int64 times (0 where missing) and the (n,) bool mask of those that are there.
+
+    Integers and timestamps keep their unit. Floats with fractions become millionths, so that no order is lost.
+    """
     kind = column.type
-    if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
-        column = column.cast(pa.timestamp("ms")).cast(pa.int64())
-    elif pa.types.is_string(kind) or pa.types.is_large_string(kind):
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
         raise ValueError(f"{path}: column 'timestamp' holds text; store seconds as integers, or a timestamp type")
+    valid = np.asarray(column.is_valid())
     try:
-        values = column.cast(pa.float64() if pa.types.is_floating(kind) else pa.int64()).to_numpy()
-    except pa.ArrowInvalid:
+        if not pa.types.is_floating(kind):
+            if pa.types.is_date(kind):
+                column = column.cast(pa.timestamp("ms"))
+            # gaps are filled first: NumPy would turn integers with gaps into floats, inexact beyond 2^53
+            return column.cast(pa.int64()).fill_null(0).to_numpy(), valid
+        values = column.cast(pa.float64()).to_numpy()
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         raise ValueError(
             f"{path}: column 'timestamp' has type {kind}; store seconds as integers, or a timestamp type"
         ) from None
-    valid = np.asarray(column.is_valid())
-    if values.dtype.kind == "f":
-        valid = valid & np.isfinite(values)
-    return np.where(valid, values, 0).astype(np.int64), valid
+    valid = valid & (np.abs(values) < 2.0**62)
+    values = np.where(valid, values, 0.0)
+    if (values != np.floor(values)).any() and np.abs(values).max() < 2.0**42:
+        values = values * 1e6
+    return np.floor(values).astype(np.int64), valid
 
 
 def _labels(column: pa.ChunkedArray, path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """(n,) uint8 labels and the (n,) bool mask of rows that have one. Raises ValueError for other values than 0 and 1."""
+    """(n,) uint8 labels and the (n,) bool mask of rows that have one. Raises ValueError for values but 0 and 1."""
     try:
         values = column.cast(pa.float64()).to_numpy()
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
@@ -308,7 +347,7 @@ def _labels(column: pa.ChunkedArray, path: Path) -> tuple[np.ndarray, np.ndarray
     if wrong.any():
         row = int(np.argmax(wrong))
         raise ValueError(
-            f"{path}: column 'label' holds {values[row]:g} (row {row}; {int(wrong.sum())} such rows); labels are 0 or 1: "
-            f"make them so first, for example label = rating >= 4"
+            f"{path}: column 'label' holds {values[row]:g} (row {row}; {int(wrong.sum())} such rows); labels are "
+            f"0 or 1: make them so first, for example label = rating >= 4"
         )
     return np.where(valid, values, 0).astype(np.uint8), valid

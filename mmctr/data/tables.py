@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
-import pyarrow.json
-import pyarrow.parquet
+from pyarrow import csv, json, parquet
 
 ID_COLUMNS = ("item_id", "user_id")
+TEXT_COLUMNS = ("title", "description", "category", "brand", "shop", "image")
+"""columns of a CSV that are never read as numbers: a title may be "1984", a brand "007" """
 SUFFIXES = (".parquet", ".csv", ".jsonl")
 
 
@@ -29,27 +29,60 @@ def read_table(path: Path, required: tuple[str, ...] = ()) -> pa.Table:
     """Read one table. Raises ValueError naming the file and, for a missing column, the nearest one there is."""
     try:
         if path.suffix == ".parquet":
-            table = pa.parquet.read_table(path)
-        elif path.suffix == ".csv":
-            # ids are read as text first: type inference would turn "007" into 7
-            options = pa.csv.ConvertOptions(
-                column_types=dict.fromkeys(ID_COLUMNS, pa.string()),
-                strings_can_be_null=True,
-                null_values=["", "null", "NaN", "nan"],
-            )
-            table = pa.csv.read_csv(
-                path, convert_options=options, parse_options=pa.csv.ParseOptions(newlines_in_values=True)
-            )
-            for name in ID_COLUMNS:
-                if name in table.column_names:
-                    index = table.column_names.index(name)
-                    table = table.set_column(index, name, _integers_if_exact(table.column(name)))
+            table = parquet.read_table(path)
         else:
-            table = pa.json.read_json(path)
+            read = _read_csv if path.suffix == ".csv" else _read_json
+            try:
+                table = read(path, 1 << 20)
+            except pa.ArrowInvalid:
+                # a row longer than a block, or a column that changes its type later on: the whole file as one block
+                table = read(path, min(max(path.stat().st_size + 1, 1 << 20), 2**31 - 1))
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path}: cannot be read as {path.suffix[1:]}: {error}") from None
+    repeated = [name for name in table.column_names if table.column_names.count(name) > 1]
+    if repeated:
+        raise ValueError(f"{path}: column {repeated[0]!r} is there {repeated.count(repeated[0])} times; keep one")
     require_columns(table, required, path)
     return table
+
+
+def _read_csv(path: Path, block_size: int) -> pa.Table:
+    # ids are read as text first: type inference would turn "007" into 7
+    table = csv.read_csv(
+        path,
+        read_options=csv.ReadOptions(block_size=block_size),
+        convert_options=csv.ConvertOptions(
+            column_types=dict.fromkeys((*ID_COLUMNS, *TEXT_COLUMNS), pa.string()),
+            strings_can_be_null=True,
+            null_values=["", "null", "NaN", "nan"],
+        ),
+        parse_options=csv.ParseOptions(newlines_in_values=True),
+    )
+    for index, name in enumerate(table.column_names):
+        if name in ID_COLUMNS:
+            table = table.set_column(index, name, _integers_if_exact(table.column(index)))
+    return table
+
+
+def _read_json(path: Path, block_size: int) -> pa.Table:
+    return json.read_json(path, read_options=json.ReadOptions(block_size=block_size))
+
+
+def same_kind(table: pa.Table, path: Path | None, name: str, kind: pa.DataType) -> pa.Table:
+    """The table with its ids as text where a CSV's look like integers but those of the other side, `kind`, are text.
+
+    A CSV has no types: "8" is the text "8" when the catalog also knows "007".
+    """
+    index = table.column_names.index(name)
+    if path is None or path.suffix != ".csv" or not _is_text(kind) or _is_text(table.schema.field(index).type):
+        return table
+    return table.set_column(index, name, table.column(index).cast(pa.string()))
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 
 def require_columns(table: pa.Table, required: tuple[str, ...] | list[str], path: Path | str) -> None:
@@ -84,14 +117,15 @@ def as_ids(column: pa.ChunkedArray | pa.Array, name: str, path: Path | str) -> p
             return array.cast(pa.int64())
         except pa.ArrowInvalid:
             raise ValueError(f"{path}: column {name!r} holds integers above 2^63; store these ids as strings") from None
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
+    if _is_text(kind):
         return array.cast(pa.string())
     if pa.types.is_floating(kind):
         # pandas turns integer ids with a gap into floats: NaN is the gap
         values = array.to_numpy(zero_copy_only=False)
         missing = np.isnan(values)
         whole = values[~missing]
-        if len(whole) and (np.abs(whole).max() > 2**53 or (whole != np.round(whole)).any()):
+        exact = 2 ** (np.finfo(values.dtype).nmant + 1)  # from here on neighbours are rounded together
+        if len(whole) and (np.abs(whole).max() >= exact or (whole != np.round(whole)).any()):
             raise ValueError(
                 f"{path}: column {name!r} holds floats that are not exact ids; store them as integers or strings"
             )
@@ -107,17 +141,25 @@ def as_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
     if pa.types.is_dictionary(kind):
         column = pa.chunked_array([chunk.dictionary_decode() for chunk in column.chunks], type=kind.value_type)
         kind = column.type
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        column = pc.binary_join(column.cast(pa.list_(pa.string())), " ")  # type: ignore[attr-defined]
-    elif pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
-        texts = [None if value is None else value.decode("utf-8", errors="replace") for value in column.to_pylist()]
-        column = pa.chunked_array([pa.array(texts, type=pa.string())])
-    elif pa.types.is_nested(kind):
-        texts = [None if value is None else str(value) for value in column.to_pylist()]
-        column = pa.chunked_array([pa.array(texts, type=pa.string())])
+    if pa.types.is_floating(kind):
+        column = pc.if_else(pc.is_nan(column), None, column)  # type: ignore[attr-defined]
+    if pa.types.is_nested(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+        column = pa.chunked_array([pa.array([_written(value) for value in column.to_pylist()], type=pa.string())])
     column = column.cast(pa.string())
-    trimmed = pc.utf8_trim_whitespace(column)  # type: ignore[attr-defined]
+    try:
+        trimmed = pc.utf8_trim_whitespace(column)  # type: ignore[attr-defined]
+    except pa.ArrowInvalid:  # bytes that are no UTF-8, declared as text by the program that wrote them
+        texts = [_written(value) for value in column.cast(pa.binary()).to_pylist()]
+        trimmed = pc.utf8_trim_whitespace(pa.chunked_array([pa.array(texts, type=pa.string())]))  # type: ignore[attr-defined]
     return pc.if_else(pc.equal(pc.utf8_length(trimmed), 0), None, trimmed)  # type: ignore[attr-defined]
+
+
+def _written(value: Any) -> str | None:
+    if isinstance(value, list):
+        return " ".join(text for part in value if (text := _written(part)) is not None)
+    if isinstance(value, bytes):
+        return value.decode("utf-8", errors="replace")
+    return None if value is None else str(value)
 
 
 def rows_of(wanted: pa.Array, known: pa.Array, what: str) -> np.ndarray:
@@ -125,13 +167,14 @@ def rows_of(wanted: pa.Array, known: pa.Array, what: str) -> np.ndarray:
 
     Raises ValueError when one side holds integers and the other strings: "1" and 1 are different ids.
     """
-    if len(wanted) and len(known) and wanted.type != known.type:
+    if wanted.null_count == len(wanted) or not len(known):
+        return np.full(len(wanted), -1, dtype=np.int64)
+    if wanted.type != known.type:
+        shown = [array.drop_null()[0].as_py() if array.null_count < len(array) else None for array in (wanted, known)]
         raise ValueError(
             f"{what}: ids are {wanted.type} on one side and {known.type} on the other "
-            f"({wanted[0].as_py()!r} and {known[0].as_py()!r}); store both as integers or both as strings"
+            f"({shown[0]!r} and {shown[1]!r}); store both as integers or both as strings"
         )
-    if not len(wanted) or not len(known):
-        return np.full(len(wanted), -1, dtype=np.int64)
     index = pc.index_in(wanted, value_set=known, skip_nulls=True)  # type: ignore[attr-defined]
     return index.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
 
@@ -139,4 +182,4 @@ def rows_of(wanted: pa.Array, known: pa.Array, what: str) -> np.ndarray:
 def examples(values: pa.Array | np.ndarray | list[Any], count: int = 3) -> list[Any]:
     """A few values to show in a report."""
     head = values[:count]
-    return head.to_pylist() if isinstance(head, pa.Array) else [v.item() if hasattr(v, "item") else v for v in head]
+    return [v.as_py() if isinstance(v, pa.Scalar) else v.item() if hasattr(v, "item") else v for v in head]

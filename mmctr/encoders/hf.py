@@ -167,7 +167,9 @@ class TowersEncoderConfig(Config):
     name: Literal["towers"] = "towers"
     image: Annotated[HFImageTower | EfficientNetLiteTower, Field(discriminator="name")]
     text: HFTextTower
-    dim: int = Field(128, ge=1)
+    dim: int | None = Field(128, ge=1)
+    """size of the shared space; None: no projections, each tower's own features, which can be exported one modality at
+    a time but not compared with each other"""
     augment: AugmentConfig = AugmentConfig()
 
     def build(self, folder: Path | None = None) -> TowersEncoder:
@@ -186,7 +188,7 @@ class TowersEncoder(EncoderBase):
             size = getattr(backbone.config, "image_size", 224)
             mean, std = _pixel_statistics(config.image.model if folder is None else str(image_folder))
         super().__init__(mean, std, config.augment)
-        self.config, self.image_size, self.dim = config, size, config.dim
+        self.config, self.image_size = config, size
         self.image_backbone = backbone
         self.text_backbone = config.text.load(text_folder)
         source = config.text.tokenizer if config.text.tokenizer is not None else config.text.model
@@ -194,8 +196,10 @@ class TowersEncoder(EncoderBase):
             source = str(text_folder) if (text_folder / "tokenizer_config.json").is_file() else None
         self.tokenizer = Tokenizer(None if source is None else model_source(source), config.text.context_length)
         self.tokenizer_key = f"towers {config.text.model} {config.text.tokenizer} {config.text.context_length}"
-        self.image_projection = nn.Linear(image_dim, config.dim, bias=False)
-        self.text_projection = nn.Linear(self.text_backbone.config.hidden_size, config.dim, bias=False)
+        text_dim = self.text_backbone.config.hidden_size
+        self.dim = config.dim or image_dim
+        self.image_projection = nn.Linear(image_dim, config.dim, bias=False) if config.dim else nn.Identity()
+        self.text_projection = nn.Linear(text_dim, config.dim, bias=False) if config.dim else nn.Identity()
         self.set_modes(config.image.mode, config.text.mode)
 
     def tower(self, name: str) -> list[nn.Module]:

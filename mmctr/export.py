@@ -1,0 +1,143 @@
+"""What the commands do with finished runs: embed a catalog, embed a query, evaluate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from accelerate import Accelerator
+from pydantic import TypeAdapter
+
+from mmctr.data.batches import ItemBatch
+from mmctr.data.images import decode_picture
+from mmctr.data.interactions import Impressions, Interactions, SplitConfig, split_interactions
+from mmctr.data.prepare import Dataset, open_dataset
+from mmctr.data.ranking import RankingData
+from mmctr.data.tables import as_text
+from mmctr.embeddings import write_embeddings
+from mmctr.evaluation import Modality, embed_catalog, embed_items, full_report, predict, retrieval
+from mmctr.files import fingerprint, read_json
+from mmctr.runs import DataConfig, item_content, keep_heap, open_data, pair_rows
+from mmctr.tasks import PretrainTask, RankingTask
+
+
+def run_config(run: Path) -> dict[str, Any]:
+    """The resolved config of a run folder. Raises ValueError when there is none."""
+    if not (run / "config.yaml").is_file():
+        raise ValueError(f"{run}: not a run folder (no config.yaml)")
+    return yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+
+
+def embed_run(run: str, out: str, data: str | None, modality: Modality, shard_size: int) -> None:
+    """Write the vectors of a catalog into `out`; every process of a launch writes some of the shards."""
+    accelerator = Accelerator()
+    keep_heap()
+    folder = Path(run)
+    task = PretrainTask.load(folder).to(accelerator.device)
+    config = _data_config(folder, data)
+    dataset = open_data(config, accelerator)
+    content = item_content(dataset, config, task, accelerator)
+    catalog = dataset.catalog
+    titles = as_text(catalog.table.column("title")).to_pylist() if "title" in catalog.table.column_names else None
+    identity = {
+        "run": str(folder.resolve()),
+        "data": str(Path(config.path).resolve()),
+        "weights": fingerprint((folder / "model.safetensors").read_bytes()),
+        "catalog": fingerprint(catalog.item_ids.to_pylist()),
+        "modality": modality,
+        "item_vector": task.config.item_vector,
+        "shard_size": shard_size,
+    }
+
+    def encode(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        accelerator.print(f"items {rows[0]}-{rows[-1]} of {len(catalog)}", flush=True)
+        return embed_items(task, content, rows, accelerator.device, modality)
+
+    write_embeddings(
+        Path(out),
+        catalog.item_ids,
+        titles,
+        encode,
+        identity,
+        shard_size=shard_size,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        wait=accelerator.wait_for_everyone,
+    )
+    if accelerator.is_main_process:
+        manifest = read_json(Path(out) / "manifest.json")
+        print(f"{out}: {manifest['vectors']} vectors, {manifest['without content']} items without content")
+
+
+@torch.inference_mode()
+def query_vector(run: str, text: str | None, image: str | None) -> np.ndarray:
+    """The (D,) unit vector of a text or of a picture file, in the space of a pretraining run."""
+    task = PretrainTask.load(run)
+    row = torch.zeros(1, dtype=torch.int64)
+    if text is not None:
+        if not text.strip():
+            raise ValueError("--text is empty: give at least one word")
+        there = torch.ones(1, dtype=torch.bool)
+        items = ItemBatch(row=row, input_ids=task.encoder.tokenize([text]).long(), has_text=there)
+    else:
+        path = Path(str(image))
+        try:
+            resize = _data_config(Path(run), None).image_resize
+            picture = decode_picture(path.read_bytes(), task.encoder.image_size, resize)
+        except FileNotFoundError:
+            raise ValueError(f"--image {path}: no such file") from None
+        items = ItemBatch(row=row, image=picture[None], has_image=torch.ones(1, dtype=torch.bool))
+    return task.embed(items)[0][0].numpy()
+
+
+def evaluate_run(run: str, data: str | None) -> dict[str, Any]:
+    """The numbers of `metrics.json`, computed again from the run folder; or of a ranker on all rows of another log."""
+    folder, accelerator = Path(run), Accelerator()
+    keep_heap()
+    if read_json(folder / "task.json")["kind"] == "pretrain":
+        return {"validation": _evaluate_pretraining(folder, data, accelerator)}
+    task = RankingTask.load(folder)
+    config = _data_config(folder, data)
+    dataset = open_dataset(config.path, config.items)
+    own = data is None
+    if not own:
+        task.bind(dataset.catalog.item_ids)
+        if task.embedder.encoder is not None:
+            pretrained: PretrainTask = task.embedder.encoder  # type: ignore[assignment]
+            content = item_content(dataset, config, pretrained, accelerator)
+            task.embedder.refresh(*embed_catalog(pretrained, content, len(dataset.catalog), accelerator))
+    ranking = RankingData(dataset, task.vocabulary, task.config.features, task.config.max_history)
+    task.to(accelerator.device)
+    if own:
+        split: Any = TypeAdapter(SplitConfig).validate_python(run_config(folder)["split"])
+        splits = split_interactions(dataset.interactions, len(dataset.catalog), split)
+        parts = {"validation": splits.validation, "test": splits.test}
+    else:
+        parts = {"test": _all_impressions(dataset.interactions)}
+    result = {}
+    for name, part in parts.items():
+        scores = predict(task, ranking.collator(part), accelerator)
+        result[name] = full_report(part, scores, ranking.id_rows[part.item] == 0, ranking.clicks[part.item])
+    return result
+
+
+def _evaluate_pretraining(folder: Path, data: str | None, accelerator: Accelerator) -> dict[str, float]:
+    task = PretrainTask.load(folder).to(accelerator.device)
+    config = _data_config(folder, data)
+    dataset: Dataset = open_data(config, accelerator)
+    content = item_content(dataset, config, task, accelerator)
+    _, held_out = pair_rows(content, 1.0 if data else run_config(folder)["validation"], config.path)
+    return retrieval(task, content, held_out, accelerator)
+
+
+def _all_impressions(log: Interactions) -> Impressions:
+    values, start, end = log.histories(np.ones(len(log), bool))
+    return Impressions(log.user, log.item, log.label, np.arange(len(log)), values, start, end)
+
+
+def _data_config(folder: Path, data: str | None) -> DataConfig:
+    values = run_config(folder)["data"]
+    return DataConfig.parse(values | ({"path": data, "items": None} if data else {}), str(folder / "config.yaml"))

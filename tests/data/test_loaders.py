@@ -1,0 +1,285 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from torch import Tensor
+
+from mmctr.data.batches import BehaviorBatch, Jagged
+from mmctr.data.features import FeatureColumns
+from mmctr.data.interactions import ColdItemsSplit, Impressions, split_interactions
+from mmctr.data.loaders import BatchPlan, BehaviorCollator, ItemContent, TrainBatches, hashed_uniform
+from mmctr.data.prepare import prepare
+from tests.worlds import picture, random_log, write_dataset
+
+NUM_ITEMS = 30
+
+
+def equal(a, b) -> bool:
+    """Whether two batches hold the same tensors of the same types."""
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and a.dtype == b.dtype and a.equal(b)
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(equal(a[name], b[name]) for name in a)
+    if hasattr(a, "__dataclass_fields__"):
+        return type(a) is type(b) and all(equal(getattr(a, name), getattr(b, name)) for name in a.__dataclass_fields__)
+    return a is None and b is None
+
+
+# Plan ---------------------------------------------------------------------------------------------
+
+
+def test_each_row_at_most_once_an_epoch_and_all_but_the_rest():
+    plan = BatchPlan(num_rows=103, batch_size=10, seed=1)
+    assert plan.steps_per_epoch == 10
+    epochs = [np.concatenate([plan.rows(10 * e + s, plan.order(e)) for s in range(10)]) for e in range(30)]
+    for rows in epochs:
+        assert len(set(rows.tolist())) == 100 and rows.min() >= 0 and rows.max() < 103
+    assert (epochs[0] != epochs[1]).any()
+    assert len(set(np.concatenate(epochs).tolist())) == 103  # what is left out differs
+    whole = BatchPlan(num_rows=100, batch_size=10, seed=1)
+    assert sorted(np.concatenate([whole.rows(s, whole.order(0)) for s in range(10)])) == list(range(100))
+    assert (BatchPlan(103, 10, seed=1).order(3) == plan.order(3)).all()
+    assert (BatchPlan(103, 10, seed=2).order(3) != plan.order(3)).any()
+
+
+@pytest.mark.parametrize("world_size", [2, 5])
+def test_the_slices_of_all_ranks_are_the_batch_of_one(world_size):
+    one = BatchPlan(num_rows=57, batch_size=10, seed=4)
+    ranks = [BatchPlan(57, 10, 4, rank, world_size) for rank in range(world_size)]
+    for step in range(12):
+        order = one.order(step // 5)
+        slices = [plan.rows(step, plan.order(step // 5)) for plan in ranks]
+        assert {len(rows) for rows in slices} == {10 // world_size}
+        assert (np.concatenate(slices) == one.rows(step, order)).all()
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        ({"batch_size": 11}, "batch_size=11 is more than the 10 training rows; lower it"),
+        ({"batch_size": 9, "world_size": 2}, "batch_size=9 is not a multiple of the 2 processes"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"batch_size": -3}, "batch_size=-3"),
+    ],
+)
+def test_a_batch_that_does_not_fit(args, expected):
+    with pytest.raises(ValueError, match=expected):
+        BatchPlan(num_rows=10, seed=0, **args)
+
+
+# Random numbers -----------------------------------------------------------------------------------
+
+
+def test_hashed_uniform_is_uniform():
+    n, bins = 200_000, 100
+    for seed, step in ((0, 0), (0, 1), (7, 123_456), (2**31, 2**40)):
+        for keys in (np.arange(n), np.arange(n) * 1024, np.arange(n) + 2**40):
+            draws = hashed_uniform(seed, step, keys)
+            assert draws.min() >= 0 and draws.max() < 1
+            counts = np.bincount((draws * bins).astype(int), minlength=bins)
+            chi_square = ((counts - n / bins) ** 2 / (n / bins)).sum()
+            assert 40 < chi_square < 180  # of mean 99 and deviation 14
+            assert abs(np.corrcoef(draws[1:], draws[:-1])[0, 1]) < 0.012
+
+
+def test_hashed_uniform_of_other_seeds_and_steps_is_unrelated():
+    keys = np.arange(50_000)
+    draws = [hashed_uniform(seed, step, keys) for seed in range(3) for step in (0, 1, 2, 1000)]
+    correlation = np.corrcoef(draws) - np.eye(len(draws))
+    assert np.abs(correlation).max() < 0.025
+    one_key = np.array([hashed_uniform(0, step, np.array([5]))[0] for step in range(3000)])
+    assert abs(one_key.mean() - 0.5) < 0.03 and abs(one_key.std() - 12**-0.5) < 0.02
+
+
+def test_hashed_uniform_depends_on_the_key_alone():
+    keys = np.random.default_rng(0).permutation(1000)
+    draws = dict(zip(keys.tolist(), hashed_uniform(3, 9, keys).tolist(), strict=True))
+    assert hashed_uniform(3, 9, keys[::-1][:50]).tolist() == [draws[key] for key in keys[::-1][:50].tolist()]
+    assert hashed_uniform(3, 9, keys[:5].astype(np.int32)).tolist() == [draws[key] for key in keys[:5].tolist()]
+    assert hashed_uniform(3, 9, keys[:0]).tolist() == []
+
+
+# Collation ----------------------------------------------------------------------------------------
+
+
+def impressions() -> Impressions:
+    return split_interactions(random_log(), NUM_ITEMS, ColdItemsSplit()).train
+
+
+def collator(part: Impressions, **options) -> BehaviorCollator:
+    rng = np.random.default_rng(5)
+    items = FeatureColumns(
+        {
+            "item_id": torch.arange(1, NUM_ITEMS + 1),
+            "brand": torch.from_numpy(rng.integers(0, 5, NUM_ITEMS).astype(np.int32)),
+            "tags": Jagged(torch.arange(2 * NUM_ITEMS).int(), 2 * torch.arange(NUM_ITEMS + 1)),
+        }
+    )
+    return BehaviorCollator(
+        **{
+            "impressions": part,
+            "items": items,
+            "user_rows": torch.from_numpy(rng.permutation(40)),
+            "users": FeatureColumns({"age": torch.arange(40).float() * 10}),
+            "context": FeatureColumns({"place": torch.from_numpy(rng.integers(0, 9, 900))}),
+            "max_history": 4,
+        }
+        | options
+    )
+
+
+def test_a_batch_is_what_its_rows_say():
+    part = impressions()
+    collate = collator(part)
+    rows = np.random.default_rng(0).permutation(len(part))[:64]
+    batch = collate(rows, 7)
+    assert len(batch) == 64 and len(batch.items) == len(set(batch.items.row.tolist()))  # each item once
+    shown = set()
+    for b, row in enumerate(rows):
+        assert batch.items.row[batch.target[b]] == part.item[row] and batch.label[b] == part.label[row]
+        everything = part.history[part.history_start[row] : part.history_end[row]]
+        here = batch.history[batch.history_offsets[b] : batch.history_offsets[b + 1]]
+        assert batch.items.row[here].tolist() == everything[-4:].tolist()
+        assert batch.user[b] == collate.user_rows[part.user[row]]
+        assert batch.context["age"][b] == 10 * part.user[row]
+        assert batch.context["place"][b] == collate.context.columns["place"][part.source[row]]
+        shown |= {int(part.item[row]), *everything[-4:].tolist()}
+    assert set(batch.items.row.tolist()) == shown
+    assert batch.label.dtype == torch.float32 and batch.target.dtype == batch.history.dtype == torch.int64
+    assert (batch.history_offsets[1:] - batch.history_offsets[:-1]).max() == 4  # the limit was reached
+    tags = batch.items.features["tags"]
+    for u, row in enumerate(batch.items.row.tolist()):
+        assert batch.items.features["item_id"][u] == row + 1
+        assert batch.items.features["brand"][u] == collate.items.columns["brand"][row]
+        assert isinstance(tags, Jagged) and tags.values[tags.offsets[u] : tags.offsets[u + 1]].tolist() == [
+            2 * row,
+            2 * row + 1,
+        ]
+    assert batch.items.image is None and batch.items.encode is None and batch.negatives is None
+
+
+def test_no_history():
+    part = impressions()
+    batch = collator(part, max_history=0)(np.arange(20))
+    assert batch.history.tolist() == [] and batch.history_offsets.tolist() == [0] * 21
+    assert batch.items.row.tolist() == sorted(set(part.item[:20].tolist()))
+    first = np.flatnonzero(part.history_start == part.history_end)[:3]
+    assert collator(part)(first).history.tolist() == []
+
+
+def test_id_dropout_hides_the_id_and_nothing_else():
+    part = impressions()
+    rows = np.arange(len(part))
+    plain, dropping = collator(part), collator(part, id_dropout=0.3, seed=2)
+    hidden = 0
+    for step in range(60):
+        batch, full = dropping(rows, step), plain(rows, step)
+        ids, known = batch.items.features["item_id"], full.items.features["item_id"]
+        assert isinstance(ids, Tensor) and isinstance(known, Tensor)
+        assert ((ids == known) | (ids == 0)).all()
+        features = batch.items.features | {"item_id": known}
+        assert equal(replace(batch, items=replace(batch.items, features=features)), full)
+        hidden += int((ids == 0).sum())
+    share = hidden / (60 * len(plain(rows).items))
+    assert abs(share - 0.3) < 0.03  # of about 1500 draws: deviation 0.012
+    assert plain.items.columns["item_id"].equal(torch.arange(1, NUM_ITEMS + 1))
+
+
+def test_two_ranks_hide_the_same_items_and_users():
+    part = impressions()
+    collate = collator(part, id_dropout=0.4, user_dropout=0.4)
+    whole = collate(np.arange(100), 3)
+    halves = [collate(np.arange(50), 3), collate(np.arange(50, 100), 3)]
+    for half in halves:
+        where = torch.searchsorted(whole.items.row, half.items.row)
+        assert half.items.features["item_id"].equal(whole.items.features["item_id"][where])
+    assert torch.cat([half.user for half in halves]).equal(whole.user)
+    other = collate(np.arange(100), 4)
+    assert not other.items.features["item_id"].equal(whole.items.features["item_id"])
+
+
+def test_user_dropout():
+    part = impressions()
+    rows = np.arange(len(part))
+    plain, dropping = collator(part), collator(part, user_dropout=0.25)
+    full = plain(rows)
+    hidden = torch.stack([dropping(rows, step).user != full.user for step in range(80)])
+    users = torch.from_numpy(part.user)
+    assert all(len(torch.unique(step[users == 3])) == 1 for step in hidden)  # a user as a whole
+    assert abs(hidden[:, full.user > 0].float().mean() - 0.25) < 0.03
+    assert all(dropping(rows, step).user[hidden[step]].eq(0).all() for step in range(5))
+
+
+def test_content_of_targets_and_histories(tmp_path):
+    images = [None if i % 7 == 0 else picture((i * 8, 0, 0), size=8) for i in range(NUM_ITEMS)]
+    folder = write_dataset(tmp_path / "d", {"item_id": list(range(NUM_ITEMS)), "image": pa.array(images, pa.binary())})
+    pictures = prepare(folder, tmp_path / "out").catalog.pictures(8, "squash")
+    tokens = torch.arange(NUM_ITEMS * 3, dtype=torch.int32).reshape(-1, 3)
+    content = ItemContent(pictures, tokens, torch.arange(NUM_ITEMS) % 5 > 0)
+    part = impressions()
+    rows = np.arange(0, len(part), 40)
+    whole = collator(part, content=content)(rows)
+    assert whole.items.encode is None and whole.items.image is not None and whole.items.has_image is not None
+    assert len(whole.items.image) == len(whole.items)
+    few = collator(part, content=content, encode_history=False)(rows)
+    assert few.items.encode is not None and few.items.image is not None
+    assert few.items.row[few.items.encode].tolist() == sorted(set(part.item[rows].tolist()))
+    assert len(few.items.encode) < len(few.items) == len(whole.items)
+    for items, encoded in ((whole.items, whole.items.row), (few.items, few.items.row[few.items.encode])):
+        assert items.image is not None and items.input_ids is not None
+        assert items.has_image.tolist() == [row % 7 > 0 for row in encoded.tolist()]
+        assert items.image[:, 0, 0, 0].tolist() == [0 if row % 7 == 0 else row * 8 for row in encoded.tolist()]
+        assert items.input_ids.equal(tokens[encoded].long())
+        assert items.has_text.tolist() == [row % 5 > 0 for row in encoded.tolist()]
+    bare = {"image": None, "has_image": None, "input_ids": None, "has_text": None, "encode": None}
+    without = collator(part)(rows)
+    for batch in (whole, few):
+        assert equal(replace(batch, items=replace(batch.items, **bare)), without)
+
+
+# Training batches ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_resuming_gives_the_same_batches(num_workers):
+    part = impressions()
+    plan = BatchPlan(len(part), 100, seed=3)
+    collate = collator(part, id_dropout=0.2)
+    steps = plan.steps_per_epoch
+    stop = 2 * steps + 2
+    # by the definition
+    expected = [collate(plan.rows(step, plan.order(step // steps)), step) for step in range(stop)]
+    batches = TrainBatches(plan, collate, num_workers)
+    assert batches.steps_per_epoch == steps == len(part) // 100
+    for start in (0, steps - 1, steps, steps + 3, stop):
+        found = list(batches.iterate(start, stop))
+        assert [step for step, _ in found] == list(range(start, stop))
+        assert all(equal(batch, expected[step]) for step, batch in found)
+    assert not equal(expected[0], expected[steps])  # another epoch, other batches
+
+
+def test_ranks_together_see_what_one_process_sees():
+    part = impressions()
+    one = TrainBatches(BatchPlan(len(part), 100, 3), lambda rows, step: rows)
+    two = [TrainBatches(BatchPlan(len(part), 100, 3, rank, 2), lambda rows, step: rows) for rank in range(2)]
+    for (_, whole), (_, a), (_, b) in zip(one.iterate(2, 9), *(batches.iterate(2, 9) for batches in two), strict=True):
+        assert np.concatenate([a, b]).tolist() == whole.tolist()
+
+
+def test_a_batch_moves_as_a_whole():
+    batch = collator(impressions())(np.arange(10)).to("meta")
+    tags = batch.items.features["tags"]
+    assert isinstance(batch, BehaviorBatch) and isinstance(tags, Jagged)
+    tensors = (
+        batch.target,
+        batch.label,
+        batch.items.row,
+        batch.items.features["brand"],
+        tags.values,
+        batch.context["age"],
+    )
+    assert {tensor.device.type for tensor in tensors} == {"meta"}

@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mmctr.files import (
+    fingerprint,
+    link_or_copy,
+    locked,
+    read_json,
+    replace_file,
+    replace_folder,
+    write_json,
+    write_text,
+)
+from tests.worlds import in_processes
+
+REMEDY = "Free some space or choose another folder, then start the same command again: what was saved before is intact"
+
+# A limit on the size of files does to a process what a full disk does.
+_LIMITED = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+from mmctr.files import replace_file, replace_folder, write_text
+noise = np.random.default_rng(0).integers(0, 256, 1 << 20, dtype=np.uint8)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+target = Path(sys.argv[2])
+def numpy_file(path):
+    with open(path, "wb") as handle:
+        np.save(handle, noise)
+def parquet_file(path):
+    import pyarrow.parquet
+    pyarrow.parquet.write_table(pyarrow.table({"a": noise}), path)
+def safetensors_file(path):
+    import safetensors.numpy
+    safetensors.numpy.save_file({"a": noise}, path)
+def folder(path):
+    (path / "small").write_text("new")
+    numpy_file(path / "large.npy")
+try:
+    {
+        "text": lambda: write_text(target, "x" * (1 << 20)),
+        "numpy": lambda: replace_file(target, numpy_file),
+        "parquet": lambda: replace_file(target, parquet_file),
+        "safetensors": lambda: replace_file(target, safetensors_file),
+        "folder": lambda: replace_folder(target, folder),
+    }[sys.argv[1]]()
+except OSError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("kind", ["text", "numpy", "parquet", "safetensors", "folder"])
+def test_a_full_disk_leaves_the_old_one_and_names_the_remedy(tmp_path, kind):
+    target = tmp_path / "here" / "target"
+    file = target / "old" if kind == "folder" else target
+    file.parent.mkdir(parents=True)
+    file.write_text("before")
+    command = [sys.executable, "-c", _LIMITED, kind, str(target)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert result.stdout.startswith(f"cannot write {target}: ") and REMEDY in result.stdout
+    assert file.read_text() == "before"
+    assert os.listdir(target.parent) == ["target"]  # nothing half-written is left behind
+    assert kind != "folder" or os.listdir(target) == ["old"]
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("before")
+    for replace in (replace_file, replace_folder):
+        with pytest.raises(OSError, match=r"cannot write .*file/below"):
+            replace(tmp_path / "file" / "below", lambda path: None)
+    assert (tmp_path / "file").read_text() == "before"
+
+
+@pytest.mark.parametrize("error", [ValueError("mine"), KeyboardInterrupt()])
+def test_other_errors_pass_through_and_leave_the_old_one(tmp_path, error):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("before")
+    (tmp_path / "folder" / "old").write_text("before")
+
+    def fail(path: Path) -> None:
+        (path / "part" if path.is_dir() else path).write_text("half")
+        raise error
+
+    for replace, name in ((replace_file, "file"), (replace_folder, "folder")):
+        with pytest.raises(type(error)):
+            replace(tmp_path / name, fail)
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
+    assert (tmp_path / "file").read_text() == (tmp_path / "folder" / "old").read_text() == "before"
+
+
+def test_replacing(tmp_path):
+    for text in ("one", "two ünï"):
+        write_text(tmp_path / "new" / "file", text)
+        assert (tmp_path / "new" / "file").read_text(encoding="utf-8") == text
+
+        def write(path: Path, text: str = text) -> None:
+            (path / text).write_text(text)
+
+        replace_folder(tmp_path / "folder", write)
+        assert os.listdir(tmp_path / "folder") == [text]
+    assert sorted(os.listdir(tmp_path)) == ["folder", "new"] and os.listdir(tmp_path / "new") == ["file"]
+
+
+def test_the_old_folder_comes_back_when_the_new_one_cannot_be_put_in_its_place(tmp_path, monkeypatch):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "old").write_text("before")
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: _refuse() if str(a).endswith(".tmp") else replace(a, b))
+    with pytest.raises(OSError, match=r"cannot write .*folder: no"):
+        replace_folder(tmp_path / "folder", lambda path: (path / "new").write_text("x"))
+    assert os.listdir(tmp_path) == ["folder"] and os.listdir(tmp_path / "folder") == ["old"]
+
+
+def _refuse() -> None:
+    raise OSError("no")
+
+
+def test_json(tmp_path):
+    value = {"a": [1, 2.5, None, "größe"], "b": {"c": True}}
+    write_json(tmp_path / "x.json", value)
+    assert read_json(tmp_path / "x.json") == json.loads((tmp_path / "x.json").read_text(encoding="utf-8")) == value
+    with pytest.raises(ValueError, match=r"y\.json: no such file"):
+        read_json(tmp_path / "y.json")
+    for data in (b'{"a": ', b"\xff\xfe\x00"):
+        (tmp_path / "x.json").write_bytes(data)
+        with pytest.raises(ValueError, match=r"x\.json: not valid JSON"):
+            read_json(tmp_path / "x.json")
+
+
+def test_numbers_of_numpy_stay_numbers(tmp_path):
+    write_json(tmp_path / "x.json", {"count": np.int64(3), "rate": np.float32(0.5), "ids": np.arange(2)})
+    assert read_json(tmp_path / "x.json") == {"count": 3, "rate": 0.5, "ids": [0, 1]}
+
+
+def test_link_or_copy(tmp_path):
+    (tmp_path / "a").write_text("a")
+    (tmp_path / "b").write_text("b")
+    link_or_copy(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "b").read_text() == "a" and (tmp_path / "a").samefile(tmp_path / "b")
+
+
+def test_fingerprint():
+    parts = [("a",), ("b",), ("a", "b"), ("ab",), (["a", "b"],), (1,), ("1",), (None,), (b"a",), (["a", ["b"]],), ()]
+    assert len({fingerprint(*part) for part in parts}) == len(parts)
+    assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
+    assert len(fingerprint()) == 16
+
+
+def _hold(path: Path, log: Path) -> None:
+    with locked(path):
+        for word in ("in", "out"):
+            with open(log, "a") as handle:
+                handle.write(word + "\n")
+            time.sleep(0.1)
+
+
+def test_locked_lets_one_process_in_at_a_time(tmp_path, monkeypatch):
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    in_processes(4, _hold, tmp_path / "x", tmp_path / "log")
+    with pytest.raises(KeyError), locked(tmp_path / "x"):  # an error lets go too
+        raise KeyError
+    _hold(tmp_path / "x", tmp_path / "log")
+    assert (tmp_path / "log").read_text().split() == ["in", "out"] * 5
+    assert os.listdir(tmp_path / "tmp") == []
