@@ -22,7 +22,9 @@ def run_demo(out: Path, seed: int) -> None:
     """
     clone = Path(__file__).resolve().parents[1]
     if not (clone / "pretrain" / "train.py").is_file():
-        raise ValueError("mmctr demo runs the recipes of a clone of the repository; clone it and `pip install -e .` there")
+        raise ValueError(
+            "mmctr demo runs the recipes of a clone of the repository; clone it and `pip install -e .` there"
+        )
     started = time.perf_counter()
     out = out.resolve()
     data, pretrain, embeddings = out / "data", out / "pretrain", out / "embeddings"
@@ -31,21 +33,45 @@ def run_demo(out: Path, seed: int) -> None:
         replace_folder(data, lambda folder: ToyWorld(demo_world(seed)).write(folder))
 
     def step(arguments: list[str]) -> None:
-        shown = ["accelerate launch" if part == "LAUNCH" else "mmctr" if part == "MMCTR" else shlex.quote(part) for part in arguments]
+        shown = [
+            "accelerate launch" if part == "LAUNCH" else "mmctr" if part == "MMCTR" else shlex.quote(part)
+            for part in arguments
+        ]
         print(f"\n$ {' '.join(shown)}", flush=True)
-        launch = ["-m", "accelerate.commands.launch", "--config_file", str(clone / "configs" / "accelerate" / "cpu.yaml")]
+        launch = [
+            "-m",
+            "accelerate.commands.launch",
+            "--config_file",
+            str(clone / "configs" / "accelerate" / "cpu.yaml"),
+        ]
         command = [sys.executable]
         for part in arguments:
             command += launch if part == "LAUNCH" else ["-m", "mmctr"] if part == "MMCTR" else [part]
         if subprocess.run(command, cwd=clone, check=False).returncode:
-            raise ValueError(f"the step above failed; mend it and run `mmctr demo --out {out}` again, it goes on from there")
+            raise ValueError(
+                f"the step above failed; mend it and run `mmctr demo --out {out}` again, it goes on from there"
+            )
 
     configs = "configs"
-    step(["LAUNCH", "-m", "pretrain.train", f"{configs}/pretrain/toy.yaml", f"data.path={data}", f"run_dir={pretrain}", f"seed={seed}"])
+    step(
+        [
+            "LAUNCH",
+            "-m",
+            "pretrain.train",
+            f"{configs}/pretrain/toy.yaml",
+            f"data.path={data}",
+            f"run_dir={pretrain}",
+            f"seed={seed}",
+        ]
+    )
     step(["MMCTR", "embed", str(pretrain), "--out", str(embeddings)])
     step(["MMCTR", "index", str(embeddings), "--out", str(out / "index")])
     step(["MMCTR", "search", str(out / "index"), "--text", "red striped circle", "-k", "5"])
-    content = {"id": [], "table": [f"task.embedder.content.path={embeddings}"], "joint": [f"task.embedder.content.run={pretrain}"]}
+    content = {
+        "id": [],
+        "table": [f"task.embedder.content.path={embeddings}"],
+        "joint": [f"task.embedder.content.run={pretrain}"],
+    }
     for name in RANKERS:
         config = f"{configs}/finetune/toy_din_{name}.yaml"
         folders = [f"data.path={data}", f"run_dir={out / f'din_{name}'}", f"seed={seed}"]
@@ -56,4 +82,12 @@ def run_demo(out: Path, seed: int) -> None:
 
 def demo_world(seed: int) -> ToyWorldConfig:
     """The world of the demo: small enough for a laptop, large enough for the numbers to mean something."""
-    return ToyWorldConfig(num_items=3000, num_users=1500, seed=seed)
+    return ToyWorldConfig(
+        num_items=2000,
+        num_users=1200,
+        impressions_per_user=120,
+        image_size=64,
+        taste_strength=10.0,
+        drift=0.2,
+        seed=seed,
+    )

@@ -114,7 +114,11 @@ class TemporalSplit(Config):
 
 
 class ColdItemsSplit(Config):
-    """A seeded fraction of items is kept out of training and of training histories; each user's last part is tested.
+    """A seeded fraction of items is kept out of training and of all histories; each user's last part is tested.
+
+    A cold item has never been clicked, so none stands in a history, not even a test history: a click on one there
+    would give away that its user likes items like it, and a ranker that knows no cold item apart from another would
+    see the labels of the user's earlier cold rows through it.
 
     Validation is cut the same way from what is left: further items are held out, and each user's last part of the
     remaining rows is taken. Test rows of items held out for validation alone are set aside (and counted): they are
@@ -163,7 +167,7 @@ def split_interactions(log: Interactions, num_items: int, config: TemporalSplit 
         validation = ~test & (log.time >= _cut_time(rest, config.validation)) if len(rest) else ~everything
         train = ~test & ~validation
         aside: dict[str, int] = {}
-        keep_train, keep_validation = train, ~test
+        keep_train, keep_validation, keep_test = train, ~test, everything
     else:
         cold, validation_cold = _held_out_items(log, num_items, config)
         place, size = log.user_position()
@@ -176,7 +180,8 @@ def split_interactions(log: Interactions, num_items: int, config: TemporalSplit 
         validation = np.zeros(len(log), bool)
         validation[left_rows[place >= np.ceil(size * (1 - config.validation) - 1e-9)]] = True
         train = left & ~validation & ~validation_cold[log.item]
-        keep_train, keep_validation = train, left
+        keep_test = ~(cold | validation_cold)[log.item]
+        keep_train, keep_validation = train, left & keep_test
         aside = {
             "early rows of items held out for test": int((~late & cold[log.item]).sum()),
             "early rows of items held out for validation": int((left & ~validation & validation_cold[log.item]).sum()),
@@ -185,7 +190,7 @@ def split_interactions(log: Interactions, num_items: int, config: TemporalSplit 
     parts = {
         "train": _impressions(log, train, keep_train),
         "validation": _impressions(log, validation, keep_validation),
-        "test": _impressions(log, test, everything),
+        "test": _impressions(log, test, keep_test),
     }
     for name, part in parts.items():
         if not len(part):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
 from pathlib import Path
 from typing import Any, Literal
@@ -99,9 +100,14 @@ class OpenClipEncoder(EncoderBase):
 
 
 def _from_folder(folder: Path) -> tuple[Any, Any, dict[str, Any]]:
-    # never fetch weights for the towers: they come from the run
+    # never fetch weights for the towers: they come from the run, so open_clip's warning that there are none is noise
     name = f"local-dir:{folder}"
-    model = open_clip.create_model(name, load_weights=False, pretrained_text=False, pretrained_image=False)
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        model = open_clip.create_model(name, load_weights=False, pretrained_text=False, pretrained_image=False)
+    finally:
+        logging.disable(disabled)
     return model, open_clip.get_tokenizer(name), open_clip.get_model_config(name)  # type: ignore[return-value]
 
 
