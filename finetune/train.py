@@ -79,6 +79,7 @@ def main(config: FinetuneConfig) -> dict:
         splits.train,
         content=content if encodes else None,
         encode_history=encodes and content_config.history == "encoder",  # type: ignore[union-attr]
+        max_encoded=content_config.max_encoded if encodes else None,  # type: ignore[union-attr]
         id_dropout=config.task.embedder.id_dropout,
         user_dropout=config.task.user_dropout,
         seed=config.seed,

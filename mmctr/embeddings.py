@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet
 import torch
 from safetensors.numpy import load_file, save_file
@@ -113,7 +115,7 @@ def _read_npz(path: Path) -> EmbeddingTable:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             ids, vectors = arrays["item_id"], arrays["vectors"]
-    except (KeyError, ValueError, OSError) as error:
+    except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: needs the arrays `item_id` and `vectors` ({error})") from None
     return _checked(as_ids(pa.chunked_array([pa.array(ids)]), "item_id", path), vectors, path)
 
@@ -128,10 +130,11 @@ def _read_parquet(path: Path) -> EmbeddingTable:
     if len(lists) != 1:
         raise ValueError(f"{path}: needs exactly one list column of vectors, found {lists or 'none'}")
     require_columns(table, (lists[0],), path)
-    flat = pa.concat_arrays([chunk.flatten() for chunk in table.column(lists[0]).chunks])
-    values = flat.to_numpy(zero_copy_only=False)
-    if not len(table) or len(values) % len(table):
+    column = table.column(lists[0])
+    lengths = pc.list_value_length(column)  # type: ignore[attr-defined]
+    if not len(table) or column.null_count or len(lengths.unique()) != 1:
         raise ValueError(f"{path}: the vectors in column {lists[0]!r} differ in length, or some are null")
+    values = pa.concat_arrays([chunk.flatten() for chunk in column.chunks]).to_numpy(zero_copy_only=False)
     return _checked(as_ids(table.column("item_id"), "item_id", path), values.reshape(len(table), -1), path)
 
 
@@ -160,7 +163,8 @@ def write_embeddings(
         folder.mkdir(parents=True, exist_ok=True)
         manifest = folder / "manifest.json"
         old = read_json(manifest)["identity"] if manifest.is_file() else read_json(begun) if begun.is_file() else None
-        if old is None and any(folder.iterdir()):
+        # a killed export may leave a hidden temporary file
+        if old is None and any(not path.name.startswith(".") for path in folder.iterdir()):
             raise ValueError(f"{folder}: the folder is not empty and holds no embeddings; choose another --out")
         if old is not None and old != identity:
             raise ValueError(f"{folder}: holds embeddings of another run or dataset; choose another --out or delete it")

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Annotated, Literal, Protocol
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from mmctr.config import Config
@@ -47,11 +47,20 @@ class ContentEncoder(Config):
     """`encoder`: every distinct item of a batch is encoded with gradient. `table`: only targets are; histories read
     a table of the encoder's own vectors that is made anew before each evaluation. Much faster, and what a history
     reads is up to one evaluation old"""
+    max_encoded: int | None = Field(None, ge=1)
+    """with `history: table`: encode at most this many distinct targets a step, another draw each step; the others read
+    the table as histories do. The cost of a step then no longer grows with its batch"""
     frozen: bool = False
     """no gradient into the encoder: equals `table` with the vectors of the same run"""
     dim: int = Field(64, ge=1)
     hidden: list[int] = [128]
     dropout: float = Field(0.0, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _budget_needs_a_table(self) -> ContentEncoder:
+        if self.max_encoded is not None and self.history == "encoder":
+            raise ValueError("max_encoded needs history: table, from which the other items read")
+        return self
 
 
 ContentConfig = Annotated[ContentNone | ContentTable | ContentEncoder, Field(discriminator="name")]
@@ -208,7 +217,8 @@ class ItemEmbedder(nn.Module):
     @property
     def encodes(self) -> bool:
         """Whether batches must carry pictures and texts now."""
-        return self.encoder is not None and self.training
+        frozen = isinstance(self.config.content, ContentEncoder) and self.config.content.frozen
+        return self.encoder is not None and self.training and not frozen
 
     def forward(self, items: ItemBatch) -> Tensor:
         parts = []
@@ -223,10 +233,10 @@ class ItemEmbedder(nn.Module):
     def _content(self, items: ItemBatch) -> tuple[Tensor, Tensor]:
         """(U, content dim) and (U,) mask. In training an encoder encodes what the batch carries; evaluation reads the
         table, which `refresh` has filled with the same encoder's vectors."""
-        if self.encoder is not None and items.image is None and items.input_ids is None and self.training:
-            raise ValueError("this batch carries no pictures or texts, but the encoder is being trained")
         if not self.encodes:
             return self.content_table[items.row], self.has_content[items.row]
+        if items.image is None and items.input_ids is None:
+            raise ValueError("this batch carries no pictures or texts, but the encoder is being trained")
         vectors, has = self.encoder.embed(items)  # type: ignore[union-attr, operator]
         if items.encode is None:
             return vectors, has

@@ -163,6 +163,10 @@ class RankingTask(nn.Module):
         self.embedder = ItemEmbedder(
             config.embedder, len(vocabulary.item_ids) + 1, config.features.item, vocabulary.item, table, encoder
         )
+        if encoder is not None:
+            # temperature and bias take part in no ranking loss: parameters without a gradient stop many processes
+            for parameter in encoder.parameter_parts()["heads"]:
+                parameter.requires_grad_(False)
         std = config.embedder.init_std
         self.users = embedding_table(len(vocabulary.user_ids) + 1, config.user_dim, std) if config.user_dim else None
         self.context = FeatureEmbedder(

@@ -134,6 +134,7 @@ def fit(
         if evaluate_first or not total:
             task.eval()
             state["untrained"] = evaluate()
+            _require_number(state["untrained"], primary, 0)
             state["best"] = state["untrained"][primary]
             if accelerator.is_main_process:
                 checkpoints.save_best(task)
@@ -183,6 +184,7 @@ def fit(
             task.train()
             log.write({"step": done, "epoch": round(done / train.steps_per_epoch, 4), "validation": numbers})
             bar.write(f"step {done}: " + "  ".join(f"{name} {value:.4f}" for name, value in numbers.items()))
+            _require_number(numbers, primary, done)
             if state["best"] is None or numbers[primary] > state["best"]:
                 state |= {"best": numbers[primary], "best_step": done, "waited": 0}
                 if accelerator.is_main_process:
@@ -202,6 +204,17 @@ def fit(
     checkpoints.load_best(task)
     task.eval()
     return {name: state[name] for name in ("best_step", "best", "untrained")} | {"steps": state["step"]}
+
+
+def _require_number(numbers: dict[str, float], primary: str, step: int) -> None:
+    value = numbers.get(primary)
+    if value is None:
+        raise ValueError(
+            f"step {step}: {primary} is undefined on the validation rows (there are {', '.join(numbers)}); the "
+            f"predictions may be NaN, else choose another `primary` or split"
+        )
+    if value != value:
+        raise ValueError(f"step {step}: {primary} is NaN; lower fit.optimizer.lr or raise fit.warmup")
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
@@ -258,8 +271,11 @@ class Checkpoints:
                 f"cannot save the checkpoint {path}: {error}. Free some space, then start the same command again: "
                 f"it goes on from the checkpoint before"
             ) from error
-        for old in self._finished()[:-1]:
+        # older ones, and what a killed process left half written
+        for old in [*self._finished()[:-1], *self.folder.glob(".step-*")]:
             shutil.rmtree(old, ignore_errors=True)
+        for old in self.folder.glob(".best.*"):
+            old.unlink(missing_ok=True)
 
     def load(self, task: nn.Module, optimizer: Any) -> dict[str, Any] | None:
         """Put the newest checkpoint into task and optimiser; returns its state, None when there is none."""

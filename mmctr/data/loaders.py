@@ -162,6 +162,8 @@ class BehaviorCollator:
     max_history: int
     content: ItemContent | None = None
     encode_history: bool = True
+    max_encoded: int | None = None
+    """without `encode_history`: at most this many distinct targets of a step are encoded"""
     id_dropout: float = 0.0
     """chance that a distinct item of a batch shows the ID of an unknown item, so that this row is trained too"""
     user_dropout: float = 0.0
@@ -184,6 +186,9 @@ class BehaviorCollator:
             items = ItemBatch(row=distinct, features=features)
         else:
             encode = None if self.encode_history else torch.unique(position[: len(rows)])
+            if encode is not None and self.max_encoded is not None and len(encode) > self.max_encoded:
+                draw = hashed_uniform(self.seed + 2, step, distinct[encode].numpy())
+                encode = encode[torch.from_numpy(np.argsort(draw)[: self.max_encoded])]
             items = self.content.batch(distinct, features, encode)
 
         user = torch.from_numpy(part.user[rows]).long()

@@ -191,6 +191,10 @@ class TowersEncoder(EncoderBase):
         self.config, self.image_size = config, size
         self.image_backbone = backbone
         self.text_backbone = config.text.load(text_folder)
+        # both poolings read the last hidden state: a pooler would be parameters without a gradient
+        pooler = getattr(self.text_backbone, "pooler", None)
+        if isinstance(pooler, nn.Module):
+            pooler.requires_grad_(False)
         source = config.text.tokenizer if config.text.tokenizer is not None else config.text.model
         if text_folder is not None:
             source = str(text_folder) if (text_folder / "tokenizer_config.json").is_file() else None

@@ -1,0 +1,60 @@
+"""What every ranker keeps to. A new one is a line in `RANKERS`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mmctr.rankers import DINConfig
+from mmctr.rankers.layers import RankerInput
+
+RANKERS = {
+    "din": DINConfig(attention=[6], mlp=[5]),
+    "din softmax": DINConfig(attention=[6, 4], mlp=[], weights="softmax", activation="prelu"),
+}
+D, C, LENGTHS = 4, 3, [2, 0, 4]
+
+
+def inputs() -> RankerInput:
+    g = torch.Generator().manual_seed(0)
+    target, history, negatives = (torch.randn(n, D, generator=g) for n in (3, 6, 6))
+    context = torch.randn(3, C, generator=g)
+    return RankerInput(target, history, torch.tensor([0, 2, 2, 6]), context, negatives)
+
+
+@pytest.mark.parametrize("name", RANKERS)
+def test_ranker(name):
+    torch.manual_seed(0)
+    ranker, x = RANKERS[name].build(D, C), inputs()
+
+    # training: finite logits and losses; everything trained gets a gradient, and so do the vectors
+    leaves = replace(x, target=x.target.clone().requires_grad_(), history=x.history.clone().requires_grad_())
+    output = ranker.train()(leaves)
+    assert output.logits.shape == (3,) and output.logits.isfinite().all()
+    (output.logits.sum() + sum(output.losses.values(), torch.zeros(()))).backward()
+    assert [n for n, p in ranker.named_parameters() if p.grad is None] == []
+    assert leaves.target.grad.abs().sum() > 0 and leaves.history.grad.isfinite().all()
+
+    # evaluation: impressions do not see each other; equal inputs give equal logits
+    ranker.eval()
+    with torch.no_grad():
+        logits = ranker(x).logits
+        assert torch.equal(logits, ranker(x).logits)
+        for b in range(3):
+            start, end = x.history_offsets[b : b + 2].tolist()
+            one = RankerInput(
+                target=x.target[b : b + 1],
+                history=x.history[start:end],
+                history_offsets=torch.tensor([0, end - start]),
+                context=x.context[b : b + 1],
+                negatives=x.negatives[start:end],
+            )
+            torch.testing.assert_close(ranker(one).logits, logits[b : b + 1], rtol=1e-4, atol=1e-5)
+
+    # no histories at all, no context at all
+    nobody = RankerInput(x.target, x.history[:0], torch.zeros(4, dtype=torch.int64), x.context, x.negatives[:0])
+    assert ranker(nobody).logits.isfinite().all()
+    bare = RANKERS[name].build(D, 0)
+    assert bare(replace(x, context=torch.zeros(3, 0))).logits.isfinite().all()

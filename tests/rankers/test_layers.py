@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mmctr.rankers.layers import (
+    MLP,
+    Dice,
+    _DiceFunction,
+    segment_ids,
+    segment_softmax,
+    segment_sum,
+    take_rows,
+)
+
+
+def simple_dice(s, alpha, mean, var, eps=1e-8):
+    p = torch.sigmoid((s - mean) / torch.sqrt(var + eps))
+    return p * s + (1 - p) * alpha * s
+
+
+def test_dice_in_training_equals_the_formula_on_the_batch():
+    torch.manual_seed(0)
+    dice, x = Dice(4), torch.randn(50, 4) * torch.tensor([1.0, 5.0, 0.1, 2.0]) + 3
+    torch.nn.init.normal_(dice.alpha)
+    expected = simple_dice(x, dice.alpha, x.mean(0), x.var(0, unbiased=False))
+    torch.testing.assert_close(dice(x), expected)
+    torch.testing.assert_close(dice.running_mean, 0.1 * x.mean(0))
+    torch.testing.assert_close(dice.running_var, 0.9 + 0.1 * x.var(0, unbiased=False))
+
+
+def test_dice_in_evaluation_uses_the_running_averages_alone():
+    torch.manual_seed(0)
+    dice = Dice(3).eval()
+    dice.running_mean[:] = torch.tensor([1.0, -1.0, 0.0])
+    dice.running_var[:] = torch.tensor([4.0, 1.0, 0.25])
+    torch.nn.init.normal_(dice.alpha)
+    x = torch.randn(7, 3)
+    before = dice.running_mean.clone(), dice.running_var.clone()
+    torch.testing.assert_close(dice(x), simple_dice(x, dice.alpha, *before))
+    torch.testing.assert_close(dice(x[:1]), dice(x)[:1])  # rows do not see each other
+    assert dice.running_mean.equal(before[0]) and dice.running_var.equal(before[1])
+
+
+def test_dice_gradients_are_those_of_the_formula():
+    torch.manual_seed(0)
+    x = torch.randn(9, 3, dtype=torch.float64, requires_grad=True)
+    alpha = torch.randn(3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda s, a: _DiceFunction.apply(s, a, 1e-8)[0], (x, alpha))
+    weight = torch.randn(9, 3, dtype=torch.float64)
+    fast = torch.autograd.grad((_DiceFunction.apply(x, alpha, 1e-8)[0] * weight).sum(), (x, alpha))
+    simple = torch.autograd.grad(
+        (simple_dice(x, alpha, x.mean(0), x.var(0, unbiased=False)) * weight).sum(), (x, alpha)
+    )
+    for a, b in zip(fast, simple, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_dice_of_no_rows_one_row_and_constants_is_finite():
+    for rows in (torch.zeros(0, 2), torch.ones(1, 2), torch.full((6, 2), -3.0)):
+        dice, x = Dice(2), rows.clone().requires_grad_()
+        dice(x).sum().backward()
+        assert x.grad.isfinite().all() and dice.alpha.grad.isfinite().all()
+        assert dice.running_mean.isfinite().all() and dice.running_var.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("count", [0, 1, 300])
+def test_take_rows_and_its_gradient_equal_indexing(dtype, count):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(40, 6, generator=generator, dtype=dtype)
+    index = torch.randint(0, 37, (count,), generator=generator)  # rows 37-39 are never read
+    weight = torch.randn(count, 6, generator=generator, dtype=dtype)
+    results = []
+    for take in (take_rows, lambda x, index: x[index]):
+        leaf = x.clone().requires_grad_()
+        taken = take(leaf, index)
+        (taken * weight).sum().backward()
+        results.append((taken.detach(), leaf.grad))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=0, atol=0)
+    torch.testing.assert_close(results[0][1], results[1][1])
+
+
+def test_segments():
+    offsets = torch.tensor([0, 2, 2, 5])
+    segments = segment_ids(offsets, 5)
+    assert segments.tolist() == [0, 0, 2, 2, 2]
+    values, weights = torch.arange(10.0).reshape(5, 2), torch.tensor([1.0, -1.0, 2.0, 0.0, 1.0])
+    assert segment_sum(values, weights, segments, 3).tolist() == [[-2, -2], [0, 0], [16, 19]]
+    scores = torch.tensor([0.0, 1.0, 1000.0, 1000.0, -1000.0])
+    expected = torch.cat([torch.softmax(scores[:2], 0), torch.tensor([0.5, 0.5, 0.0])])
+    torch.testing.assert_close(segment_softmax(scores, segments, 3), expected)
+    assert segment_softmax(scores[:0], segments[:0], 3).shape == (0,)
+
+
+def test_an_mlp_is_linear_activation_dropout():
+    kinds = [type(layer).__name__ for layer in MLP(3, [4, 5], 1, "prelu", 0.1)]
+    assert kinds == ["Linear", "PReLU", "Dropout", "Linear", "PReLU", "Dropout", "Linear"]
+    assert MLP(3, [], 2, "relu")(torch.zeros(7, 3)).shape == (7, 2)

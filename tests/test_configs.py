@@ -1,0 +1,49 @@
+"""Every config in the repository loads through the recipe it is for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import TypeAdapter
+
+from finetune.train import FinetuneConfig
+from mmctr.training import make_optimizer
+from pretrain.train import PretrainConfig
+from tests.tiny import CLONE
+
+RECIPES = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
+CONFIGS = [path for name in RECIPES for path in sorted((CLONE / "configs" / name).rglob("*.yaml"))]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=[str(path.relative_to(CLONE / "configs")) for path in CONFIGS])
+def test_a_config_loads_and_saves_equal(path: Path, tmp_path):
+    recipe = RECIPES[path.relative_to(CLONE / "configs").parts[0]]
+    config = recipe.load(path)
+    config.save(tmp_path / "config.yaml")
+    assert recipe.load(tmp_path / "config.yaml") == config
+    moved = recipe.load(path, ["data.path=/d", "run_dir=/r", "seed=7"])
+    assert (moved.data.path, moved.run_dir, moved.seed) == ("/d", "/r", 7)
+    parts = {"pretrain": {"encoder", "heads"}, "finetune": {"id", "encoder", "content", "ranker"}}
+    assert set(config.fit.optimizer.groups) <= parts[path.relative_to(CLONE / "configs").parts[0]]
+
+
+def test_there_are_configs_of_both_recipes_and_no_others():
+    assert {path.relative_to(CLONE / "configs").parts[0] for path in CONFIGS} == set(RECIPES)
+    assert {path.name for path in (CLONE / "configs").iterdir()} == {*RECIPES, "accelerate"}
+    for path in (CLONE / "configs" / "accelerate").glob("*.yaml"):
+        values = yaml.safe_load(path.read_text())
+        assert values["num_processes"] >= 1 and isinstance(values["use_cpu"], bool)
+
+
+def test_parts_of_the_optimizer_are_those_of_the_task():
+    """`parts` above is what the tasks call them."""
+    from mmctr.tasks import PretrainTask, PretrainTaskConfig
+    from mmctr.training import OptimizerConfig
+    from tests.tiny import ARCHITECTURE
+
+    task = PretrainTask(PretrainTaskConfig.parse({"encoder": {"name": "openclip", "architecture": ARCHITECTURE}}))
+    groups = {name: {"lr": 0.5} for name in ("encoder", "heads")}
+    optimizer = make_optimizer(task, TypeAdapter(OptimizerConfig).validate_python({"groups": groups}))
+    assert {group["lr"] for group in optimizer.param_groups} == {0.5}
