@@ -37,7 +37,7 @@ class FinetuneConfig(Config):
     primary: Literal["gauc", "auc", "gauc_warm", "gauc_cold"] = "gauc"
     """what early stopping looks at, on the validation rows"""
     run_dir: str
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
 
 
 def main(config: FinetuneConfig) -> dict:
@@ -133,7 +133,8 @@ def main(config: FinetuneConfig) -> dict:
             m = metrics["test"][name]
             if m["auc"] is not None:
                 print(
-                    f"test {name:4}  AUC {m['auc']:.4f}  gAUC {m['gauc'] or float('nan'):.4f}  log loss {m['log_loss']:.4f}"
+                    f"test {name:4}  AUC {m['auc']:.4f}  gAUC {m['gauc'] or float('nan'):.4f}  "
+                    f"log loss {m['log_loss']:.4f}"
                 )
     accelerator.end_training()
     return result

@@ -39,12 +39,9 @@ def run_demo(out: Path, seed: int) -> None:
             for part in arguments
         ]
         print(f"\n$ {' '.join(shown)}", flush=True)
-        launch = [
-            "-m",
-            "accelerate.commands.launch",
-            "--config_file",
-            str(clone / "configs" / "accelerate" / "cpu.yaml"),
-        ]
+        threads = os.environ.get("OMP_NUM_THREADS") or str(os.cpu_count() or 1)  # unsaid, the launcher warns
+        launch = ["-m", "accelerate.commands.launch", "--num_cpu_threads_per_process", threads]
+        launch += ["--config_file", str(clone / "configs" / "accelerate" / "cpu.yaml")]
         command = [sys.executable]
         for part in arguments:
             command += launch if part == "LAUNCH" else ["-m", "mmctr"] if part == "MMCTR" else [part]

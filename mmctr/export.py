@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from pydantic import TypeAdapter
 
 from mmctr.data.batches import ItemBatch
-from mmctr.data.images import decode_picture
+from mmctr.data.images import PictureError, decode_picture
 from mmctr.data.interactions import Impressions, Interactions, SplitConfig, split_interactions
 from mmctr.data.prepare import Dataset, open_dataset
 from mmctr.data.ranking import RankingData
@@ -89,6 +89,8 @@ def query_vector(run: str, text: str | None, image: str | None) -> np.ndarray:
             picture = decode_picture(path.read_bytes(), task.encoder.image_size, resize)
         except FileNotFoundError:
             raise ValueError(f"--image {path}: no such file") from None
+        except PictureError as error:
+            raise ValueError(f"--image {path}: {error}") from None
         items = ItemBatch(row=row, image=picture[None], has_image=torch.ones(1, dtype=torch.bool))
     return task.embed(items)[0][0].numpy()
 

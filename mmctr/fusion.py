@@ -29,12 +29,12 @@ class ContentTable(Config):
 
     name: Literal["table"] = "table"
     path: str | list[str]
-    """an embedding folder of `mmctr embed`, a Parquet or an .npz file of vectors; of several, vectors stand side by side"""
-    dim: int = Field(64, ge=1)
+    """an embedding folder of `mmctr embed`, a Parquet or an .npz file of vectors; several stand side by side"""
+    dim: int = Field(default=64, ge=1)
     """size of the content vector after the adapter"""
     hidden: list[int] = [128]
     """hidden sizes of the adapter"""
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
 
 
 class ContentEncoder(Config):
@@ -47,14 +47,14 @@ class ContentEncoder(Config):
     """`encoder`: every distinct item of a batch is encoded with gradient. `table`: only targets are; histories read
     a table of the encoder's own vectors that is made anew before each evaluation. Much faster, and what a history
     reads is up to one evaluation old"""
-    max_encoded: int | None = Field(None, ge=1)
+    max_encoded: int | None = Field(default=None, ge=1)
     """with `history: table`: encode at most this many distinct targets a step, another draw each step; the others read
     the table as histories do. The cost of a step then no longer grows with its batch"""
     frozen: bool = False
     """no gradient into the encoder: equals `table` with the vectors of the same run"""
-    dim: int = Field(64, ge=1)
+    dim: int = Field(default=64, ge=1)
     hidden: list[int] = [128]
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
 
     @model_validator(mode="after")
     def _budget_needs_a_table(self) -> ContentEncoder:
@@ -77,18 +77,18 @@ class ItemEncoder(Protocol):
 
 
 class ItemEmbedderConfig(Config):
-    id_dim: int = Field(32, ge=0)
+    id_dim: int = Field(default=32, ge=0)
     """size of the ID vector; 0: no IDs"""
-    id_dropout: float = Field(0.1, ge=0, lt=1)
+    id_dropout: float = Field(default=0.1, ge=0, lt=1)
     """chance that an item of a training batch shows the vector of an unknown item, which teaches the ranker to do
     without (DropoutNet, Volkovs et al. 2017) and trains the one vector that cold items read"""
-    init_std: float = Field(0.01, gt=0)
+    init_std: float = Field(default=0.01, gt=0)
     """spread of freshly made embeddings"""
     content: ContentConfig = ContentNone()
     fusion: Literal["concat", "sum", "project"] = "concat"
-    """`concat`: side by side; `sum`: added, all of one size; `project`: side by side, then a linear layer to `fused_dim`,
-    applied once a distinct item, so that attention over long histories works in fewer dimensions"""
-    fused_dim: int = Field(64, ge=1)
+    """`concat`: side by side; `sum`: added, all of one size; `project`: side by side, then a linear layer to
+    `fused_dim`, applied once a distinct item, so that attention over long histories works in fewer dimensions"""
+    fused_dim: int = Field(default=64, ge=1)
     """size after `project`"""
 
 

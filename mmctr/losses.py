@@ -17,7 +17,7 @@ def _world_size() -> int:
 
 
 class _Gather(torch.autograd.Function):
-    """Concatenate over processes. Backward: every process's gradient of our slice is summed, since all of them read it."""
+    """Concatenate over processes. Backward: all of them read our slice, so their gradients of it are summed."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:  # type: ignore[override]
@@ -33,7 +33,7 @@ class _Gather(torch.autograd.Function):
 
 
 def gather_rows(x: Tensor) -> Tensor:
-    """(B, ...) of this process -> (W * B, ...) of all processes in rank order, differentiable. B is equal everywhere."""
+    """(B, ...) of this process -> (W * B, ...) of all in rank order, differentiable. B is equal everywhere."""
     if _world_size() == 1:
         return x
     if x.is_floating_point() and x.requires_grad:

@@ -1,4 +1,4 @@
-"""What both recipes do around training: the data section, the run folder, the accelerator, errors at the command line."""
+"""What both recipes do around training: the data section, the run folder, the accelerator, the command line."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class DataConfig(Config):
     """a dataset folder, or a folder made by `mmctr prepare`"""
     items: str | None = None
     """a `datasets` dataset to take the catalog from instead of `path/items.*`"""
-    text: list[str] = Field(["title"], min_length=1)
+    text: list[str] = Field(default=["title"], min_length=1)
     """columns joined to the text of an item"""
-    image_size: int | None = Field(None, ge=8)
+    image_size: int | None = Field(default=None, ge=8)
     """side of the cached pictures; None: what the encoder takes"""
     image_resize: Resize = "shortest"
     """`shortest`: centre crop (CLIP's way); `longest`: padded; `squash`: both sides"""
@@ -74,7 +74,7 @@ def pair_rows(content: ItemContent, validation: float, source: str) -> tuple[np.
 
 
 def make_accelerator(config: FitConfig, run_dir: Path) -> Accelerator:
-    """One accelerator for CPU, GPU, one or many processes. Buffers are not broadcast: they are equal by construction."""
+    """One accelerator for CPU or GPU, one or many processes. Buffers are equal by construction, so not broadcast."""
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         log_with=config.tracker,

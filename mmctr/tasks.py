@@ -29,12 +29,12 @@ from mmctr.rankers.layers import RankerInput, take_rows
 
 class ClipLossConfig(Config):
     name: Literal["clip"] = "clip"
-    weight: float = Field(1.0, gt=0)
+    weight: float = Field(default=1.0, gt=0)
 
 
 class SigLipLossConfig(Config):
     name: Literal["siglip"] = "siglip"
-    weight: float = Field(1.0, gt=0)
+    weight: float = Field(default=1.0, gt=0)
 
 
 class PretrainTaskConfig(Config):
@@ -136,11 +136,11 @@ class RankingTaskConfig(Config):
     embedder: ItemEmbedderConfig = ItemEmbedderConfig()
     features: FeatureConfigs = FeatureConfigs()
     ranker: RankerConfig = DINConfig()
-    user_dim: int = Field(16, ge=0)
+    user_dim: int = Field(default=16, ge=0)
     """size of the user ID vector; 0: none"""
-    user_dropout: float = Field(0.05, ge=0, lt=1)
+    user_dropout: float = Field(default=0.05, ge=0, lt=1)
     """chance that a training impression shows an unknown user"""
-    max_history: int = Field(50, ge=1)
+    max_history: int = Field(default=50, ge=1)
     """latest behaviours read"""
 
 
@@ -196,7 +196,7 @@ class RankingTask(nn.Module):
         return {"log_loss": F.binary_cross_entropy_with_logits(logits.float(), batch.label), **losses}
 
     def parameter_parts(self) -> dict[str, list[nn.Parameter]]:
-        """`id`: ID tables of items and users; `encoder`: the content encoder; `content`: its adapter; `ranker`: the rest."""
+        """`id`: ID tables of items and users; `encoder`; `content`: its adapter; `ranker`: the rest."""
         parts: dict[str, list[nn.Parameter]] = {"id": [], "encoder": [], "content": [], "ranker": []}
         for name, parameter in self.named_parameters():
             if name.startswith(("embedder.ids.", "users.")):

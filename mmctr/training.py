@@ -24,15 +24,15 @@ from mmctr.files import fingerprint, read_json, replace_file, replace_folder, wr
 class GroupConfig(Config):
     """Optimiser settings of one part of a task; None takes the common one."""
 
-    lr: float | None = Field(None, ge=0)
-    weight_decay: float | None = Field(None, ge=0)
+    lr: float | None = Field(default=None, ge=0)
+    weight_decay: float | None = Field(default=None, ge=0)
 
 
 class OptimizerConfig(Config):
     """AdamW, one setting for all parameters and exceptions by part."""
 
-    lr: float = Field(1e-3, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
+    lr: float = Field(default=1e-3, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
     """not applied to biases, norms and other vectors"""
     betas: tuple[float, float] = (0.9, 0.999)
     groups: dict[str, GroupConfig] = {}
@@ -41,24 +41,24 @@ class OptimizerConfig(Config):
 
 
 class FitConfig(Config):
-    epochs: float = Field(1.0, ge=0)
+    epochs: float = Field(default=1.0, ge=0)
     """0 trains nothing: the run folder then holds the model as it was loaded"""
-    batch_size: int = Field(1024, ge=1)
+    batch_size: int = Field(default=1024, ge=1)
     """rows of a step over all processes together"""
-    warmup: float = Field(0.05, ge=0, le=1)
+    warmup: float = Field(default=0.05, ge=0, le=1)
     """fraction of the run in which the learning rate rises from 0"""
     decay: Literal["constant", "cosine", "linear"] = "cosine"
     """what the learning rate does after that"""
     optimizer: OptimizerConfig = OptimizerConfig()
-    max_grad_norm: float | None = Field(5.0, gt=0)
-    evaluations: float = Field(1.0, gt=0)
+    max_grad_norm: float | None = Field(default=5.0, gt=0)
+    evaluations: float = Field(default=1.0, gt=0)
     """evaluations on the validation rows an epoch"""
-    patience: int | None = Field(None, ge=1)
+    patience: int | None = Field(default=None, ge=1)
     """stop after this many evaluations without a better one; None: run to the end"""
-    log_every: int = Field(20, ge=1)
-    checkpoint_every: int = Field(500, ge=1)
+    log_every: int = Field(default=20, ge=1)
+    checkpoint_every: int = Field(default=500, ge=1)
     """steps; every evaluation is followed by a checkpoint as well"""
-    num_workers: int = Field(0, ge=0)
+    num_workers: int = Field(default=0, ge=0)
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     tracker: str | None = None
     """an Accelerate tracker: tensorboard, wandb, trackio, mlflow, ..."""
@@ -285,8 +285,8 @@ class Checkpoints:
         state = read_json(finished[-1] / "state.json")
         if state.pop("identity") != self.identity:
             raise ValueError(
-                f"{finished[-1]}: this checkpoint belongs to another config or dataset; choose another run_dir, or delete "
-                f"{self.folder.parent} to start anew"
+                f"{finished[-1]}: this checkpoint belongs to another config or dataset; choose another run_dir, or "
+                f"delete {self.folder.parent} to start anew"
             )
         task.load_state_dict(load_file(finished[-1] / "task.safetensors"))
         load_optimizer_tensors(optimizer, load_file(finished[-1] / "optimizer.safetensors"))

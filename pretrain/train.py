@@ -29,12 +29,12 @@ class PretrainConfig(Config):
     data: DataConfig
     task: PretrainTaskConfig
     fit: FitConfig = FitConfig()
-    validation: float = Field(0.1, gt=0, lt=1)
+    validation: float = Field(default=0.1, gt=0, lt=1)
     """fraction of the items with picture and text held out for retrieval"""
     attributes: list[str] = []
     """columns of the items table: how often held-out neighbours share them is reported"""
     run_dir: str
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
 
 
 def main(config: PretrainConfig) -> dict:
@@ -51,7 +51,8 @@ def main(config: PretrainConfig) -> dict:
     train_rows, validation = pair_rows(content, config.validation, config.data.path)
     skipped = len(dataset.catalog) - len(train_rows) - len(validation)
     accelerator.print(
-        f"{config.data.path}: {len(train_rows)} items to train on, {len(validation)} held out, {skipped} lack picture or text"
+        f"{config.data.path}: {len(train_rows)} items to train on, {len(validation)} held out, "
+        f"{skipped} lack picture or text"
     )
     assert content.pictures is not None
     for reason, entry in content.pictures.report["rejected"].items():

@@ -74,7 +74,7 @@ def test_prepare_prints_its_report(toy_folder, tmp_path, capsys):
     report = json.loads(text[: text.rindex("}") + 1])
     assert report["items"]["kept"] == 120 and "pictures 16 shortest" in report and "pictures 32 shortest" in report
     assert f"data.path={out}" in text
-    assert "no such" in refused(capsys, "prepare", tmp_path / "nowhere", "--out", tmp_path / "o")
+    assert "no items.parquet" in refused(capsys, "prepare", tmp_path / "nowhere", "--out", tmp_path / "o")
     assert "not a pretraining config" in refused(
         capsys, "prepare", toy_folder, "--out", out, "--config", write_config(tmp_path / "x.yaml", {"a": 1})
     )

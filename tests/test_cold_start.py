@@ -44,7 +44,7 @@ def cold_gauc(world, name, content) -> float:
             "ranker": {"name": "din", "attention": [16], "mlp": [32]},
             "user_dim": 8,
         },
-        "fit": {"epochs": 4, "batch_size": 256, "optimizer": {"lr": 5e-3}},
+        "fit": {"epochs": 10, "batch_size": 256, "optimizer": {"lr": 5e-3}},
         "run_dir": str(world / name),
     }
     main(FinetuneConfig.parse(values))

@@ -26,9 +26,9 @@ class CategoricalFeature(Config):
     """One value a row: brand, gender, shop."""
 
     name: Literal["categorical"] = "categorical"
-    dim: int = Field(8, ge=1)
+    dim: int = Field(default=8, ge=1)
     """embedding size"""
-    min_count: int = Field(1, ge=1)
+    min_count: int = Field(default=1, ge=1)
     """values on fewer training rows are unknown"""
 
 
@@ -36,10 +36,10 @@ class MultiValuedFeature(Config):
     """Several values a row, mean-pooled: genres, tags, the words of a text."""
 
     name: Literal["multi_valued"] = "multi_valued"
-    separator: str = Field("|", min_length=1)
+    separator: str = Field(default="|", min_length=1)
     """splits text; list columns need none. " " takes the words"""
-    dim: int = Field(8, ge=1)
-    min_count: int = Field(1, ge=1)
+    dim: int = Field(default=8, ge=1)
+    min_count: int = Field(default=1, ge=1)
 
 
 class NumericFeature(Config):
@@ -48,9 +48,9 @@ class NumericFeature(Config):
     name: Literal["numeric"] = "numeric"
     log: bool = False
     """take log(1 + x) first: prices, counts"""
-    buckets: int | None = Field(None, ge=2)
+    buckets: int | None = Field(default=None, ge=2)
     """embed quantile buckets instead of the number itself"""
-    dim: int = Field(8, ge=1)
+    dim: int = Field(default=8, ge=1)
     """embedding size of the buckets"""
 
 

@@ -107,9 +107,9 @@ class TemporalSplit(Config):
     """Train on the past, test on the last part of the log by global time. Cold items are those unseen before it."""
 
     name: Literal["temporal"] = "temporal"
-    test: float = Field(0.1, gt=0, lt=1)
+    test: float = Field(default=0.1, gt=0, lt=1)
     """fraction of all interactions, the latest"""
-    validation: float = Field(0.1, gt=0, lt=1)
+    validation: float = Field(default=0.1, gt=0, lt=1)
     """fraction of what is left, the latest"""
 
 
@@ -126,13 +126,13 @@ class ColdItemsSplit(Config):
     """
 
     name: Literal["cold_items"] = "cold_items"
-    cold: float = Field(0.15, gt=0, lt=1)
+    cold: float = Field(default=0.15, gt=0, lt=1)
     """fraction of the items in the log that no training row and no training history holds"""
-    test: float = Field(0.2, gt=0, lt=1)
+    test: float = Field(default=0.2, gt=0, lt=1)
     """fraction of each user's interactions, the latest"""
-    validation_cold: float = Field(0.05, ge=0, lt=1)
+    validation_cold: float = Field(default=0.05, ge=0, lt=1)
     """fraction of the remaining items held out for validation"""
-    validation: float = Field(0.1, gt=0, lt=1)
+    validation: float = Field(default=0.1, gt=0, lt=1)
     """fraction of each user's remaining interactions, the latest"""
     seed: int = 0
     """which items are held out; separate from the training seed so that seeds can be compared on the same rows"""

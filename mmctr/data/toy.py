@@ -299,8 +299,8 @@ class ToyWorld:
         lengths = rng.integers(config.session_length - spare, config.session_length + spare + 1, len(user))
         session, position = np.repeat(np.arange(len(user)), lengths), _count_up(lengths)
         item = self._distinct_items(rng, session)
-        # a session is one page: all its positions have one time. Were they seconds apart, the clicks above would stand in
-        # the history of those below, and a ranker could read the position off it
+        # a session is one page: all its positions have one time. Were they seconds apart, the clicks above would stand
+        # in the history of those below, and a ranker could read the position off it
         return user[session], item, begin[session], position, rng.random(len(session))
 
     def _distinct_items(self, rng: np.random.Generator, session: np.ndarray) -> np.ndarray:

@@ -53,11 +53,11 @@ class Encoder(Protocol):
 class AugmentConfig(Config):
     """Augmentation of training batches, on the device. Off by default: product photos are not snapshots."""
 
-    crop: float = Field(1.0, gt=0, le=1)
+    crop: float = Field(default=1.0, gt=0, le=1)
     """smallest side of a random crop, as a fraction of the picture"""
-    flip: float = Field(0.0, ge=0, le=1)
+    flip: float = Field(default=0.0, ge=0, le=1)
     """chance of a mirrored picture; leave at 0 where pictures hold writing"""
-    brightness: float = Field(0.0, ge=0, lt=1)
+    brightness: float = Field(default=0.0, ge=0, lt=1)
     """largest relative change of brightness"""
 
 

@@ -145,7 +145,7 @@ class EfficientNetLiteTower(Config):
 
     name: Literal["efficientnet_lite0"] = "efficientnet_lite0"
     pretrained: bool = True
-    image_size: int = Field(224, ge=32)
+    image_size: int = Field(default=224, ge=32)
     mode: TowerMode = "full"
 
 
@@ -156,7 +156,7 @@ class HFTextTower(HFModelConfig):
     pooling: Literal["mean", "cls"] = "mean"
     """`mean` over the real tokens (sentence encoders), or the first token (BERT)"""
     tokenizer: str | None = None
-    context_length: int = Field(64, ge=4)
+    context_length: int = Field(default=64, ge=4)
     """longer texts are cut"""
     mode: TowerMode = "full"
 
@@ -167,7 +167,7 @@ class TowersEncoderConfig(Config):
     name: Literal["towers"] = "towers"
     image: Annotated[HFImageTower | EfficientNetLiteTower, Field(discriminator="name")]
     text: HFTextTower
-    dim: int | None = Field(128, ge=1)
+    dim: int | None = Field(default=128, ge=1)
     """size of the shared space; None: no projections, each tower's own features, which can be exported one modality at
     a time but not compared with each other"""
     augment: AugmentConfig = AugmentConfig()
@@ -214,7 +214,7 @@ class TowersEncoder(EncoderBase):
         pixels = self.transform(self.training)(image)
         with self.gradient("image"):
             if isinstance(self.config.image, EfficientNetLiteTower):
-                return self.image_backbone.extract_features(pixels).mean((2, 3))
+                return self.image_backbone.extract_features(pixels).mean((2, 3))  # type: ignore[operator]
             output = self.image_backbone(pixel_values=pixels)
             pooled = getattr(output, "pooler_output", None)
             return output.last_hidden_state.mean(1) if pooled is None else pooled.flatten(1)
@@ -241,7 +241,7 @@ class TowersEncoder(EncoderBase):
     def save(self, folder: Path) -> None:
         (folder / "text").mkdir(parents=True, exist_ok=True)
         if not isinstance(self.config.image, EfficientNetLiteTower):
-            self.image_backbone.config.save_pretrained(folder / "image")
+            self.image_backbone.config.save_pretrained(folder / "image")  # type: ignore[operator, union-attr]
             _save_pixel_statistics(self, folder / "image")
         self.text_backbone.config.save_pretrained(folder / "text")
         if self.tokenizer.hf is not None:

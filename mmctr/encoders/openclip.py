@@ -21,7 +21,7 @@ CONFIG_NAME = "open_clip_config.json"
 class OpenClipEncoderConfig(Config):
     name: Literal["openclip"] = "openclip"
     model: str | None = None
-    """open_clip's name ("ViT-B-32"), or "hf-hub:org/name", or "local-dir:path"; None when `model_config_dict` is given"""
+    """open_clip's name ("ViT-B-32"), or "hf-hub:org/name", or "local-dir:path"; None when `architecture` is given"""
     pretrained: str | None = None
     """open_clip's tag or a weights file for built-in names; the other kinds bring their own weights"""
     architecture: dict[str, Any] | str | None = None
@@ -144,6 +144,6 @@ def _from_name(name: str, pretrained: str | None) -> tuple[Any, Any, dict[str, A
         raise
     except Exception as error:  # hubs raise many kinds
         raise ValueError(
-            f"encoder.model {name!r}, pretrained {pretrained!r}: open_clip cannot load it: {error}. Weights come from a hub: "
-            f"check the network, or use `architecture` for a small model from scratch"
+            f"encoder.model {name!r}, pretrained {pretrained!r}: cannot load it: {error}. Weights come from a "
+            f"hub: check the network, or use `architecture` for a small model from scratch"
         ) from None

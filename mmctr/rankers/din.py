@@ -25,13 +25,13 @@ from mmctr.rankers.layers import (
 
 class DINConfig(Config):
     name: Literal["din"] = "din"
-    attention: list[int] = Field([80, 40], min_length=1)
+    attention: list[int] = Field(default=[80, 40], min_length=1)
     """hidden sizes of the activation unit"""
     mlp: list[int] = [200, 80]
     activation: Activation = "dice"
     weights: Literal["intensity", "softmax"] = "intensity"
     """`intensity` keeps the unnormalised weights of the paper, whose sum says how strong the interest is"""
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
 
     def build(self, dim: int, context_dim: int) -> DIN:
         return DIN(self, dim, context_dim)
@@ -64,8 +64,8 @@ class DIN(nn.Module):
 
     | | paper | official code | here |
     |---|---|---|---|
-    | weights | no softmax: intensity is kept | softmax of scores / sqrt(D) | `weights`: intensity, or softmax (unscaled) |
-    | unit input | k, q and their "out product" | q, k, q - k, q * k | as the code: the authors confirm it is the product meant |
+    | weights | no softmax: intensity | softmax of scores / sqrt(D) | `weights`: intensity, or unscaled softmax |
+    | unit input | k, q, their "out product" | q, k, q - k, q * k | as the code (confirmed by the authors) |
     | unit activation | Dice or PReLU | sigmoid | `activation` |
     | Dice at test time | moving averages | batch statistics in some releases | moving averages |
     | top MLP input | concat of all | user, target, user * target | context, target, interest, interest * target |
