@@ -49,7 +49,8 @@ class ContentEncoder(Config):
     reads is up to one evaluation old"""
     max_encoded: int | None = Field(default=None, ge=1)
     """with `history: table`: encode at most this many distinct targets a step, another draw each step; the others read
-    the table as histories do. The cost of a step then no longer grows with its batch"""
+    the table as histories do. The cost of a step then no longer grows with its batch. Each process draws among its own
+    targets, so unlike all else here the result depends on the number of processes"""
     frozen: bool = False
     """no gradient into the encoder: equals `table` with the vectors of the same run"""
     dim: int = Field(default=64, ge=1)

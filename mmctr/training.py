@@ -59,7 +59,8 @@ class FitConfig(Config):
     checkpoint_every: int = Field(default=500, ge=1)
     """steps; every evaluation is followed by a checkpoint as well"""
     num_workers: int = Field(default=0, ge=0)
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = None
+    """None: what `accelerate launch` was told, else full precision"""
     tracker: str | None = None
     """an Accelerate tracker: tensorboard, wandb, trackio, mlflow, ..."""
 

@@ -175,8 +175,17 @@ class BehaviorCollator:
         start = torch.maximum(torch.from_numpy(part.history_start[rows]), end - self.max_history)
         index, offsets = jagged_rows(start, end)
         target = torch.from_numpy(part.item[rows]).long()
-        catalog_rows = torch.cat([target, torch.from_numpy(part.history[index.numpy()]).long()])
-        distinct, position = torch.unique(catalog_rows, return_inverse=True)
+        history = torch.from_numpy(part.history[index.numpy()]).long()
+        if self.content is None or self.encode_history:
+            distinct, position = torch.unique(torch.cat([target, history]), return_inverse=True)
+            num_targets = len(distinct)
+        else:
+            # targets are encoded, histories read the table: an item that is both has a slot for each, so that what a
+            # history reads does not depend on which targets share its batch (or its process)
+            targets, of_target = torch.unique(target, return_inverse=True)
+            others, of_history = torch.unique(history, return_inverse=True)
+            num_targets = len(targets)
+            distinct, position = torch.cat([targets, others]), torch.cat([of_target, of_history + num_targets])
 
         features = self.items.take(distinct)
         if self.id_dropout:
@@ -185,7 +194,7 @@ class BehaviorCollator:
         if self.content is None:
             items = ItemBatch(row=distinct, features=features)
         else:
-            encode = None if self.encode_history else torch.unique(position[: len(rows)])
+            encode = None if self.encode_history else torch.arange(num_targets)
             if encode is not None and self.max_encoded is not None and len(encode) > self.max_encoded:
                 draw = hashed_uniform(self.seed + 2, step, distinct[encode].numpy())
                 encode = encode[torch.from_numpy(np.argsort(draw)[: self.max_encoded])]

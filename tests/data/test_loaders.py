@@ -228,7 +228,15 @@ def test_content_of_targets_and_histories(tmp_path):
     few = collator(part, content=content, encode_history=False)(rows)
     assert few.items.encode is not None and few.items.image is not None
     assert few.items.row[few.items.encode].tolist() == sorted(set(part.item[rows].tolist()))
-    assert len(few.items.encode) < len(few.items) == len(whole.items)
+    # an item that is a target and in a history has a slot for each
+    assert set(few.history.tolist()).isdisjoint(few.items.encode.tolist())
+    assert set(few.target.tolist()) == set(few.items.encode.tolist())
+    assert few.items.row[few.history].equal(whole.items.row[whole.history])
+    assert few.items.row[few.target].equal(whole.items.row[whole.target])
+    budget = collator(part, content=content, encode_history=False, max_encoded=5)
+    drawn = [budget(rows, step).items for step in range(3)]
+    assert all(len(items.encode) == 5 and len(items.image) == 5 for items in drawn)
+    assert not drawn[0].encode.equal(drawn[1].encode)  # another draw each step
     for items, encoded in ((whole.items, whole.items.row), (few.items, few.items.row[few.items.encode])):
         assert items.image is not None and items.input_ids is not None
         assert items.has_image.tolist() == [row % 7 > 0 for row in encoded.tolist()]
@@ -237,8 +245,7 @@ def test_content_of_targets_and_histories(tmp_path):
         assert items.has_text.tolist() == [row % 5 > 0 for row in encoded.tolist()]
     bare = {"image": None, "has_image": None, "input_ids": None, "has_text": None, "encode": None}
     without = collator(part)(rows)
-    for batch in (whole, few):
-        assert equal(replace(batch, items=replace(batch.items, **bare)), without)
+    assert equal(replace(whole, items=replace(whole.items, **bare)), without)
 
 
 # Training batches ---------------------------------------------------------------------------------
