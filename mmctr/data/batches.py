@@ -10,9 +10,9 @@ Letters, everywhere in this repository:
 
 Each distinct item of a batch appears once in `items`; targets and histories are positions into it, so an item that
 is the target of one impression and stands in forty histories is embedded once. (The one exception: where only targets
-are encoded and histories read a table, an item that is both appears twice, since it has two vectors.) Histories are jagged: one flat array
-of values and the offsets where each impression's slice begins, so a step costs what the behaviours cost, not
-`B * longest history`.
+are encoded and histories read a table, an item that is both appears twice, since it has two vectors.) Histories are
+jagged: one flat array of values and the offsets where each impression's slice begins, so a step costs what the
+behaviours cost, not `B * longest history`.
 """
 
 from __future__ import annotations
