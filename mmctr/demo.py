@@ -85,7 +85,7 @@ def demo_world(seed: int) -> ToyWorldConfig:
         num_users=1200,
         impressions_per_user=120,
         image_size=64,
-        taste_strength=10.0,
+        taste_strength=14.0,
         drift=0.2,
         seed=seed,
     )
