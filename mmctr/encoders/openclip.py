@@ -74,10 +74,7 @@ class OpenClipEncoder(EncoderBase):
         super().set_modes(image, text)
         if text == "frozen" and not hasattr(self.model, "text"):
             self.model.positional_embedding.requires_grad_(False)
-            if isinstance(self.model.text_projection, nn.Module):
-                self.model.text_projection.requires_grad_(False)
-            else:
-                self.model.text_projection.requires_grad_(False)
+            self.model.text_projection.requires_grad_(False)  # a parameter or a layer: both have it
 
     def encode_image(self, image: Tensor) -> Tensor:
         with self.gradient("image"):
