@@ -20,6 +20,7 @@ from mmctr.config import Config
 from mmctr.data.interactions import ColdItemsSplit, SplitConfig, split_interactions
 from mmctr.data.loaders import BatchPlan, TrainBatches
 from mmctr.data.ranking import RankingData, RankingVocabulary
+from mmctr.data.tables import one_array
 from mmctr.embeddings import read_tables
 from mmctr.evaluation import embed_catalog, full_report, predict, predictions_table, quick_metrics
 from mmctr.files import replace_file, write_json
@@ -44,7 +45,6 @@ def main(config: FinetuneConfig) -> dict:
     run_dir = Path(config.run_dir)
     accelerator = make_accelerator(config.fit, run_dir)
     identity = begin_run(config, run_dir, accelerator)
-    torch.manual_seed(config.seed)
 
     # data: the log is cut first; vocabularies then see training rows alone
     dataset = open_data(config.data, accelerator)
@@ -124,7 +124,7 @@ def main(config: FinetuneConfig) -> dict:
             scores["test"],
             cold["test"],
             clicks["test"],
-            dataset.users["user_id"].combine_chunks(),
+            one_array(dataset.users["user_id"]),
             catalog.item_ids,
         )
         replace_file(run_dir / "predictions.parquet", lambda path: pyarrow.parquet.write_table(predictions, path))

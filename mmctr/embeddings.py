@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -189,9 +188,3 @@ def write_embeddings(
         write_json(folder / "manifest.json", {"format": FORMAT, "identity": identity, "shards": names, **counts})
         begun.unlink(missing_ok=True)
     wait()
-
-
-def remove_embeddings(folder: Path) -> None:
-    """Delete an embedding folder, and only one."""
-    if (folder / "manifest.json").is_file() or (folder / "begun.json").is_file():
-        shutil.rmtree(folder)

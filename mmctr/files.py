@@ -134,15 +134,6 @@ def locked(path: Path) -> Iterator[None]:
         handle.close()
 
 
-def link_or_copy(source: Path, target: Path) -> None:
-    """A hard link where the file system allows it (no second copy on disk), else a copy."""
-    target.unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
-
-
 def fingerprint(*parts: Any) -> str:
     """16 hex digits that change when any part does. Parts are JSON-able values or bytes."""
     digest = hashlib.sha256()

@@ -25,6 +25,7 @@ from mmctr.losses import clip_loss, siglip_loss
 from mmctr.rankers import RankerConfig
 from mmctr.rankers.din import DINConfig
 from mmctr.rankers.layers import RankerInput, take_rows
+from mmctr.training import save_weights
 
 
 class ClipLossConfig(Config):
@@ -71,8 +72,13 @@ class PretrainTask(nn.Module):
         """(E, dim) unit norm; rows without text mean nothing."""
         return F.normalize(self.encoder.encode_text(items.input_ids).float(), dim=-1)  # type: ignore[arg-type]
 
+    @property
+    def shares_space(self) -> bool:
+        """Whether pictures and texts can be compared: not when separate towers give their raw features."""
+        return getattr(self.config.encoder, "dim", 1) is not None
+
     def _require_shared_space(self) -> None:
-        if getattr(self.config.encoder, "dim", 1) is None:
+        if not self.shares_space:
             raise ValueError(
                 "encoder.dim is null: the towers share no space; export one modality (`mmctr embed --modality image`), "
                 "or set encoder.dim to train projections"
@@ -261,8 +267,7 @@ class RankingTask(nn.Module):
 def _save_task(task: nn.Module, folder: Path) -> None:
     kind = "pretrain" if isinstance(task, PretrainTask) else "ranking"
     config: Config = task.config  # type: ignore[assignment]
-    weights = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in task.state_dict().items()}
-    replace_file(folder / "model.safetensors", lambda path: save_file(weights, path))
+    replace_file(folder / "model.safetensors", lambda path: save_weights(task, path))
     write_json(folder / "task.json", {"kind": kind, "config": config.model_dump(mode="json")})
 
 

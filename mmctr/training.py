@@ -260,7 +260,7 @@ class Checkpoints:
 
     def save(self, task: nn.Module, optimizer: Any, state: dict[str, Any]) -> None:
         def write(folder: Path) -> None:
-            save_file(_contiguous(task.state_dict()), folder / "task.safetensors")
+            save_weights(task, folder / "task.safetensors")
             save_file(optimizer_tensors(optimizer), folder / "optimizer.safetensors")
             write_json(folder / "state.json", state | {"identity": self.identity})
 
@@ -294,7 +294,7 @@ class Checkpoints:
         return state
 
     def save_best(self, task: nn.Module) -> None:
-        replace_file(self.folder / "best.safetensors", lambda path: save_file(_contiguous(task.state_dict()), path))
+        replace_file(self.folder / "best.safetensors", lambda path: save_weights(task, path))
 
     def load_best(self, task: nn.Module) -> None:
         task.load_state_dict(load_file(self.folder / "best.safetensors"))
@@ -303,9 +303,10 @@ class Checkpoints:
         return sorted(path for path in self.folder.glob("step-*") if (path / "state.json").is_file())
 
 
-def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """safetensors refuses views and tensors that share memory."""
-    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+def save_weights(module: nn.Module, path: Path) -> None:
+    """The state dict as one safetensors file; it refuses views and tensors that share memory, hence the copies."""
+    tensors = module.state_dict()
+    save_file({name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}, path)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -66,7 +66,7 @@ def main(config: PretrainConfig) -> dict:
     )
 
     def evaluate() -> dict[str, float]:
-        if getattr(config.task.encoder, "dim", 1) is None:
+        if not task.shares_space:
             return {"mean_recall": 0.0}  # two spaces: nothing can be compared
         numbers = retrieval(task, content, validation, accelerator)
         if config.attributes:

@@ -13,7 +13,6 @@ import pytest
 
 from mmctr.files import (
     fingerprint,
-    link_or_copy,
     locked,
     read_json,
     replace_file,
@@ -140,13 +139,6 @@ def test_json(tmp_path):
 def test_numbers_of_numpy_stay_numbers(tmp_path):
     write_json(tmp_path / "x.json", {"count": np.int64(3), "rate": np.float32(0.5), "ids": np.arange(2)})
     assert read_json(tmp_path / "x.json") == {"count": 3, "rate": 0.5, "ids": [0, 1]}
-
-
-def test_link_or_copy(tmp_path):
-    (tmp_path / "a").write_text("a")
-    (tmp_path / "b").write_text("b")
-    link_or_copy(tmp_path / "a", tmp_path / "b")
-    assert (tmp_path / "b").read_text() == "a" and (tmp_path / "a").samefile(tmp_path / "b")
 
 
 def test_fingerprint():

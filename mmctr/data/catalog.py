@@ -17,7 +17,7 @@ from numpy.lib.format import open_memmap
 from torch import Tensor
 
 from mmctr.data.images import PictureError, decode_picture, read_picture
-from mmctr.data.tables import as_ids, as_text, require_columns, rows_of
+from mmctr.data.tables import as_ids, as_text, one_array, require_columns, rows_of
 from mmctr.files import fingerprint, locked, read_json, replace_file, write_json
 
 if TYPE_CHECKING:
@@ -64,10 +64,7 @@ class Catalog:
         """where caches of pictures and tokens are kept"""
         self.root = root
         """the dataset folder that relative picture paths start from"""
-        column = table.column("item_id")
-        self.item_ids: pa.Array = (
-            pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], type=column.type)
-        )
+        self.item_ids: pa.Array = one_array(table.column("item_id"))
 
     def __len__(self) -> int:
         return len(self.item_ids)

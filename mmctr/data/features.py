@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mmctr.config import Config
 from mmctr.data.batches import Features, Jagged, jagged_rows
-from mmctr.data.tables import as_text, require_columns, rows_of
+from mmctr.data.tables import as_text, one_array, require_columns, rows_of
 
 
 class CategoricalFeature(Config):
@@ -136,7 +136,7 @@ def encode_column(config: FeatureConfig, vocabulary: Vocabulary, column: pa.Chun
     known = pa.array(vocabulary.values, type=pa.string())
     if isinstance(config, CategoricalFeature):
         text = as_text(column)
-        return torch.from_numpy((rows_of(text.combine_chunks(), known, "feature") + 1).astype(np.int32))
+        return torch.from_numpy((rows_of(one_array(text), known, "feature") + 1).astype(np.int32))
     flat, offsets = _lists(config, column)
     rows = rows_of(flat, known, "feature") + 1
     # unknown values are left out of the pool rather than averaged in
@@ -190,9 +190,7 @@ def _numbers(config: NumericFeature, column: pa.ChunkedArray) -> np.ndarray:
 
 def _lists(config: MultiValuedFeature, column: pa.ChunkedArray) -> tuple[pa.Array, np.ndarray]:
     """Flat string values and (n + 1,) offsets of a list column, or of a text column cut at the separator."""
-    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    if isinstance(array, pa.ChunkedArray):
-        array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], type=array.type)
+    array = one_array(column)
     if pa.types.is_fixed_size_list(array.type):
         array = array.cast(pa.list_(array.type.value_type))
     if pa.types.is_list(array.type) or pa.types.is_large_list(array.type):
@@ -200,7 +198,7 @@ def _lists(config: MultiValuedFeature, column: pa.ChunkedArray) -> tuple[pa.Arra
         if pa.types.is_nested(array.type.value_type):
             raise ValueError(f"a multi-valued feature is declared on a column of type {array.type}; flatten its lists")
     else:
-        text = as_text(pa.chunked_array([array])).combine_chunks()
+        text = one_array(as_text(pa.chunked_array([array])))
         if config.separator == " ":
             # words: letters with their marks (Hindi, Thai) and digits, case folded, so that "Love," and "love" are one
             text = pc.replace_substring_regex(pc.utf8_lower(text), r"[^\pL\pM\pN]+", " ")  # type: ignore[attr-defined]

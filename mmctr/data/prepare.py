@@ -20,7 +20,17 @@ import pyarrow.parquet
 
 from mmctr.data.catalog import Catalog, dataset_table
 from mmctr.data.interactions import Interactions
-from mmctr.data.tables import as_ids, as_text, examples, find_table, read_table, require_columns, rows_of, same_kind
+from mmctr.data.tables import (
+    as_ids,
+    as_text,
+    examples,
+    find_table,
+    one_array,
+    read_table,
+    require_columns,
+    rows_of,
+    same_kind,
+)
 from mmctr.files import fingerprint, locked, read_json, replace_folder, write_json
 
 FORMAT = 1
@@ -229,8 +239,7 @@ def _write_log(log: pa.Table, log_path: Path, users_path: Path | None, items: pa
     """Check, sort and write the click log; returns its report."""
     users = as_ids(log.column("user_id"), "user_id", log_path)
     item_ids = as_ids(log.column("item_id"), "item_id", log_path)
-    catalog_ids = items.column("item_id").combine_chunks()
-    item = rows_of(item_ids, _array(catalog_ids), f"{log_path} and the items table")
+    item = rows_of(item_ids, one_array(items.column("item_id")), f"{log_path} and the items table")
     time, time_ok = _times(log.column("timestamp"), log_path)
     label, label_ok = _labels(log.column("label"), log_path)
 
@@ -284,10 +293,6 @@ def _write_log(log: pa.Table, log_path: Path, users_path: Path | None, items: pa
         "set aside": aside,
         "notes": notes,
     }
-
-
-def _array(column: pa.Array | pa.ChunkedArray) -> pa.Array:
-    return pa.concat_arrays(column.chunks) if isinstance(column, pa.ChunkedArray) else column
 
 
 def _counts(aside: dict[str, Any]) -> str:

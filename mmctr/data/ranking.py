@@ -16,7 +16,7 @@ from mmctr.data.features import FeatureColumns, FeatureConfig, Vocabulary, encod
 from mmctr.data.interactions import Impressions, Splits
 from mmctr.data.loaders import BehaviorCollator, ItemContent
 from mmctr.data.prepare import Dataset
-from mmctr.data.tables import rows_of
+from mmctr.data.tables import one_array, rows_of
 from mmctr.files import read_json, write_json
 
 
@@ -87,9 +87,9 @@ class RankingVocabulary:
             for g, group in read_json(folder / "features.json").items()
         }
         return cls(
-            item_ids=_one_array(items.column("item_id")),
+            item_ids=one_array(items.column("item_id")),
             clicks=items.column("clicks").to_numpy(),
-            user_ids=_one_array(users.column("user_id")),
+            user_ids=one_array(users.column("user_id")),
             **groups,
         )
 
@@ -151,8 +151,4 @@ class RankingData:
 
 
 def _user_ids(dataset: Dataset) -> pa.Array:
-    return _one_array(dataset.users.column("user_id"))
-
-
-def _one_array(column: pa.ChunkedArray) -> pa.Array:
-    return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], type=column.type)
+    return one_array(dataset.users.column("user_id"))

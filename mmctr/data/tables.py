@@ -103,11 +103,16 @@ def _integers_if_exact(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return numbers if same in (True, None) else column
 
 
+def one_array(column: pa.ChunkedArray | pa.Array) -> pa.Array:
+    """A column as one array, whatever its chunks; `combine_chunks` gives now an array, now a chunked one."""
+    if isinstance(column, pa.Array):
+        return column
+    return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], type=column.type)
+
+
 def as_ids(column: pa.ChunkedArray | pa.Array, name: str, path: Path | str) -> pa.Array:
     """Ids as one int64 or string array, nulls kept. Raises ValueError for other types and inexact floats."""
-    array = pa.concat_arrays(column.chunks) if isinstance(column, pa.ChunkedArray) and column.num_chunks else column
-    if isinstance(array, pa.ChunkedArray):
-        array = pa.array([], type=array.type)
+    array = one_array(column)
     kind = array.type
     if pa.types.is_dictionary(kind):
         array = array.dictionary_decode()
