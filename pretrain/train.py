@@ -10,13 +10,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import torch
 from pydantic import Field
 
 from mmctr.config import Config
-from mmctr.data.batches import ItemBatch
-from mmctr.data.loaders import BatchPlan, TrainBatches
+from mmctr.data.loaders import BatchPlan, PairCollator, TrainBatches
 from mmctr.data.tables import as_text, require_columns
 from mmctr.evaluation import embed_rows, neighbour_agreement, retrieval
 from mmctr.files import write_json
@@ -58,9 +56,6 @@ def main(config: PretrainConfig) -> dict:
     for reason, entry in content.pictures.report["rejected"].items():
         accelerator.print(f"pictures rejected as {reason}: {entry['count']}, for example items {entry['examples']}")
 
-    def collate(rows: np.ndarray, step: int) -> ItemBatch:
-        return content.batch(torch.from_numpy(train_rows[rows]))
-
     plan = BatchPlan(
         len(train_rows), config.fit.batch_size, config.seed, accelerator.process_index, accelerator.num_processes
     )
@@ -78,7 +73,7 @@ def main(config: PretrainConfig) -> dict:
 
     result = fit(
         task,
-        TrainBatches(plan, collate, config.fit.num_workers),
+        TrainBatches(plan, PairCollator(content, train_rows), config.fit.num_workers),
         config.fit,
         run_dir=run_dir,
         accelerator=accelerator,

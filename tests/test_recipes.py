@@ -96,6 +96,33 @@ def test_a_run_killed_between_two_steps_resumes(done, tmp_path):
     check_same_files(tmp_path / "run", reference)
 
 
+@pytest.mark.parametrize("name", ["pretrain", "joint"])
+def test_a_run_with_workers_killed_between_two_steps_resumes(done, tmp_path, name):
+    """Processes that collate ahead change no number, and what they had ready is made again."""
+    config, reference = done[name]
+    arguments = (recipe(name), config, f"run_dir={tmp_path / 'run'}", "fit.num_workers=2")
+    log, run = tmp_path / "run" / "log.jsonl", start(tmp_path, *arguments)
+    wait_until(lambda: log.is_file() and log.read_text().count("\n") >= 4, run)
+    run.kill()
+    start(tmp_path, *arguments).ok()
+    check_same_files(tmp_path / "run", reference)
+
+
+def test_a_run_killed_while_preparing_its_data_goes_on(done, tmp_path, monkeypatch):
+    """Tables, pictures and tokens are made once into the cache; each is there whole or not at all."""
+    config, reference = done["pretrain"]
+    monkeypatch.setenv("MMCTR_CACHE", str(tmp_path / "cache"))
+    arguments = ("pretrain.train", config, f"run_dir={tmp_path / 'run'}")
+    made = []
+    for rename in range(1, 6):
+        killed = start(tmp_path, *arguments, kill_at_rename=rename)
+        assert killed.wait() == -9, killed.text
+        made.append(sorted(p.name for p in (tmp_path / "cache").rglob("*") if not p.name.startswith(".")))
+    assert not (tmp_path / "run" / "checkpoints").exists() and len(made[0]) < len(made[-1])
+    start(tmp_path, *arguments).ok()
+    check_same_files(tmp_path / "run", reference)
+
+
 @pytest.mark.parametrize("name", ["pretrain", "id"])
 def test_a_finished_run_started_again_ends_the_same(done, tmp_path, name):
     config, reference = done[name]

@@ -5,6 +5,7 @@ A global batch is cut into equal slices, one a process, so two processes see the
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -87,6 +88,8 @@ class TrainBatches(Generic[BatchT]):
             batch_size=None,
             sampler=range(start, stop),
             num_workers=self._num_workers,
+            # a forked worker shares memory-mapped pictures and logs; pickling would copy them into each
+            multiprocessing_context="fork" if self._num_workers and sys.platform == "linux" else None,
             pin_memory=torch.cuda.is_available(),
         )
         yield from zip(range(start, stop), loader, strict=True)
@@ -143,6 +146,18 @@ class ItemContent:
             has_text=self.has_text[picked] if self.has_text is not None else None,
             encode=encode,
         )
+
+
+@dataclass(frozen=True)
+class PairCollator:
+    """Training rows -> ItemBatch with picture and text of each."""
+
+    content: ItemContent
+    catalog_rows: np.ndarray
+    """catalog row of each training row"""
+
+    def __call__(self, rows: np.ndarray, step: int = 0) -> ItemBatch:
+        return self.content.batch(torch.from_numpy(self.catalog_rows[rows]))
 
 
 @dataclass(frozen=True)
