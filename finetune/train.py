@@ -18,7 +18,7 @@ from pydantic import Field
 
 from mmctr.config import Config
 from mmctr.data.interactions import ColdItemsSplit, SplitConfig, split_interactions
-from mmctr.data.loaders import BatchPlan, TrainBatches
+from mmctr.data.loaders import BatchPlan, NegativeSampler, TrainBatches
 from mmctr.data.ranking import RankingData, RankingVocabulary
 from mmctr.data.tables import one_array
 from mmctr.embeddings import read_tables
@@ -80,6 +80,7 @@ def main(config: FinetuneConfig) -> dict:
         content=content if encodes else None,
         encode_history=encodes and content_config.history == "encoder",  # type: ignore[union-attr]
         max_encoded=content_config.max_encoded if encodes else None,  # type: ignore[union-attr]
+        negatives=NegativeSampler(splits.train, config.seed) if config.task.ranker.needs_negatives else None,
         id_dropout=config.task.embedder.id_dropout,
         user_dropout=config.task.user_dropout,
         seed=config.seed,

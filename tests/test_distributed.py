@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from mmctr.embeddings import EmbeddingTable
 from mmctr.losses import clip_loss, siglip_loss
 from mmctr.rankers.layers import Dice
-from tests.tiny import CLONE, finetune_values, free_port, losses, pretrain_values, start, write_config
+from tests.tiny import CLONE, finetune_values, free_port, log_lines, losses, pretrain_values, start, write_config
 
 pytestmark = pytest.mark.slow
 
@@ -122,6 +122,16 @@ def test_finetuning_under_torchrun_equals_one_process(toy_folder, tmp_path):
     start(tmp_path, "finetune.train", config, f"run_dir={tmp_path / 'one'}").ok()
     torchrun("-m", "finetune.train", config, f"run_dir={tmp_path / 'two'}")
     check_same_run(tmp_path / "one", tmp_path / "two", count=22)
+
+
+def test_dien_with_its_auxiliary_loss_on_two_processes_equals_one(toy_folder, tmp_path):
+    values = finetune_values(toy_folder, epochs=1)
+    values["task"]["ranker"] = {"name": "dien", "mlp": [16], "activation": "dice"}
+    config = write_config(tmp_path / "f.yaml", values)
+    for count in (1, 2):
+        start(tmp_path, "finetune.train", config, f"run_dir={tmp_path / str(count)}", processes=count).ok()
+    check_same_run(tmp_path / "1", tmp_path / "2", count=11)
+    assert all(line["auxiliary"] > 0 for line in log_lines(tmp_path / "1") if "loss" in line)
 
 
 def test_pretraining_with_clip_on_two_processes_equals_one(toy_folder, tmp_path):

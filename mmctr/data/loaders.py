@@ -160,6 +160,56 @@ class PairCollator:
         return self.content.batch(torch.from_numpy(self.catalog_rows[rows]))
 
 
+class NegativeSampler:
+    """Items a user has never clicked, drawn as often as they are shown in the training impressions.
+
+    Args:
+        impressions: the training rows. Items clicked later on are no negatives either.
+    """
+
+    ROUNDS = 4
+    """draws before the few values left (users who clicked nearly all there is) are handled one by one"""
+
+    def __init__(self, impressions: Impressions, seed: int):
+        self.shown = impressions.item
+        self.num_items = int(self.shown.max()) + 1
+        clicked = impressions.label == 1
+        self.clicked = np.unique(self._keys(impressions.user[clicked], self.shown[clicked]))
+        self.seed = seed + 3  # the collator's own draws come before
+
+    def __call__(self, users: np.ndarray, keys: np.ndarray, step: int) -> np.ndarray:
+        """(n,) catalog rows for users (n,); `keys` (n,) tell the draws of a step apart, in whatever process they are.
+
+        A user who has clicked every item there is gets any item.
+        """
+        items = self._draw(keys, step, 0)
+        for draw in range(1, self.ROUNDS):
+            wrong = np.flatnonzero(self._is_clicked(users, items))
+            if not len(wrong):
+                return items
+            items[wrong] = self._draw(keys[wrong], step, draw)
+        for i in np.flatnonzero(self._is_clicked(users, items)):
+            start, end = np.searchsorted(self.clicked, self._keys(users[i] + np.arange(2), np.zeros(2, np.int64)))
+            left = np.setdiff1d(self.shown, self.clicked[start:end] % self.num_items)
+            if len(left):
+                uniform = hashed_uniform(self.seed + self.ROUNDS, step, keys[i : i + 1])[0]
+                items[i] = left[int(uniform * len(left))]
+        return items
+
+    def _draw(self, keys: np.ndarray, step: int, draw: int) -> np.ndarray:
+        return self.shown[(hashed_uniform(self.seed + draw, step, keys) * len(self.shown)).astype(np.int64)]
+
+    def _keys(self, users: np.ndarray, items: np.ndarray) -> np.ndarray:
+        return users.astype(np.int64) * self.num_items + items
+
+    def _is_clicked(self, users: np.ndarray, items: np.ndarray) -> np.ndarray:
+        if not len(self.clicked):
+            return np.zeros(len(users), bool)
+        wanted = self._keys(users, items)
+        place = np.minimum(np.searchsorted(self.clicked, wanted), len(self.clicked) - 1)
+        return self.clicked[place] == wanted
+
+
 @dataclass(frozen=True)
 class BehaviorCollator:
     """Rows of a split -> BehaviorBatch. Everything is columns; there is no Python per row.
@@ -179,6 +229,8 @@ class BehaviorCollator:
     encode_history: bool = True
     max_encoded: int | None = None
     """without `encode_history`: at most this many distinct targets of a step are encoded"""
+    negatives: NegativeSampler | None = None
+    """for rankers with an auxiliary loss"""
     id_dropout: float = 0.0
     """chance that a distinct item of a batch shows the ID of an unknown item, so that this row is trained too"""
     user_dropout: float = 0.0
@@ -191,6 +243,11 @@ class BehaviorCollator:
         index, offsets = jagged_rows(start, end)
         target = torch.from_numpy(part.item[rows]).long()
         history = torch.from_numpy(part.history[index.numpy()]).long()
+        if self.negatives is not None:  # one for each behaviour, behind them
+            lengths = np.diff(offsets.numpy())
+            place = np.repeat(rows * self.max_history - offsets[:-1].numpy(), lengths) + np.arange(len(history))
+            drawn = self.negatives(np.repeat(part.user[rows], lengths), place, step)
+            history = torch.cat([history, torch.from_numpy(drawn).long()])
         if self.content is None or self.encode_history:
             distinct, position = torch.unique(torch.cat([target, history]), return_inverse=True)
             num_targets = len(distinct)
@@ -221,12 +278,14 @@ class BehaviorCollator:
         if self.user_dropout:
             unknown = hashed_uniform(self.seed + 1, step, user.numpy()) < self.user_dropout
             user_row = user_row.masked_fill(torch.from_numpy(unknown), 0)
+        targets_end, history_end = len(rows), len(rows) + int(offsets[-1])
         return BehaviorBatch(
             items=items,
-            target=position[: len(rows)],
-            history=position[len(rows) :],
+            target=position[:targets_end],
+            history=position[targets_end:history_end],
             history_offsets=offsets,
             user=user_row,
             context=self.users.take(user) | self.context.take(source),
             label=torch.from_numpy(part.label[rows]).float(),
+            negatives=None if self.negatives is None else position[history_end:],
         )

@@ -14,7 +14,7 @@ from pydantic import model_validator
 from mmctr.config import Config
 from mmctr.data.features import FeatureColumns, FeatureConfig, Vocabulary, encode_table, learn_vocabularies
 from mmctr.data.interactions import Impressions, Splits
-from mmctr.data.loaders import BehaviorCollator, ItemContent
+from mmctr.data.loaders import BehaviorCollator, ItemContent, NegativeSampler
 from mmctr.data.prepare import Dataset
 from mmctr.data.tables import one_array, rows_of
 from mmctr.files import read_json, write_json
@@ -130,6 +130,7 @@ class RankingData:
         content: ItemContent | None = None,
         encode_history: bool = True,
         max_encoded: int | None = None,
+        negatives: NegativeSampler | None = None,
         id_dropout: float = 0.0,
         user_dropout: float = 0.0,
         seed: int = 0,
@@ -144,6 +145,7 @@ class RankingData:
             content=content,
             encode_history=encode_history,
             max_encoded=max_encoded,
+            negatives=negatives,
             id_dropout=id_dropout,
             user_dropout=user_dropout,
             seed=seed,

@@ -1,5 +1,11 @@
 """Rankers: vectors in, logits out. To add one: a module, then its config in the union below."""
 
-from mmctr.rankers.din import DINConfig
+from typing import Annotated
 
-RankerConfig = DINConfig
+from pydantic import Field
+
+from mmctr.rankers.dien import DIENConfig
+from mmctr.rankers.din import DINConfig
+from mmctr.rankers.embedding_mlp import EmbeddingMLPConfig
+
+RankerConfig = Annotated[EmbeddingMLPConfig | DINConfig | DIENConfig, Field(discriminator="name")]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,8 @@ from mmctr.rankers.layers import (
 
 
 class DINConfig(Config):
+    needs_negatives: ClassVar[bool] = False
+
     name: Literal["din"] = "din"
     attention: list[int] = Field(default=[80, 40], min_length=1)
     """hidden sizes of the activation unit"""

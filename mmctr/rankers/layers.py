@@ -94,6 +94,14 @@ def _sum_over_processes(x: Tensor) -> Tensor:
     return x
 
 
+def mean_over_processes(x: Tensor) -> Tensor:
+    """Mean of x (n,) over the values of all processes, as far as this one contributes: averaged over processes, as
+    data-parallel training averages gradients, it is the mean over all values. 0 where there are none."""
+    size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    count = _sum_over_processes(x.new_tensor([float(len(x))])).clamp(min=1)
+    return x.sum() * (size / count).squeeze()
+
+
 class _DiceFunction(torch.autograd.Function):
     """Dice on batch statistics, by hand: a third of the memory passes of the same formula left to autograd.
 

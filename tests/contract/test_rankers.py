@@ -7,10 +7,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mmctr.rankers import DINConfig
+from mmctr.rankers import DIENConfig, DINConfig, EmbeddingMLPConfig
 from mmctr.rankers.layers import RankerInput
 
 RANKERS = {
+    "embedding_mlp": EmbeddingMLPConfig(mlp=[5]),
+    "embedding_mlp sum": EmbeddingMLPConfig(mlp=[5], pooling="sum", activation="dice"),
+    "dien": DIENConfig(mlp=[5]),
+    "dien other size": DIENConfig(mlp=[5], hidden_dim=6, activation="relu"),
+    "dien augru_official": DIENConfig(mlp=[5], gate="augru_official"),
+    "dien agru": DIENConfig(mlp=[5], gate="agru", auxiliary_weight=0.0),
+    "dien aigru": DIENConfig(mlp=[5], gate="aigru"),
     "din": DINConfig(attention=[6], mlp=[5]),
     "din softmax": DINConfig(attention=[6, 4], mlp=[], weights="softmax", activation="prelu"),
 }

@@ -11,7 +11,14 @@ from torch import Tensor
 from mmctr.data.batches import BehaviorBatch, Jagged
 from mmctr.data.features import FeatureColumns
 from mmctr.data.interactions import ColdItemsSplit, Impressions, split_interactions
-from mmctr.data.loaders import BatchPlan, BehaviorCollator, ItemContent, TrainBatches, hashed_uniform
+from mmctr.data.loaders import (
+    BatchPlan,
+    BehaviorCollator,
+    ItemContent,
+    NegativeSampler,
+    TrainBatches,
+    hashed_uniform,
+)
 from mmctr.data.prepare import prepare
 from tests.worlds import picture, random_log, write_dataset
 
@@ -246,6 +253,56 @@ def test_content_of_targets_and_histories(tmp_path):
     bare = {"image": None, "has_image": None, "input_ids": None, "has_text": None, "encode": None}
     without = collator(part)(rows)
     assert equal(replace(whole, items=replace(whole.items, **bare)), without)
+
+
+# Negatives ----------------------------------------------------------------------------------------
+
+
+def test_negatives_are_shown_items_the_user_never_clicked():
+    part = impressions()
+    clicked = {(u, i) for u, i, label in zip(part.user, part.item, part.label, strict=True) if label}
+    collate = collator(part, negatives=NegativeSampler(part, seed=0))
+    rows = np.arange(len(part))
+    batch, plain = collate(rows, 5), collator(part)(rows, 5)
+    assert batch.negatives is not None and len(batch.negatives) == len(batch.history) > 500
+    users = np.repeat(part.user, np.diff(batch.history_offsets.numpy()))
+    items = batch.items.row[batch.negatives].tolist()
+    assert not clicked & set(zip(users.tolist(), items, strict=True)) and set(items) <= set(part.item.tolist())
+    # nothing else of the batch changes, but that there are more items
+    assert batch.items.row[batch.history].equal(plain.items.row[plain.history])
+    assert batch.items.row[batch.target].equal(plain.items.row[plain.target])
+    assert plain.negatives is None and batch.label.equal(plain.label)
+
+
+def test_negatives_depend_on_impression_place_and_step_alone():
+    part = impressions()
+    collate = collator(part, negatives=NegativeSampler(part, seed=0))
+    rows = np.random.default_rng(1).permutation(len(part))[:80]
+
+    def drawn(batch: BehaviorBatch) -> list[int]:
+        return batch.items.row[batch.negatives].tolist()
+
+    halves = [drawn(collate(half, 3)) for half in np.split(rows, 2)]
+    assert halves[0] + halves[1] == drawn(collate(rows, 3)) != drawn(collate(rows, 4))
+    other = collator(part, negatives=NegativeSampler(part, seed=1))
+    assert drawn(other(rows, 3)) != drawn(collate(rows, 3))
+
+
+def test_negatives_are_drawn_as_often_as_shown():
+    n = 40_000
+    part = replace(impressions(), item=np.repeat([2, 5, 7], [1, 2, 5]), label=np.zeros(8), user=np.zeros(8, np.int64))
+    items = NegativeSampler(part, seed=0)(np.zeros(n, np.int64), np.arange(n), 0)
+    np.testing.assert_allclose(np.bincount(items)[[2, 5, 7]] / n, [1 / 8, 2 / 8, 5 / 8], atol=0.01)
+
+
+def test_a_user_who_clicked_nearly_or_simply_all():
+    item, user = np.tile(np.arange(50), 2), np.repeat([0, 1], 50)
+    label = np.ones(100, np.int64)
+    label[7] = 0  # user 0 left out item 7, user 1 none
+    sampler = NegativeSampler(replace(impressions(), item=item, user=user, label=label), seed=0)
+    assert sampler(np.zeros(200, np.int64), np.arange(200), 0).tolist() == [7] * 200
+    rest = sampler(np.ones(200, np.int64), np.arange(200), 0)
+    assert rest.min() >= 0 and rest.max() < 50
 
 
 # Training batches ---------------------------------------------------------------------------------

@@ -1,0 +1,107 @@
+"""Deep Interest Evolution Network (Zhou et al., AAAI 2019, arXiv 1809.03672)."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from mmctr.config import Config
+from mmctr.rankers.layers import (
+    MLP,
+    Activation,
+    RankerInput,
+    RankerOutput,
+    mean_over_processes,
+    segment_ids,
+    segment_softmax,
+    segment_sum,
+    take_rows,
+)
+from mmctr.rankers.recurrence import Gate, Recurrence, TimeMajor
+
+
+class DIENConfig(Config):
+    needs_negatives: ClassVar[bool] = True
+
+    name: Literal["dien"] = "dien"
+    hidden_dim: int | None = Field(default=None, ge=1)
+    """size of an interest state; None: that of the item vectors. Another size puts a learned linear map between states
+    and item vectors in the auxiliary loss"""
+    gate: Literal["augru", "augru_official", "agru", "aigru"] = "augru"
+    """how attention steers the evolution of interest; see `Recurrence`. `aigru` scales the input of a plain GRU"""
+    auxiliary_weight: float = Field(default=1.0, ge=0)
+    """of the auxiliary loss; 0: none"""
+    mlp: list[int] = [200, 80]
+    activation: Activation = "dice"
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+
+    def build(self, dim: int, context_dim: int) -> DIEN:
+        return DIEN(self, dim, context_dim)
+
+
+class DIEN(nn.Module):
+    """A GRU reads interest states off the behaviours; a second one, steered by attention to the target, follows how
+    the interest in such items evolves.
+
+    | | paper | official code | here |
+    |---|---|---|---|
+    | attention | softmax of h W e | softmax of the 80-40-1 unit of DIN | as the paper |
+    | AUGRU | update gate a u: a = 0 keeps the state | 1 - (1 - a)(1 - u): a = 0 is a plain GRU step | `gate` |
+    | auxiliary score | inner product of h_t, e_{t+1} | net 100-50-2 on both | inner product |
+    | auxiliary mean | sum over steps, mean over samples | over padded steps too | mean over the steps there are |
+    | negatives | not the item clicked next | from the review stream, may be a positive | never clicked by the user |
+    | top MLP input | all concatenated | user, target, sum, target * sum, state | context, and as the code |
+    | activation at test time | - | batch statistics | moving averages |
+
+    The mean over steps keeps the weight of the auxiliary loss independent of how long histories are. An empty history
+    has the zero state.
+    """
+
+    def __init__(self, config: DIENConfig, dim: int, context_dim: int):
+        super().__init__()
+        self.config = config
+        hidden = config.hidden_dim or dim
+        gate: Gate = "gru" if config.gate == "aigru" else config.gate
+        self.extractor = Recurrence(dim, hidden)
+        self.evolver = Recurrence(hidden, hidden, gate)
+        self.query = nn.Linear(dim, hidden, bias=False)
+        mapped = config.auxiliary_weight > 0 and hidden != dim
+        self.next_item = nn.Linear(dim, hidden, bias=False) if mapped else nn.Identity()
+        self.mlp = MLP(3 * dim + hidden + context_dim, config.mlp, 1, config.activation, config.dropout)
+
+    def forward(self, inputs: RankerInput) -> RankerOutput:
+        num = len(inputs.target)
+        layout = TimeMajor.of(inputs.history_offsets, len(inputs.history))
+        behaviors = take_rows(inputs.history, layout.order)
+        interests = self.extractor(behaviors, layout)  # (H, hidden)
+        losses = {}
+        if self.training and self.config.auxiliary_weight and inputs.negatives is not None:
+            negatives = take_rows(inputs.negatives, layout.order)
+            losses["auxiliary"] = self.config.auxiliary_weight * self._auxiliary(
+                interests, behaviors, negatives, layout
+            )
+
+        scores = (interests * take_rows(self.query(inputs.target), layout.segments)).sum(1)
+        attention = segment_softmax(scores, layout.segments, num)  # (H,)
+        if self.config.gate == "aigru":
+            evolved = self.evolver(interests * attention[:, None], layout)
+        else:
+            evolved = self.evolver(interests, layout, attention)
+        state = take_rows(torch.cat([evolved, evolved.new_zeros((1, evolved.shape[1]))]), layout.last)
+
+        segments = segment_ids(inputs.history_offsets, len(inputs.history))
+        total = segment_sum(inputs.history, torch.ones_like(scores), segments, num).to(inputs.target.dtype)
+        top = torch.cat([inputs.context, inputs.target, total, total * inputs.target, state], dim=1)
+        return RankerOutput(logits=self.mlp(top).squeeze(1), losses=losses)
+
+    def _auxiliary(self, interests: Tensor, behaviors: Tensor, negatives: Tensor, layout: TimeMajor) -> Tensor:
+        """Mean over all t with a next behaviour of -[log s(h_t e_{t+1}) + log(1 - s(h_t n_{t+1}))], equation 3."""
+        first = len(behaviors) - len(layout.previous)
+        before = take_rows(interests, layout.previous).float()
+        clicked = (before * self.next_item(behaviors[first:]).float()).sum(1)
+        not_clicked = (before * self.next_item(negatives[first:]).float()).sum(1)
+        return mean_over_processes(F.softplus(-clicked) + F.softplus(not_clicked))

@@ -1,0 +1,168 @@
+"""Gated recurrences over jagged histories, with a backward pass by hand.
+
+Histories are walked in time-major order: all first behaviours, then all second ones, ..., with the longest histories
+first, so that step t works on the first `sizes[t]` rows of a matrix and no padding exists. What autograd would do step
+by step (a weight gradient a step, a node an operation) is done once at the end or not at all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+Gate = Literal["gru", "agru", "augru", "augru_official"]
+
+
+@dataclass(frozen=True)
+class TimeMajor:
+    """Where each value of a jagged history stands when steps are outermost."""
+
+    order: Tensor
+    """(H,) index into the jagged values"""
+    segments: Tensor
+    """(H,) impression of each value"""
+    sizes: list[int]
+    """histories that reach each step, descending; they sum to H"""
+    previous: Tensor
+    """(H - sizes[0],) for each value from the second step on: where the value before it stands in this order"""
+    last: Tensor
+    """(B,) where the last value of each impression stands; H for an empty history"""
+
+    @classmethod
+    def of(cls, offsets: Tensor, total: int) -> TimeMajor:
+        """From (B + 1,) offsets that end at `total`."""
+        device, lengths = offsets.device, offsets.diff()
+        rows = torch.argsort(lengths, descending=True, stable=True)
+        ordered = lengths[rows]
+        # histories that reach step t are those longer than t
+        reach = len(lengths) - torch.cumsum(torch.bincount(lengths), 0)[:-1]
+        sizes: list[int] = reach.tolist()
+        begins = torch.cumsum(reach, 0) - reach
+        step = torch.repeat_interleave(torch.arange(len(sizes), device=device), reach, output_size=total)
+        position = torch.arange(total, device=device)
+        segments = rows[position - begins[step]]
+        first = sizes[0] if sizes else 0
+        last = torch.full_like(lengths, total)
+        some = ordered > 0
+        last[rows[some]] = begins[ordered[some] - 1] + torch.arange(first, device=device)
+        return cls(
+            order=offsets[segments] + step,
+            segments=segments,
+            sizes=sizes,
+            previous=position[first:] - reach[step[first:] - 1],
+            last=last,
+        )
+
+
+class Recurrence(nn.Module):
+    """A GRU whose update may be steered by one attention weight a value; with h~ the candidate and u the update gate,
+
+        h_t = (1 - e) * h_{t-1} + e * h~        h~ = tanh(W i_t + r * (U h_{t-1} + b))
+
+    | gate | e | |
+    |---|---|---|
+    | `gru` | u | Cho et al. 2014 |
+    | `agru` | a | DIEN, equation 10: attention instead of the update gate |
+    | `augru` | a u | DIEN, equation 14: a = 0 leaves the state as it was |
+    | `augru_official` | 1 - (1 - a)(1 - u) | the code of the authors: a = 0 is a plain GRU step, a = 1 overwrites |
+    """
+
+    def __init__(self, in_dim: int, dim: int, gate: Gate = "gru"):
+        super().__init__()
+        self.gate: Gate = gate
+        self.input = nn.Linear(in_dim, 3 * dim)  # update, reset, candidate
+        self.hidden = nn.Linear(dim, 3 * dim)
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -(dim**-0.5), dim**-0.5)
+
+    def forward(self, values: Tensor, layout: TimeMajor, attention: Tensor | None = None) -> Tensor:
+        """(H, dim) states after each value, from values (H, in_dim) and attention (H,), all in time-major order."""
+        projected = self.input(values)  # one matrix product for all steps
+        with torch.autocast(values.device.type, enabled=False):
+            return _Recur.apply(  # type: ignore[no-any-return]
+                projected.float(),
+                self.hidden.weight.float(),
+                self.hidden.bias.float(),
+                None if attention is None else attention.float(),
+                layout.sizes,
+                self.gate,
+            )
+
+
+class _Recur(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, projected, weight, bias, attention, sizes, gate):  # type: ignore[override]
+        total, dim = len(projected), weight.shape[1]
+        states, previous, candidate, hidden_candidate = (projected.new_empty((total, dim)) for _ in range(4))
+        gates = projected.new_empty((total, 2 * dim))
+        state = projected.new_zeros((sizes[0] if sizes else 0, dim))
+        begin = 0
+        for size in sizes:
+            now, state = slice(begin, begin + size), state[:size]
+            hidden = torch.addmm(bias, state, weight.T)
+            torch.add(projected[now, : 2 * dim], hidden[:, : 2 * dim], out=gates[now]).sigmoid_()
+            update, reset = gates[now].chunk(2, 1)
+            hidden_candidate[now] = hidden[:, 2 * dim :]
+            torch.addcmul(projected[now, 2 * dim :], reset, hidden[:, 2 * dim :], out=candidate[now]).tanh_()
+            previous[now] = state
+            a = None if attention is None else attention[now, None]
+            state = torch.lerp(state, candidate[now], _effective(update, a, gate).expand_as(state))
+            states[now] = state
+            begin += size
+        ctx.save_for_backward(weight, attention, previous, gates, candidate, hidden_candidate)
+        ctx.sizes, ctx.gate = sizes, gate
+        return states
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_states):  # type: ignore[override]
+        weight, attention, previous, gates, candidate, hidden_candidate = ctx.saved_tensors
+        sizes, gate, dim = ctx.sizes, ctx.gate, weight.shape[1]
+        total = len(previous)
+        d_hidden, d_projected = (gates.new_empty((total, 3 * dim)) for _ in range(2))
+        d_attention = None if attention is None else torch.zeros_like(attention)
+        carry = gates.new_zeros((sizes[-1] if sizes else 0, dim))
+        end = total
+        for size in reversed(sizes):
+            now = slice(end - size, end)
+            d_state = grad_states[now].clone()
+            d_state[: len(carry)] += carry  # shorter histories ended here
+            update, reset = gates[now].chunk(2, 1)
+            c = candidate[now]
+            a = None if attention is None else attention[now, None]
+            d_effective = d_state * (c - previous[now])
+            d_c = (d_state * _effective(update, a, gate)).mul_(1 - c * c)  # of the argument of tanh
+            d_projected[now, 2 * dim :] = d_c
+            torch.mul(d_c, reset, out=d_hidden[now, 2 * dim :])
+            d_reset = d_c.mul_(hidden_candidate[now])
+            if gate == "gru":
+                d_update = d_effective
+            elif gate == "agru":
+                d_attention[now] = d_effective.sum(1)  # type: ignore[index]
+                d_update = torch.zeros_like(d_effective)
+            elif gate == "augru":
+                d_attention[now] = (d_effective * update).sum(1)  # type: ignore[index]
+                d_update = d_effective * a
+            else:
+                d_attention[now] = (d_effective * (1 - update)).sum(1)  # type: ignore[index]
+                d_update = d_effective * (1 - a)  # type: ignore[operator]
+            both = gates[now]
+            d_gates = torch.cat([d_update, d_reset], 1).mul_(both).mul_(1 - both)
+            d_hidden[now, : 2 * dim] = d_gates
+            d_projected[now, : 2 * dim] = d_gates
+            carry = torch.addmm(d_state.mul_(1 - _effective(update, a, gate)), d_hidden[now], weight)
+            end -= size
+        return d_projected, d_hidden.T @ previous, d_hidden.sum(0), d_attention, None, None
+
+
+def _effective(update: Tensor, attention: Tensor | None, gate: Gate) -> Tensor:
+    """How far a step moves the state towards its candidate; see `Recurrence`."""
+    if gate == "gru":
+        return update
+    assert attention is not None, f"{gate} needs attention"
+    if gate == "agru":
+        return attention
+    return attention * update if gate == "augru" else 1 - (1 - attention) * (1 - update)
