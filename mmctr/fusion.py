@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mmctr.config import Config
 from mmctr.data.batches import Features, ItemBatch, Jagged
 from mmctr.data.features import FeatureConfig, Vocabulary, table_rows
+from mmctr.optimizers import RowTable
 
 
 class ContentNone(Config):
@@ -106,7 +107,7 @@ class FeatureEmbedder(nn.Module):
             if rows is None:
                 self.dim += 2
                 continue
-            self.tables[name] = embedding_table(rows, config.dim, init_std)
+            self.tables[name] = RowTable(rows, config.dim, init_std)
             self.dim += config.dim
 
     def forward(self, features: Features, like: Tensor) -> Tensor:
@@ -116,21 +117,13 @@ class FeatureEmbedder(nn.Module):
 
     def _embed(self, name: str, feature: Tensor | Jagged) -> Tensor:
         if isinstance(feature, Jagged):
-            weight: Tensor = self.tables[name].weight  # type: ignore[assignment]
+            table: RowTable = self.tables[name]  # type: ignore[assignment]
             if not len(feature.values):
-                return weight[:1].expand(len(feature.offsets) - 1, -1) * 0
+                return table.weight[:1].expand(len(feature.offsets) - 1, -1) * 0
             # an empty list reads zeros: no value, no opinion
-            return nn.functional.embedding_bag(feature.values, weight, feature.offsets[:-1], mode="mean")
+            weight, values = table.pick(feature.values)
+            return nn.functional.embedding_bag(values, weight, feature.offsets[:-1], mode="mean")
         return self.tables[name](feature) if name in self.tables else feature
-
-
-def embedding_table(num_rows: int, dim: int, init_std: float) -> nn.Embedding:
-    """Row 0, "unknown", starts at zero: until training moves it, it says nothing rather than something random."""
-    table = nn.Embedding(num_rows, dim)
-    with torch.no_grad():
-        table.weight.normal_(0, init_std)
-        table.weight[0] = 0
-    return table
 
 
 class ContentAdapter(nn.Module):
@@ -190,7 +183,7 @@ class ItemEmbedder(nn.Module):
         self.config = config
         content = config.content
         sizes = []
-        self.ids = embedding_table(num_ids, config.id_dim, config.init_std) if config.id_dim else None
+        self.ids = RowTable(num_ids, config.id_dim, config.init_std) if config.id_dim else None
         if config.id_dim:
             sizes.append(config.id_dim)
         self.features = FeatureEmbedder(feature_configs, vocabularies, config.init_std)

@@ -20,8 +20,9 @@ from mmctr.data.ranking import FeatureConfigs, RankingVocabulary
 from mmctr.data.tables import as_ids, read_table, rows_of
 from mmctr.encoders import EncoderConfig
 from mmctr.files import read_json, replace_file, write_json
-from mmctr.fusion import ContentEncoder, FeatureEmbedder, ItemEmbedder, ItemEmbedderConfig, embedding_table
+from mmctr.fusion import ContentEncoder, FeatureEmbedder, ItemEmbedder, ItemEmbedderConfig
 from mmctr.losses import clip_loss, siglip_loss
+from mmctr.optimizers import RowTable
 from mmctr.rankers import RankerConfig
 from mmctr.rankers.din import DINConfig
 from mmctr.rankers.layers import RankerInput, take_rows
@@ -174,7 +175,7 @@ class RankingTask(nn.Module):
             for parameter in encoder.parameter_parts()["heads"]:
                 parameter.requires_grad_(False)
         std = config.embedder.init_std
-        self.users = embedding_table(len(vocabulary.user_ids) + 1, config.user_dim, std) if config.user_dim else None
+        self.users = RowTable(len(vocabulary.user_ids) + 1, config.user_dim, std) if config.user_dim else None
         self.context = FeatureEmbedder(
             config.features.user | config.features.context, vocabulary.user | vocabulary.context, std
         )

@@ -1,4 +1,4 @@
-"""fit(): the one training loop; optimiser groups; the learning rate of a step; checkpoints that resume exactly."""
+"""fit(): the one training loop; the learning rate of a step; checkpoints that resume exactly."""
 
 from __future__ import annotations
 
@@ -19,25 +19,7 @@ from tqdm.auto import tqdm
 from mmctr.config import Config
 from mmctr.data.loaders import TrainBatches
 from mmctr.files import fingerprint, read_json, replace_file, replace_folder, write_json
-
-
-class GroupConfig(Config):
-    """Optimiser settings of one part of a task; None takes the common one."""
-
-    lr: float | None = Field(default=None, ge=0)
-    weight_decay: float | None = Field(default=None, ge=0)
-
-
-class OptimizerConfig(Config):
-    """AdamW, one setting for all parameters and exceptions by part."""
-
-    lr: float = Field(default=1e-3, gt=0)
-    weight_decay: float = Field(default=0.0, ge=0)
-    """not applied to biases, norms and other vectors"""
-    betas: tuple[float, float] = (0.9, 0.999)
-    groups: dict[str, GroupConfig] = {}
-    """by the names of the task's `parameter_parts()`: `encoder`, `heads` in pretraining; `id`, `content`, `encoder`,
-    `ranker` in ranking"""
+from mmctr.optimizers import OptimizerConfig, load_optimizer_tensors, make_optimizer, optimizer_tensors
 
 
 class FitConfig(Config):
@@ -76,27 +58,6 @@ def lr_at(step: int, total: int, config: FitConfig) -> float:
     return 1.0 - progress if config.decay == "linear" else 1.0
 
 
-def make_optimizer(task: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over the parts of a task. Raises ValueError for a group name that is no part of it."""
-    parts: dict[str, list[nn.Parameter]] = task.parameter_parts()  # type: ignore[operator]
-    unknown = set(config.groups) - set(parts)
-    if unknown:
-        raise ValueError(f"optimizer.groups: no part {sorted(unknown)[0]!r}; this task has {', '.join(parts)}")
-    groups = []
-    for name, parameters in parts.items():
-        own = config.groups.get(name, GroupConfig())
-        lr = config.lr if own.lr is None else own.lr
-        decay = config.weight_decay if own.weight_decay is None else own.weight_decay
-        trained = [p for p in parameters if p.requires_grad]
-        matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
-        groups += [
-            {"params": matrices, "lr": lr, "weight_decay": decay},
-            {"params": vectors, "lr": lr, "weight_decay": 0.0},
-        ]
-    groups = [group | {"base_lr": group["lr"]} for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, betas=config.betas, fused=True)
-
-
 def fit(
     task: nn.Module,
     train: TrainBatches[Any],
@@ -126,7 +87,12 @@ def fit(
     """
     total = round(config.epochs * train.steps_per_epoch)
     eval_every = max(1, round(train.steps_per_epoch / config.evaluations))
-    optimizer = make_optimizer(task, config.optimizer)
+    optimizer = make_optimizer(task, config.optimizer, config.max_grad_norm)
+    if accelerator.mixed_precision == "fp16" and optimizer.row_tables:
+        raise ValueError(
+            "fit.mixed_precision: fp16 scales the loss, which tables trained by rows do not undo; take bf16, or a "
+            "fit.optimizer.rows_from above the size of the tables"
+        )
     model, optimizer = accelerator.prepare(task, optimizer)
     checkpoints = Checkpoints(run_dir / "checkpoints", identity)
     state = checkpoints.load(task, optimizer)
@@ -307,18 +273,3 @@ def save_weights(module: nn.Module, path: Path) -> None:
     """The state dict as one safetensors file; it refuses views and tensors that share memory, hence the copies."""
     tensors = module.state_dict()
     save_file({name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}, path)
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The state of an optimiser as named tensors: `<parameter number>.<state name>`."""
-    state = optimizer.state_dict()["state"]
-    return {f"{i}.{name}": value.detach().cpu().clone() for i, entry in state.items() for name, value in entry.items()}
-
-
-def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    whole = optimizer.state_dict()
-    whole["state"] = {}
-    for key, tensor in tensors.items():
-        number, _, name = key.partition(".")
-        whole["state"].setdefault(int(number), {})[name] = tensor
-    optimizer.load_state_dict(whole)

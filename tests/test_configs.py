@@ -9,7 +9,7 @@ import yaml
 from pydantic import TypeAdapter
 
 from finetune.train import FinetuneConfig
-from mmctr.training import make_optimizer
+from mmctr.optimizers import make_optimizer
 from pretrain.train import PretrainConfig
 from tests.tiny import CLONE
 
@@ -39,8 +39,8 @@ def test_there_are_configs_of_both_recipes_and_no_others():
 
 def test_parts_of_the_optimizer_are_those_of_the_task():
     """`parts` above is what the tasks call them."""
+    from mmctr.optimizers import OptimizerConfig
     from mmctr.tasks import PretrainTask, PretrainTaskConfig
-    from mmctr.training import OptimizerConfig
     from tests.tiny import ARCHITECTURE
 
     task = PretrainTask(PretrainTaskConfig.parse({"encoder": {"name": "openclip", "architecture": ARCHITECTURE}}))

@@ -124,6 +124,17 @@ def test_finetuning_under_torchrun_equals_one_process(toy_folder, tmp_path):
     check_same_run(tmp_path / "one", tmp_path / "two", count=22)
 
 
+@pytest.mark.parametrize("rows", ["adam", "adagrad"])
+def test_tables_trained_by_rows_on_two_processes_equal_one(toy_folder, tmp_path, rows):
+    values = finetune_values(toy_folder, epochs=1)
+    values["fit"]["optimizer"] |= {"rows": rows, "rows_from": 0, "weight_decay": 0.1}
+    values["task"]["features"] = {"item": {"title": {"name": "multi_valued", "separator": " ", "dim": 4}}}
+    config = write_config(tmp_path / "f.yaml", values)
+    for count in (1, 2):
+        start(tmp_path, "finetune.train", config, f"run_dir={tmp_path / str(count)}", processes=count).ok()
+    check_same_run(tmp_path / "1", tmp_path / "2", count=11)
+
+
 def test_dien_with_its_auxiliary_loss_on_two_processes_equals_one(toy_folder, tmp_path):
     values = finetune_values(toy_folder, epochs=1)
     values["task"]["ranker"] = {"name": "dien", "mlp": [16], "activation": "dice"}

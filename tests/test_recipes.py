@@ -26,9 +26,11 @@ def done(toy_folder, tmp_path_factory) -> dict[str, tuple[Path, Path]]:
     folder = tmp_path_factory.mktemp("done")
     result = {}
     joint = {"name": "encoder", "run": str(folder / "pretrain"), "history": "table", "dim": 8, "hidden": [8]}
+    rows = finetune_values(toy_folder, optimizer={"lr": 1e-2, "rows_from": 0})
     configs = {
         "pretrain": pretrain_values(toy_folder),
         "id": finetune_values(toy_folder),
+        "rows": rows | {"task": rows["task"] | {"ranker": {"name": "dien", "mlp": [16]}}},
         "joint": finetune_values(toy_folder, joint, epochs=1, evaluations=2),
     }
     for name, values in configs.items():
@@ -61,7 +63,7 @@ def wait_until(condition: Callable[[], bool], run: Run) -> None:
 
 
 # the 4th rename is in the first checkpoints, the 9th amid training, the last ones at its end
-@pytest.mark.parametrize("name", ["pretrain", "id", "joint"])
+@pytest.mark.parametrize("name", ["pretrain", "id", "rows", "joint"])
 @pytest.mark.parametrize("rename", [4, 9, 16])
 def test_a_killed_run_started_again_ends_bit_for_bit_the_same(done, tmp_path, name, rename):
     config, reference = done[name]

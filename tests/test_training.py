@@ -4,7 +4,6 @@ import json
 import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -13,18 +12,8 @@ from torch import nn
 
 from mmctr.data.batches import Batch
 from mmctr.data.loaders import BatchPlan, TrainBatches
-from mmctr.training import (
-    Checkpoints,
-    FitConfig,
-    GroupConfig,
-    OptimizerConfig,
-    fit,
-    load_optimizer_tensors,
-    lr_at,
-    make_optimizer,
-    optimizer_tensors,
-    step_seed,
-)
+from mmctr.optimizers import OptimizerConfig, make_optimizer
+from mmctr.training import Checkpoints, FitConfig, fit, lr_at, step_seed
 
 
 class Numbers(Batch):
@@ -101,58 +90,15 @@ def test_learning_rate_by_hand():
     assert lr_at(0, 5, FitConfig(warmup=0.01, decay="linear")) == 1.0
 
 
+def test_step_seeds_differ():
+    seeds = {step_seed(seed, step, rank) for seed in range(5) for step in range(20) for rank in range(3)}
+    assert len(seeds) == 300 and step_seed(1, 2, 3) == step_seed(1, 2, 3)
+
+
 def test_the_optimizer_gets_the_rate_of_each_step(tmp_path):
     run(Slope(), tmp_path, lambda task: 0.0, epochs=2, warmup=0.5, decay="linear", optimizer={"lr": 0.1})
     lrs = [line["lr"] for line in log(tmp_path) if "lr" in line]
     assert lrs == pytest.approx([0.05, 0.1, 0.1, 0.05])
-
-
-# Optimiser ----------------------------------------------------------------------------------------
-
-
-def test_groups_by_part():
-    config = OptimizerConfig(lr=0.1, weight_decay=0.2, groups={"second": GroupConfig(lr=0.3, weight_decay=0.9)})
-    task = Slope()
-    groups = make_optimizer(task, config).param_groups
-    found = {id(group["params"][0]): (group["lr"], group["base_lr"], group["weight_decay"]) for group in groups}
-    # vectors are never decayed
-    assert found == {id(task.weight): (0.1, 0.1, 0.2), id(task.bias): (0.3, 0.3, 0.0)}
-    zero = make_optimizer(task, OptimizerConfig(groups={"first": GroupConfig(lr=0.0, weight_decay=0.0)}))
-    assert zero.param_groups[0]["lr"] == 0.0
-    task.weight.requires_grad_(False)
-    assert len(make_optimizer(task, config).param_groups) == 1
-    with pytest.raises(ValueError, match=r"no part 'frist'; this task has first, second"):
-        make_optimizer(task, OptimizerConfig(groups={"frist": GroupConfig()}))
-
-
-def test_optimizer_tensors_round_trip():
-    def trained(steps, state=None):
-        torch.manual_seed(0)
-        task = nn.Linear(3, 2)
-        optimizer = torch.optim.AdamW(task.parameters(), lr=0.1)
-        if state:
-            task.load_state_dict(state[0])
-            load_optimizer_tensors(optimizer, state[1])
-        for x in steps:
-            task(torch.tensor(x)).square().sum().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        return task, optimizer
-
-    steps = np.random.default_rng(0).normal(size=(6, 4, 3)).astype(np.float32)
-    whole, _ = trained(steps)
-    half, optimizer = trained(steps[:3])
-    tensors = optimizer_tensors(optimizer)
-    assert sorted(tensors) == sorted(f"{i}.{n}" for i in (0, 1) for n in ("step", "exp_avg", "exp_avg_sq"))
-    rest, _ = trained(steps[3:], (half.state_dict(), tensors))
-    assert torch.equal(rest.weight, whole.weight) and torch.equal(rest.bias, whole.bias)
-    forgotten, _ = trained(steps[3:], (half.state_dict(), {}))
-    assert not torch.equal(forgotten.weight, whole.weight)
-
-
-def test_step_seeds_differ():
-    seeds = {step_seed(seed, step, rank) for seed in range(5) for step in range(20) for rank in range(3)}
-    assert len(seeds) == 300 and step_seed(1, 2, 3) == step_seed(1, 2, 3)
 
 
 # fit ----------------------------------------------------------------------------------------------

@@ -1,0 +1,213 @@
+"""AdamW over the parts of a task, and embedding tables that are trained by the rows of a batch.
+
+A dense optimiser reads and writes every row of a table at every step. That is the fastest way for small tables (one
+fused kernel) and impossible for large ones, so tables above `rows_from` are trained by rows: a step touches the rows
+its batch holds, whatever the size of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from mmctr.config import Config
+
+
+class GroupConfig(Config):
+    """Optimiser settings of one part of a task; None takes the common one."""
+
+    lr: float | None = Field(default=None, ge=0)
+    weight_decay: float | None = Field(default=None, ge=0)
+
+
+class OptimizerConfig(Config):
+    """AdamW, one setting for all parameters and exceptions by part."""
+
+    lr: float = Field(default=1e-3, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    """not applied to biases, norms and other vectors; of tables trained by rows, the rows of a batch decay"""
+    betas: tuple[float, float] = (0.9, 0.999)
+    groups: dict[str, GroupConfig] = {}
+    """by the names of the task's `parameter_parts()`: `encoder`, `heads` in pretraining; `id`, `content`, `encoder`,
+    `ranker` in ranking"""
+    rows: Literal["adam", "adagrad"] = "adam"
+    """how tables are trained by rows. `adam`: moments of a row advance when it is in a batch, as in torch's SparseAdam.
+    `adagrad`: one accumulator a row, half the memory of the weights and less; wants a higher lr, near 0.05"""
+    rows_from: int = Field(default=300_000, ge=0)
+    """tables with at least so many rows are trained by rows; 0: all"""
+
+
+class RowTable(nn.Embedding):
+    """An embedding table that can be trained by rows.
+
+    Row 0, "unknown", starts at zero: until training moves it, it says nothing rather than something random.
+    """
+
+    def __init__(self, num_rows: int, dim: int, init_std: float):
+        super().__init__(num_rows, dim)
+        with torch.no_grad():
+            self.weight.normal_(0, init_std)
+            self.weight[0] = 0
+        self.by_rows = False
+        self._picked: list[tuple[Tensor, Tensor]] = []
+
+    def train_by_rows(self) -> None:
+        """From now on gradients are of the picked rows; the weight itself has none, in any process."""
+        self.by_rows = True
+        self.weight.requires_grad_(False)
+
+    def pick(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights (R, D) and the positions of `ids` in them, of the shape of `ids`."""
+        if not self.by_rows or not torch.is_grad_enabled():
+            return self.weight, ids
+        rows, positions = torch.unique(ids, return_inverse=True)
+        picked = self.weight.index_select(0, rows).requires_grad_()
+        self._picked.append((rows, picked))
+        return picked, positions
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., D) from ids (...)."""
+        weight, positions = self.pick(input)
+        return F.embedding(positions, weight)
+
+    def pop_gradient(self) -> tuple[Tensor, Tensor]:
+        """Distinct rows (R,) since the last call and their gradient (R, D), averaged over processes."""
+        dim = self.weight.shape[1]
+        rows = [self.weight.new_empty(0, dtype=torch.int64), *(rows for rows, _ in self._picked)]
+        grads = [self.weight.new_empty((0, dim))]
+        grads += [torch.zeros_like(picked) if picked.grad is None else picked.grad for _, picked in self._picked]
+        self._picked = []
+        all_rows, all_grads = _gather(torch.cat([part.long() for part in rows]), torch.cat(grads))
+        distinct, positions = torch.unique(all_rows, return_inverse=True)
+        return distinct, torch.zeros(len(distinct), dim, device=all_grads.device).index_add_(0, positions, all_grads)
+
+
+def _gather(rows: Tensor, grads: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows of all processes, whose numbers differ, and their gradients divided by the number of processes."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return rows, grads
+    world = dist.get_world_size()
+    sizes = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(world)]
+    dist.all_gather(sizes, torch.tensor([len(rows)], device=rows.device))
+    counts = [int(size) for size in sizes]
+    gathered = []
+    for part in (rows, grads / world):
+        padded = part.new_zeros((max(counts), *part.shape[1:]))
+        padded[: len(part)] = part
+        parts = [torch.empty_like(padded) for _ in range(world)]
+        dist.all_gather(parts, padded)
+        gathered.append(torch.cat([whole[:count] for whole, count in zip(parts, counts, strict=True)]))
+    return gathered[0], gathered[1]
+
+
+class RowAdamW(torch.optim.AdamW):
+    """Fused AdamW for what has a gradient, and row-wise steps for the tables that are trained by rows."""
+
+    def __init__(
+        self, groups: list[dict[str, Any]], config: OptimizerConfig, tables: list[RowTable], max_norm: float | None
+    ):
+        super().__init__(groups, betas=config.betas, fused=True)
+        self._rows, self._max_norm = config.rows, max_norm
+        self.row_tables = {table.weight: table for table in tables}
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        result = super().step(closure)  # skips what has no gradient
+        found = {
+            weight: (group, *self.row_tables[weight].pop_gradient())
+            for group in self.param_groups
+            for weight in group["params"]
+            if weight in self.row_tables
+        }
+        scale = 1.0
+        if found and self._max_norm is not None:
+            norm = torch.stack([grad.square().sum() for _, _, grad in found.values()]).sum().sqrt()
+            scale = (self._max_norm / (norm + 1e-6)).clamp(max=1.0)
+        for weight, (group, rows, grad) in found.items():
+            if len(rows):
+                self._step_rows(group, weight, rows, grad * scale)
+        return result
+
+    def _step_rows(self, group: dict[str, Any], weight: Tensor, rows: Tensor, grad: Tensor) -> None:
+        state = self.state[weight]
+        lr = group["lr"]
+        values = weight.index_select(0, rows) * (1 - lr * group["weight_decay"])
+        if not state:
+            state["step"] = torch.zeros(())
+            if self._rows == "adagrad":
+                state["sum"] = torch.zeros(len(weight), device=weight.device)
+            else:
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weight), torch.zeros_like(weight)
+        state["step"] += 1
+        if self._rows == "adagrad":
+            total = state["sum"].index_select(0, rows) + grad.square().mean(1)
+            state["sum"].index_copy_(0, rows, total)
+            values -= lr * grad / (total.sqrt() + 1e-10)[:, None]
+        else:
+            beta1, beta2 = group["betas"]
+            mean = state["exp_avg"].index_select(0, rows).lerp_(grad, 1 - beta1)
+            square = state["exp_avg_sq"].index_select(0, rows).mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+            state["exp_avg"].index_copy_(0, rows, mean)
+            state["exp_avg_sq"].index_copy_(0, rows, square)
+            step = state["step"]
+            scale = (1 - beta2**step).sqrt()
+            values -= lr / (1 - beta1**step) * mean / (square.sqrt() / scale + group["eps"])
+        weight.index_copy_(0, rows, values)
+
+
+def make_optimizer(task: nn.Module, config: OptimizerConfig, max_grad_norm: float | None = None) -> RowAdamW:
+    """The optimiser of a task; its large tables are trained by rows from then on.
+
+    Args:
+        max_grad_norm: the gradient of the rows of a step, all tables together, is scaled down to this norm; that of
+            everything else is the caller's to clip.
+
+    Raises ValueError for a group name that is no part of the task.
+    """
+    parts: dict[str, list[nn.Parameter]] = task.parameter_parts()  # type: ignore[operator]
+    unknown = set(config.groups) - set(parts)
+    if unknown:
+        raise ValueError(f"optimizer.groups: no part {sorted(unknown)[0]!r}; this task has {', '.join(parts)}")
+    tables = [
+        module
+        for module in task.modules()
+        if isinstance(module, RowTable) and module.weight.requires_grad and len(module.weight) >= config.rows_from
+    ]
+    groups = []
+    by_rows = {id(table.weight) for table in tables}
+    for name, parameters in parts.items():
+        own = config.groups.get(name, GroupConfig())
+        lr = config.lr if own.lr is None else own.lr
+        decay = config.weight_decay if own.weight_decay is None else own.weight_decay
+        trained = [p for p in parameters if p.requires_grad]
+        matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
+        dense, rows = [p for p in matrices if id(p) not in by_rows], [p for p in matrices if id(p) in by_rows]
+        groups += [
+            {"params": dense, "lr": lr, "weight_decay": decay},
+            {"params": vectors, "lr": lr, "weight_decay": 0.0},
+            {"params": rows, "lr": lr, "weight_decay": decay},
+        ]
+    groups = [group | {"base_lr": group["lr"]} for group in groups if group["params"]]
+    for table in tables:
+        table.train_by_rows()
+    return RowAdamW(groups, config, tables, max_grad_norm)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The state of an optimiser as named tensors: `<parameter number>.<state name>`."""
+    state = optimizer.state_dict()["state"]
+    return {f"{i}.{name}": value.detach().cpu().clone() for i, entry in state.items() for name, value in entry.items()}
+
+
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    whole = optimizer.state_dict()
+    whole["state"] = {}
+    for key, tensor in tensors.items():
+        number, _, name = key.partition(".")
+        whole["state"].setdefault(int(number), {})[name] = tensor
+    optimizer.load_state_dict(whole)
