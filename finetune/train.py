@@ -129,7 +129,10 @@ def main(config: FinetuneConfig) -> dict:
             catalog.item_ids,
         )
         replace_file(run_dir / "predictions.parquet", lambda path: pyarrow.parquet.write_table(predictions, path))
-        write_json(run_dir / "metrics.json", {**metrics, "training": result, "split": splits.report})
+        tables = {"tables": task.sparsity()} if config.task.ranker.weight_dim else {}
+        write_json(run_dir / "metrics.json", {**metrics, "training": result, "split": splits.report, **tables})
+        for name, count in tables.get("tables", {}).items():
+            print(f"{name}: {count['rows'] - count['nonzero']} of {count['rows']} features dropped")
         for name in ("all", "warm", "cold"):
             m = metrics["test"][name]
             if m["auc"] is not None:

@@ -6,7 +6,7 @@ code path, `ItemBatch -> (U, D)`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Literal, Protocol
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mmctr.config import Config
 from mmctr.data.batches import Features, ItemBatch, Jagged
+from mmctr.data.crosses import CrossFeature
 from mmctr.data.features import FeatureConfig, Vocabulary, table_rows
 from mmctr.optimizers import RowTable
 
@@ -95,24 +96,42 @@ class ItemEmbedderConfig(Config):
 
 
 class FeatureEmbedder(nn.Module):
-    """Embeds declared side features and concatenates them: `Features of n rows -> (n, dim)`."""
+    """Embeds declared side features and concatenates them: `Features of n rows -> (n, dim)`.
 
-    def __init__(self, configs: dict[str, FeatureConfig], vocabularies: dict[str, Vocabulary], init_std: float):
+    With `weights` each feature, numbers included, gives a vector of that size, and these are added.
+    """
+
+    def __init__(
+        self,
+        configs: Mapping[str, FeatureConfig | CrossFeature],
+        vocabularies: dict[str, Vocabulary],
+        init_std: float,
+        weights: int | None = None,
+    ):
         super().__init__()
-        self.tables = nn.ModuleDict()
+        self.tables, self.numbers = nn.ModuleDict(), nn.ModuleDict()
         self.dim = 0
+        self.weights = weights
         self.names = list(configs)
         for name, config in configs.items():
-            rows = table_rows(config, vocabularies[name])
+            is_cross = isinstance(config, CrossFeature)
+            rows = config.buckets + 1 if is_cross else table_rows(config, vocabularies[name])
+            dim = weights or config.dim
             if rows is None:
-                self.dim += 2
-                continue
-            self.tables[name] = RowTable(rows, config.dim, init_std)
-            self.dim += config.dim
+                if weights:
+                    self.numbers[name] = nn.Linear(2, weights, bias=False)
+                dim = weights or 2
+            else:
+                self.tables[name] = RowTable(rows, dim, 0.0 if is_cross else init_std)
+            self.dim += dim
+        if weights and configs:
+            self.dim = weights
 
     def forward(self, features: Features, like: Tensor) -> Tensor:
         """`like` gives the number of rows, device and dtype when there is no feature at all."""
         parts = [self._embed(name, features[name]) for name in self.names]
+        if self.weights and parts:
+            return torch.stack(parts).sum(0)
         return torch.cat(parts, dim=1) if parts else like.new_zeros((len(like), 0), dtype=torch.float32)
 
     def _embed(self, name: str, feature: Tensor | Jagged) -> Tensor:
@@ -123,7 +142,9 @@ class FeatureEmbedder(nn.Module):
             # an empty list reads zeros: no value, no opinion
             weight, values = table.pick(feature.values)
             return nn.functional.embedding_bag(values, weight, feature.offsets[:-1], mode="mean")
-        return self.tables[name](feature) if name in self.tables else feature
+        if name in self.tables:
+            return self.tables[name](feature)
+        return self.numbers[name](feature) if name in self.numbers else feature
 
 
 class ContentAdapter(nn.Module):
@@ -157,6 +178,14 @@ def add(parts: list[Tensor]) -> Tensor:
 FUSIONS: dict[str, Callable[[list[Tensor]], Tensor]] = {"concat": concat, "sum": add, "project": concat}
 
 
+def as_weights(config: ItemEmbedderConfig, size: int) -> ItemEmbedderConfig:
+    """The same sources, each a linear function to vectors of one size, added up."""
+    content = config.content
+    if not isinstance(content, ContentNone):
+        content = content.model_copy(update={"dim": size, "hidden": [], "dropout": 0.0})
+    return config.model_copy(update={"id_dim": size if config.id_dim else 0, "content": content, "fusion": "sum"})
+
+
 class ItemEmbedder(nn.Module):
     """`ItemBatch -> (U, dim)`.
 
@@ -165,6 +194,8 @@ class ItemEmbedder(nn.Module):
         table: (N, content dim) vectors and (N,) mask of items that have one, for content from a table or where the
             encoder's vectors of the whole catalog are kept.
         encoder: the content encoder, when content comes from one.
+        weights: make weight vectors of this size, added up, of everything; the sizes and the fusion of the config are
+            then not looked at.
     """
 
     content_table: Tensor
@@ -178,15 +209,18 @@ class ItemEmbedder(nn.Module):
         vocabularies: dict[str, Vocabulary],
         table: tuple[Tensor, Tensor] | None = None,
         encoder: nn.Module | None = None,
+        weights: int | None = None,
     ):
         super().__init__()
+        if weights:
+            config = as_weights(config, weights)
         self.config = config
         content = config.content
         sizes = []
         self.ids = RowTable(num_ids, config.id_dim, config.init_std) if config.id_dim else None
         if config.id_dim:
             sizes.append(config.id_dim)
-        self.features = FeatureEmbedder(feature_configs, vocabularies, config.init_std)
+        self.features = FeatureEmbedder(feature_configs, vocabularies, config.init_std, weights)
         if self.features.dim:
             sizes.append(self.features.dim)
         self.encoder, self.adapter = encoder, None

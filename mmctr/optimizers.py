@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from mmctr.config import Config
@@ -35,11 +35,27 @@ class OptimizerConfig(Config):
     groups: dict[str, GroupConfig] = {}
     """by the names of the task's `parameter_parts()`: `encoder`, `heads` in pretraining; `id`, `content`, `encoder`,
     `ranker` in ranking"""
-    rows: Literal["adam", "adagrad"] = "adam"
+    rows: Literal["adam", "adagrad", "ftrl"] = "adam"
     """how tables are trained by rows. `adam`: moments of a row advance when it is in a batch, as in torch's SparseAdam.
-    `adagrad`: one accumulator a row, half the memory of the weights and less; wants a higher lr, near 0.05"""
+    `adagrad`: one accumulator a row, half the memory of the weights and less; wants a higher lr, near 0.05.
+    `ftrl`: FTRL-Proximal (McMahan et al. 2013) with one learning rate a row, for linear rankers; exact zeros"""
     rows_from: int = Field(default=300_000, ge=0)
     """tables with at least so many rows are trained by rows; 0: all"""
+    l1: float = Field(default=0.0, ge=0)
+    """of `ftrl`: sets single weights to zero. As in the paper it stands against the sum of gradients so far: with the
+    mean loss of a batch over T steps, l1 is T times the weight of an L1 term beside that loss; so are the next two"""
+    l21: float = Field(default=0.0, ge=0)
+    """of `ftrl`: sets whole rows to zero, by their norm: a feature is dropped (Gai et al. 2017, equation 4)"""
+    l2: float = Field(default=0.0, ge=0)
+    """of `ftrl`: pulls towards zero"""
+
+    @model_validator(mode="after")
+    def _penalties_need_ftrl(self) -> OptimizerConfig:
+        if (self.l1 or self.l21 or self.l2) and self.rows != "ftrl":
+            raise ValueError("l1, l21 and l2 belong to rows: ftrl; AdamW has weight_decay")
+        if self.rows == "ftrl" and self.rows_from:
+            raise ValueError("rows: ftrl is meant for all tables; set rows_from: 0")
+        return self
 
 
 class RowTable(nn.Embedding):
@@ -112,7 +128,7 @@ class RowAdamW(torch.optim.AdamW):
         self, groups: list[dict[str, Any]], config: OptimizerConfig, tables: list[RowTable], max_norm: float | None
     ):
         super().__init__(groups, betas=config.betas, fused=True)
-        self._rows, self._max_norm = config.rows, max_norm
+        self._config, self._max_norm = config, max_norm
         self.row_tables = {table.weight: table for table in tables}
 
     @torch.no_grad()
@@ -139,15 +155,27 @@ class RowAdamW(torch.optim.AdamW):
         values = weight.index_select(0, rows) * (1 - lr * group["weight_decay"])
         if not state:
             state["step"] = torch.zeros(())
-            if self._rows == "adagrad":
+            if self._config.rows != "adam":
                 state["sum"] = torch.zeros(len(weight), device=weight.device)
-            else:
+            if self._config.rows == "ftrl":
+                state["z"], state["scale"] = torch.zeros_like(weight), torch.zeros_like(state["sum"])
+            elif self._config.rows == "adam":
                 state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weight), torch.zeros_like(weight)
         state["step"] += 1
-        if self._rows == "adagrad":
+        if self._config.rows == "adagrad":
             total = state["sum"].index_select(0, rows) + grad.square().mean(1)
             state["sum"].index_copy_(0, rows, total)
             values -= lr * grad / (total.sqrt() + 1e-10)[:, None]
+        elif self._config.rows == "ftrl":
+            before = state["sum"].index_select(0, rows)
+            total = before + grad.square().mean(1)
+            # what a step adds to the curvature at the current weights; their sum is sqrt(total) / lr for a constant lr
+            added = (total.sqrt() - before.sqrt()) / max(lr, 1e-12)
+            scale = state["scale"].index_select(0, rows) + added
+            z = state["z"].index_select(0, rows) + grad - added[:, None] * weight.index_select(0, rows)
+            for name, value in (("sum", total), ("scale", scale), ("z", z)):
+                state[name].index_copy_(0, rows, value)
+            values = proximal_weights(z, scale, self._config.l1, self._config.l21, self._config.l2)
         else:
             beta1, beta2 = group["betas"]
             mean = state["exp_avg"].index_select(0, rows).lerp_(grad, 1 - beta1)
@@ -158,6 +186,18 @@ class RowAdamW(torch.optim.AdamW):
             scale = (1 - beta2**step).sqrt()
             values -= lr / (1 - beta1**step) * mean / (square.sqrt() / scale + group["eps"])
         weight.index_copy_(0, rows, values)
+
+
+def proximal_weights(z: Tensor, scale: Tensor, l1: float, l21: float, l2: float) -> Tensor:
+    """For each row the w (R, D) that minimises z w + scale |w|^2 / 2 + l1 |w|_1 + l21 |w|_2 + l2 |w|^2 / 2.
+
+    The two thresholds compose: single weights first, then the row (Gai et al. 2017 meet both at once; the order is
+    exact because the row's shrinkage keeps signs and zeros).
+    """
+    soft = z.sign() * (z.abs() - l1).clamp(min=0)
+    norm = soft.norm(dim=1, keepdim=True)
+    shrunk = soft * (1 - l21 / norm.clamp(min=1e-30)).clamp(min=0)
+    return -shrunk / (scale[:, None] + l2).clamp(min=1e-30)
 
 
 def make_optimizer(task: nn.Module, config: OptimizerConfig, max_grad_norm: float | None = None) -> RowAdamW:

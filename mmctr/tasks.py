@@ -168,18 +168,28 @@ class RankingTask(nn.Module):
         self.catalog_ids = catalog_ids
         """raw ids of the rows of `table`; None when there is no content"""
         self.embedder = ItemEmbedder(
-            config.embedder, len(vocabulary.item_ids) + 1, config.features.item, vocabulary.item, table, encoder
+            config.embedder,
+            len(vocabulary.item_ids) + 1,
+            config.features.item,
+            vocabulary.item,
+            table,
+            encoder,
+            config.ranker.weight_dim,
         )
         if encoder is not None:
             # temperature and bias take part in no ranking loss: parameters without a gradient stop many processes
             for parameter in encoder.parameter_parts()["heads"]:
                 parameter.requires_grad_(False)
         std = config.embedder.init_std
-        self.users = RowTable(len(vocabulary.user_ids) + 1, config.user_dim, std) if config.user_dim else None
+        user_dim = (config.ranker.weight_dim or config.user_dim) if config.user_dim else 0
+        self.users = RowTable(len(vocabulary.user_ids) + 1, user_dim, std) if user_dim else None
         self.context = FeatureEmbedder(
-            config.features.user | config.features.context, vocabulary.user | vocabulary.context, std
+            config.features.user | config.features.context | config.features.cross,
+            vocabulary.user | vocabulary.context,
+            std,
+            config.ranker.weight_dim,
         )
-        self.ranker = config.ranker.build(self.embedder.dim, config.user_dim + self.context.dim)
+        self.ranker = config.ranker.build(self.embedder.dim, user_dim + self.context.dim)
 
     def logits(self, batch: BehaviorBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """(B,) logits and the ranker's auxiliary losses."""
@@ -201,6 +211,12 @@ class RankingTask(nn.Module):
     def forward(self, batch: BehaviorBatch) -> dict[str, Tensor]:
         logits, losses = self.logits(batch)
         return {"log_loss": F.binary_cross_entropy_with_logits(logits.float(), batch.label), **losses}
+
+    @torch.no_grad()
+    def sparsity(self) -> dict[str, dict[str, int]]:
+        """Rows of each embedding table and how many of them are not zero: what L1 and L2,1 penalties have left."""
+        tables = {name: module.weight for name, module in self.named_modules() if isinstance(module, RowTable)}
+        return {name: {"rows": len(w), "nonzero": int((w != 0).any(1).sum())} for name, w in tables.items()}
 
     def parameter_parts(self) -> dict[str, list[nn.Parameter]]:
         """`id`: ID tables of items and users; `encoder`; `content`: its adapter; `ranker`: the rest."""

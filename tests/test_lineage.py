@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from finetune.train import FinetuneConfig, main
-from mmctr.files import read_json
+from mmctr.files import fingerprint, read_json
 from tests.worlds import write_dataset
 
 pytestmark = pytest.mark.slow
@@ -57,21 +57,41 @@ def diverse(tmp_path_factory) -> Path:
     return write_world(tmp_path_factory.mktemp("diverse"), item, label, np.arange(categories))
 
 
-def auc_of(data: Path, ranker: dict[str, Any], epochs: float) -> float:
+@pytest.fixture(scope="module")
+def folded(tmp_path_factory) -> Path:
+    """A click needs two numbers of the impression of one sign: no line divides the plane so, four pieces do."""
+    rng = np.random.default_rng(0)
+    users, moments = 300, 40
+    x, y = rng.normal(size=(2, users * moments))
+    label = rng.random(users * moments) < np.where(x * y > 0, 0.9, 0.1)
+    interactions = {
+        "user_id": np.repeat(np.arange(users), moments),
+        "item_id": rng.integers(0, 20, users * moments),
+        "timestamp": np.tile(np.arange(moments), users),
+        "label": label.astype(np.int64),
+        "x": x,
+        "y": y,
+    }
+    items = {"item_id": np.arange(20), "title": [f"item {i}" for i in range(20)], "category": ["a"] * 20}
+    return write_dataset(tmp_path_factory.mktemp("folded"), items, interactions)
+
+
+def auc_of(data: Path, ranker: dict[str, Any], epochs: float, **features: Any) -> float:
+    deep = {"mlp": [32, 16], "activation": "relu"} if ranker["name"] not in ("lr", "ls_plm") else {}
     values = {
         "data": {"path": str(data)},
         "split": {"name": "temporal", "test": 0.2, "validation": 0.1},
         "task": {
             "embedder": {"id_dim": 8, "id_dropout": 0.0, "init_std": 0.1},
-            "features": {"item": {"category": {"name": "categorical", "dim": 8}}},
-            "ranker": {"mlp": [32, 16], "activation": "relu", **ranker},
+            "features": {"item": {"category": {"name": "categorical", "dim": 8}}, **features},
+            "ranker": {**deep, **ranker},
             "user_dim": 0,
         },
         "fit": {"epochs": epochs, "batch_size": 256, "optimizer": {"lr": 5e-3}},
-        "run_dir": str(data / f"run-{ranker['name']}"),
     }
-    main(FinetuneConfig.parse(values))
-    return read_json(data / f"run-{ranker['name']}" / "metrics.json")["test"]["all"]["auc"]
+    run_dir = data / f"run-{fingerprint(values)}"
+    main(FinetuneConfig.parse(values | {"run_dir": str(run_dir)}))
+    return read_json(run_dir / "metrics.json")["test"]["all"]["auc"]
 
 
 def test_dien_beats_din_where_order_matters(ordered):
@@ -84,3 +104,19 @@ def test_din_beats_embedding_mlp_where_interest_is_diverse(diverse):
     base = auc_of(diverse, {"name": "embedding_mlp"}, epochs=4)
     din = auc_of(diverse, {"name": "din", "attention": [16]}, epochs=4)
     assert din > base + 0.1
+
+
+NUMBERS = {"context": {"x": {"name": "numeric"}, "y": {"name": "numeric"}}}
+
+
+def test_ls_plm_beats_lr_where_the_boundary_is_piecewise_linear(folded):
+    lr = auc_of(folded, {"name": "lr"}, epochs=6, **NUMBERS)
+    pieces = auc_of(folded, {"name": "ls_plm", "pieces": 4}, epochs=12, **NUMBERS)
+    assert 0.45 < lr < 0.55 and pieces > 0.8
+
+
+def test_lr_sees_interactions_through_crosses(ordered, diverse):
+    """Behaviour by target crosses hold what the bag of behaviours says: all there is without order."""
+    assert auc_of(diverse, {"name": "lr"}, epochs=4) < 0.55
+    cross = {"cross": {"seen": {"of": ["history.category", "category"], "buckets": 1 << 16}}}
+    assert auc_of(diverse, {"name": "lr"}, epochs=8, **cross) > 0.6

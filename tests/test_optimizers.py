@@ -14,6 +14,7 @@ from mmctr.optimizers import (
     load_optimizer_tensors,
     make_optimizer,
     optimizer_tensors,
+    proximal_weights,
 )
 from tests.test_training import Slope
 
@@ -145,7 +146,61 @@ def test_row_adagrad_by_hand():
     torch.testing.assert_close(table.weight.detach(), expected)
 
 
-@pytest.mark.parametrize("rows", ["adam", "adagrad"])
+@pytest.mark.parametrize(
+    ("l1", "l21", "l2"), [(0, 0, 0), (0.7, 0, 0), (0, 0.7, 0), (0.4, 0.5, 0.3), (5, 0, 0), (0.1, 9, 0)]
+)
+def test_the_proximal_step_against_a_brute_force_minimiser(l1, l21, l2):
+    g = torch.Generator().manual_seed(0)
+    z, scale = (
+        torch.randn(6, 2, generator=g, dtype=torch.float64),
+        torch.rand(6, generator=g, dtype=torch.float64) + 0.5,
+    )
+    found = proximal_weights(z, scale, l1, l21, l2)
+    axis = torch.arange(-800, 801, dtype=torch.float64) / 200  # holds 0
+    grid = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), -1).reshape(-1, 2)
+
+    def objective(w, z, scale):
+        penalty = l1 * w.abs().sum(1) + l21 * w.norm(dim=1) + l2 * w.square().sum(1) / 2
+        return w @ z + scale * w.square().sum(1) / 2 + penalty
+
+    for row in range(6):
+        best = grid[objective(grid, z[row], scale[row]).argmin()]
+        torch.testing.assert_close(found[row], best, rtol=0, atol=0.006)
+        assert ((found[row] == 0) == (best == 0)).all()
+        assert objective(found[row : row + 1], z[row], scale[row]) <= objective(best[None], z[row], scale[row]) + 1e-12
+
+
+def test_ftrl_is_that_of_its_paper():
+    """McMahan et al. 2013, algorithm 1, for single weights, with beta = 0."""
+    table = RowTable(ROWS, 1, 0.0)
+    task = nn.ModuleDict({"one": table})
+    task.parameter_parts = lambda: {"id": [table.weight]}
+    lr, l1, l2 = 0.3, 0.4, 0.2
+    optimizer = make_optimizer(task, OptimizerConfig(lr=lr, rows="ftrl", rows_from=0, l1=l1, l2=l2))
+    w, z, n = (np.zeros(ROWS) for _ in range(3))
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        ids, factor = rng.integers(0, ROWS, 4), rng.normal(size=4).astype(np.float32)
+        (table(torch.from_numpy(ids)).squeeze(1) * torch.from_numpy(factor)).sum().backward()
+        optimizer.step()
+        for i in np.unique(ids):
+            g = factor[ids == i].sum(dtype=np.float64)
+            sigma = (np.sqrt(n[i] + g * g) - np.sqrt(n[i])) / lr
+            z[i] += g - sigma * w[i]
+            n[i] += g * g
+            w[i] = 0 if abs(z[i]) <= l1 else -(z[i] - np.sign(z[i]) * l1) / (np.sqrt(n[i]) / lr + l2)
+    np.testing.assert_allclose(table.weight.detach().numpy()[:, 0], w, rtol=1e-4, atol=1e-5)
+    assert 0 < (w == 0).sum() < ROWS
+
+
+def test_penalties_belong_to_ftrl():
+    with pytest.raises(ValueError, match="l1, l21 and l2 belong to rows: ftrl"):
+        OptimizerConfig(l21=0.1)
+    with pytest.raises(ValueError, match="set rows_from: 0"):
+        OptimizerConfig(rows="ftrl")
+
+
+@pytest.mark.parametrize("rows", ["adam", "adagrad", "ftrl"])
 def test_only_rows_of_the_batch_are_touched(rows):
     task = Tables()
     optimizer = make_optimizer(task, OptimizerConfig(lr=0.05, weight_decay=0.5, rows=rows, rows_from=0))
@@ -173,7 +228,7 @@ def test_gradients_of_rows_are_clipped_together():
     assert free > 1e-3 and clipped == pytest.approx(1e-6, rel=1e-2)  # accumulators hold mean squares of the gradient
 
 
-@pytest.mark.parametrize("rows", ["adam", "adagrad"])
+@pytest.mark.parametrize("rows", ["adam", "adagrad", "ftrl"])
 def test_state_of_rows_goes_through_a_checkpoint(rows):
     def trained(steps, state=None):
         task = Tables()

@@ -12,7 +12,15 @@ import torch
 from pydantic import model_validator
 
 from mmctr.config import Config
-from mmctr.data.features import FeatureColumns, FeatureConfig, Vocabulary, encode_table, learn_vocabularies
+from mmctr.data.crosses import HISTORY, CrossFeature
+from mmctr.data.features import (
+    FeatureColumns,
+    FeatureConfig,
+    NumericFeature,
+    Vocabulary,
+    encode_table,
+    learn_vocabularies,
+)
 from mmctr.data.interactions import Impressions, Splits
 from mmctr.data.loaders import BehaviorCollator, ItemContent, NegativeSampler
 from mmctr.data.prepare import Dataset
@@ -29,6 +37,8 @@ class FeatureConfigs(Config):
     """columns of the users table"""
     context: dict[str, FeatureConfig] = {}
     """further columns of the interactions, known before the click"""
+    cross: dict[str, CrossFeature] = {}
+    """combinations of these, under names of your choice"""
 
     @model_validator(mode="after")
     def _distinct(self) -> FeatureConfigs:
@@ -37,6 +47,21 @@ class FeatureConfigs(Config):
             raise ValueError(f"the column {sorted(both)[0]!r} is declared as a user and a context feature; keep one")
         if "item_id" in self.item:
             raise ValueError("item_id is not a side feature: the embedder's id_dim makes the ID vector")
+        declared = self.user | self.context
+        for name, config in self.cross.items():
+            if name in declared:
+                raise ValueError(f"the cross {name!r} has the name of another feature; rename it")
+            for part in config.of:
+                of_item = part.removeprefix(HISTORY)
+                known = self.item | ({} if part.startswith(HISTORY) else declared)
+                if of_item in ("item_id", *([] if part.startswith(HISTORY) else ["user_id"])):
+                    continue
+                if of_item not in known:
+                    choices = ["user_id", "item_id", "history.item_id", *known, *(HISTORY + item for item in self.item)]
+                    raise ValueError(f"the cross {name!r} is of {part!r}, which is none of {', '.join(choices)}")
+                feature = known[of_item]
+                if isinstance(feature, NumericFeature) and not feature.buckets:
+                    raise ValueError(f"the cross {name!r} is of the number {part!r}; give it `buckets`")
         return self
 
 
@@ -107,6 +132,7 @@ class RankingData:
     def __init__(self, dataset: Dataset, vocabulary: RankingVocabulary, features: FeatureConfigs, max_history: int):
         self.vocabulary = vocabulary
         self.max_history = max_history
+        self.crosses = features.cross
         catalog = dataset.catalog
         self.id_rows = vocabulary.item_rows(catalog.item_ids)
         """(N,) row of each catalog item in the ID table, 0 for cold items"""
@@ -145,6 +171,7 @@ class RankingData:
             content=content,
             encode_history=encode_history,
             max_encoded=max_encoded,
+            crosses=self.crosses,
             negatives=negatives,
             id_dropout=id_dropout,
             user_dropout=user_dropout,

@@ -7,5 +7,8 @@ from pydantic import Field
 from mmctr.rankers.dien import DIENConfig
 from mmctr.rankers.din import DINConfig
 from mmctr.rankers.embedding_mlp import EmbeddingMLPConfig
+from mmctr.rankers.linear import LRConfig, LSPLMConfig
 
-RankerConfig = Annotated[EmbeddingMLPConfig | DINConfig | DIENConfig, Field(discriminator="name")]
+RankerConfig = Annotated[
+    LRConfig | LSPLMConfig | EmbeddingMLPConfig | DINConfig | DIENConfig, Field(discriminator="name")
+]

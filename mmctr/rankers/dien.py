@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from mmctr.config import Config
 from mmctr.rankers.layers import (
     MLP,
     Activation,
+    BaseRankerConfig,
     RankerInput,
     RankerOutput,
     mean_over_processes,
@@ -24,7 +24,7 @@ from mmctr.rankers.layers import (
 from mmctr.rankers.recurrence import Gate, Recurrence, TimeMajor
 
 
-class DIENConfig(Config):
+class DIENConfig(BaseRankerConfig):
     needs_negatives: ClassVar[bool] = True
 
     name: Literal["dien"] = "dien"

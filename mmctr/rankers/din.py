@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from mmctr.config import Config
 from mmctr.rankers.layers import (
     MLP,
     Activation,
+    BaseRankerConfig,
     RankerInput,
     RankerOutput,
     activation,
@@ -23,9 +23,7 @@ from mmctr.rankers.layers import (
 )
 
 
-class DINConfig(Config):
-    needs_negatives: ClassVar[bool] = False
-
+class DINConfig(BaseRankerConfig):
     name: Literal["din"] = "din"
     attention: list[int] = Field(default=[80, 40], min_length=1)
     """hidden sizes of the activation unit"""

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import nn
 
-from mmctr.config import Config
-from mmctr.rankers.layers import MLP, Activation, RankerInput, RankerOutput, segment_ids, segment_sum
+from mmctr.rankers.layers import MLP, Activation, BaseRankerConfig, RankerInput, RankerOutput, segment_ids, segment_sum
 
 
-class EmbeddingMLPConfig(Config):
-    needs_negatives: ClassVar[bool] = False
-
+class EmbeddingMLPConfig(BaseRankerConfig):
     name: Literal["embedding_mlp"] = "embedding_mlp"
     pooling: Literal["sum", "mean"] = "mean"
     """of the behaviours; the paper names both"""

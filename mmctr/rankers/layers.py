@@ -4,14 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmctr.config import Config
+
 Activation = Literal["relu", "prelu", "dice", "sigmoid"]
+
+
+class BaseRankerConfig(Config):
+    """What training has to know of a ranker."""
+
+    needs_negatives: ClassVar[bool] = False
+    """whether it reads `RankerInput.negatives`"""
+
+    @property
+    def weight_dim(self) -> int | None:
+        """For linear rankers the size of the one weight vector a feature value has; None: the ranker reads embeddings
+        of the sizes configured."""
+        return None
 
 
 @dataclass(frozen=True)

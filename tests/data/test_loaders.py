@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mmctr.data.batches import BehaviorBatch, Jagged
+from mmctr.data.crosses import CrossFeature
 from mmctr.data.features import FeatureColumns
 from mmctr.data.interactions import ColdItemsSplit, Impressions, split_interactions
 from mmctr.data.loaders import (
@@ -253,6 +254,38 @@ def test_content_of_targets_and_histories(tmp_path):
     bare = {"image": None, "has_image": None, "input_ids": None, "has_text": None, "encode": None}
     without = collator(part)(rows)
     assert equal(replace(whole, items=replace(whole.items, **bare)), without)
+
+
+# Crosses ------------------------------------------------------------------------------------------
+
+
+def test_crosses_of_a_batch_are_those_of_its_rows():
+    part = impressions()
+    config = {
+        "a": CrossFeature(of=["user_id", "brand"], buckets=1 << 30),
+        "b": CrossFeature(of=["history.tags", "item_id", "place"], buckets=1 << 30),
+    }
+    collate = collator(part, crosses=config, id_dropout=0.3, negatives=NegativeSampler(part, 0))
+    batch, rows = collate(np.arange(300), 2), np.arange(300)
+    brand, tags = (collate.items.columns[name] for name in ("brand", "tags"))
+    ids = batch.items.features["item_id"][batch.target].tolist()
+    lengths = {name: batch.context[name].offsets.diff().tolist() for name in config}
+    for b, row in enumerate(rows):
+        history = part.history[part.history_start[row] : part.history_end[row]][-4:]
+        known = sum(int(v > 0) for i in history for v in tags.values[tags.offsets[i] : tags.offsets[i + 1]])
+        place = int(batch.context["place"][b])
+        assert lengths["a"][b] == (batch.user[b] > 0 and brand[part.item[row]] > 0)
+        assert lengths["b"][b] == (known if ids[b] and place else 0)  # no cross with an unknown item
+    pairs = [(int(batch.user[b]), int(brand[part.item[b]])) for b in range(300) if lengths["a"][b]]
+    found = batch.context["a"].values.tolist()
+    assert len(set(found)) == len(set(pairs)) == len(set(zip(found, pairs, strict=True))) > 20
+    assert sum(lengths["b"]) > 0 and len(set(lengths["b"])) > 2
+    assert equal(
+        replace(batch, context=collator(part)(rows).context, negatives=None, items=None),
+        replace(
+            collator(part, id_dropout=0.3, negatives=NegativeSampler(part, 0))(rows, 2), negatives=None, items=None
+        ),
+    )
 
 
 # Negatives ----------------------------------------------------------------------------------------

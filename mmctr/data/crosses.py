@@ -1,0 +1,89 @@
+"""Crosses: pairs (and more) of feature values hashed to rows of a table, the way linear models see interactions."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from mmctr.config import Config
+from mmctr.data.batches import Features, Jagged
+
+HISTORY = "history."
+
+
+class CrossFeature(Config):
+    """All combinations of the values of several features, each hashed to one of `buckets` rows and mean-pooled.
+
+    A combination is left out when one of its values is unknown. Tables start at zero, so a combination that training
+    has not seen says nothing, unless it shares its bucket with one that was seen.
+    """
+
+    of: list[str] = Field(min_length=2)
+    """`user_id`, `item_id`, names of side features, and `history.item_id` or `history.` and the name of an item
+    feature: the values of the behaviours read"""
+    buckets: int = Field(default=1_000_000, ge=1)
+    dim: int = Field(default=8, ge=1)
+    """embedding size"""
+
+
+def known_values(feature: Tensor | Jagged) -> Jagged:
+    """Rows of a vocabulary, one or several each, without the unknown ones."""
+    if isinstance(feature, Jagged):
+        values, offsets = feature.values, feature.offsets
+    else:
+        values, offsets = feature, torch.arange(len(feature) + 1)
+    known = values > 0
+    before = torch.cat([known.new_zeros(1, dtype=torch.int64), known.cumsum(0)])
+    return Jagged(values=values[known], offsets=before[offsets])
+
+
+def pooled_by(feature: Jagged, offsets: Tensor) -> Jagged:
+    """Values of H behaviours -> values of B impressions, whose behaviours (B + 1,) `offsets` delimit."""
+    return Jagged(values=feature.values, offsets=feature.offsets[offsets])
+
+
+def cross(parts: list[Jagged], buckets: int) -> Jagged:
+    """Rows 1 ... buckets of all combinations of the values of each row: the first part varies slowest."""
+    keys, offsets = _mixed(np.zeros(1, np.uint64), parts[0].values.numpy()), parts[0].offsets.numpy()
+    for part in parts[1:]:
+        others, other_offsets = part.values.numpy(), part.offsets.numpy()
+        count = np.diff(other_offsets)
+        sizes = np.diff(offsets) * count
+        ends = np.cumsum(sizes)
+        row = np.repeat(np.arange(len(sizes)), sizes)
+        place = np.arange(len(row)) - (ends - sizes)[row]
+        keys = _mixed(keys[offsets[row] + place // count[row]], others[other_offsets[row] + place % count[row]])
+        offsets = np.concatenate([[0], ends])
+    rows = (keys % np.uint64(buckets)).astype(np.int64) + 1
+    return Jagged(values=torch.from_numpy(rows), offsets=torch.from_numpy(offsets))
+
+
+def _mixed(key: np.ndarray, value: np.ndarray) -> np.ndarray:
+    """(n,) uint64 that depend on key and value in this order; the finaliser of splitmix64."""
+    with np.errstate(over="ignore"):
+        x = key * np.uint64(0x9E3779B97F4A7C15) + value.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
+
+
+def cross_features(
+    configs: dict[str, CrossFeature], target: Features, history: Features, impression: Features, offsets: Tensor
+) -> Features:
+    """The declared crosses of B impressions.
+
+    Args:
+        target: item features of the targets, (B, ...) each, `item_id` among them.
+        history: item features of the behaviours, (H, ...) each.
+        impression: `user_id`, user and context features, (B, ...) each.
+        offsets: (B + 1,) of the behaviours.
+    """
+
+    def values(name: str) -> Jagged:
+        if name.startswith(HISTORY):
+            return pooled_by(known_values(history[name.removeprefix(HISTORY)]), offsets)
+        return known_values(target[name] if name in target else impression[name])
+
+    return {name: cross([values(part) for part in config.of], config.buckets) for name, config in configs.items()}
