@@ -168,12 +168,13 @@ class NegativeSampler:
         impressions: the training rows. Items clicked later on are no negatives either.
     """
 
-    ROUNDS = 4
-    """draws before the few values left (users who clicked nearly all there is) are handled one by one"""
+    ROUNDS = 24
+    """draws, of what collides alone, before what is left (users who clicked nearly all there is) is done one by one"""
 
     def __init__(self, impressions: Impressions, seed: int):
         self.shown = impressions.item
-        self.num_items = int(self.shown.max()) + 1
+        self.distinct = np.unique(self.shown)
+        self.num_items = int(self.distinct[-1]) + 1
         clicked = impressions.label == 1
         self.clicked = np.unique(self._keys(impressions.user[clicked], self.shown[clicked]))
         self.seed = seed + 3  # the collator's own draws come before
@@ -184,14 +185,15 @@ class NegativeSampler:
         A user who has clicked every item there is gets any item.
         """
         items = self._draw(keys, step, 0)
+        wrong = np.flatnonzero(self._is_clicked(users, items))
         for draw in range(1, self.ROUNDS):
-            wrong = np.flatnonzero(self._is_clicked(users, items))
             if not len(wrong):
                 return items
             items[wrong] = self._draw(keys[wrong], step, draw)
-        for i in np.flatnonzero(self._is_clicked(users, items)):
+            wrong = wrong[self._is_clicked(users[wrong], items[wrong])]
+        for i in wrong:
             start, end = np.searchsorted(self.clicked, self._keys(users[i] + np.arange(2), np.zeros(2, np.int64)))
-            left = np.setdiff1d(self.shown, self.clicked[start:end] % self.num_items)
+            left = np.setdiff1d(self.distinct, self.clicked[start:end] % self.num_items, assume_unique=True)
             if len(left):
                 uniform = hashed_uniform(self.seed + self.ROUNDS, step, keys[i : i + 1])[0]
                 items[i] = left[int(uniform * len(left))]
