@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mmctr.config import Config
 from mmctr.data.batches import Features, Jagged
+from mmctr.data.hashing import GOLDEN, splitmix64
 
 HISTORY = "history."
 
@@ -61,12 +62,9 @@ def cross(parts: list[Jagged], buckets: int) -> Jagged:
 
 
 def _mixed(key: np.ndarray, value: np.ndarray) -> np.ndarray:
-    """(n,) uint64 that depend on key and value in this order; the finaliser of splitmix64."""
+    """(n,) uint64 that depend on key and value in this order."""
     with np.errstate(over="ignore"):
-        x = key * np.uint64(0x9E3779B97F4A7C15) + value.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))
+        return splitmix64(key * GOLDEN + value.astype(np.uint64))
 
 
 def cross_features(

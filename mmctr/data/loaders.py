@@ -20,6 +20,7 @@ from mmctr.data.batches import BehaviorBatch, Features, ItemBatch, jagged_rows
 from mmctr.data.catalog import Pictures
 from mmctr.data.crosses import HISTORY, CrossFeature, cross_features
 from mmctr.data.features import FeatureColumns
+from mmctr.data.hashing import GOLDEN, splitmix64
 from mmctr.data.interactions import Impressions
 
 BatchT = TypeVar("BatchT")
@@ -113,14 +114,10 @@ class _Steps(TorchDataset):
 def hashed_uniform(seed: int, step: int, keys: np.ndarray) -> np.ndarray:
     """(n,) numbers in [0, 1) that depend on (seed, step, key) alone: the same draw in every process and worker."""
     with np.errstate(over="ignore"):
-        x = keys.astype(np.uint64) + np.uint64(seed) * np.uint64(0x9E3779B97F4A7C15)
+        x = keys.astype(np.uint64) + np.uint64(seed) * GOLDEN
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9) + np.uint64(step)
-        # the finaliser of splitmix64, twice: neighbouring steps and keys must not look alike
-        for _ in range(2):
-            x = x + np.uint64(0x9E3779B97F4A7C15)
-            x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            x = x ^ (x >> np.uint64(31))
+    # twice: neighbouring steps and keys must not look alike
+    x = splitmix64(splitmix64(x))
     return (x >> np.uint64(11)) * 2.0**-53
 
 

@@ -48,18 +48,15 @@ class FeatureConfigs(Config):
         if "item_id" in self.item:
             raise ValueError("item_id is not a side feature: the embedder's id_dim makes the ID vector")
         declared = self.user | self.context
+        columns = self.item | declared
+        choices = ["user_id", "item_id", "history.item_id", *columns, *(HISTORY + name for name in self.item)]
         for name, config in self.cross.items():
             if name in declared:
                 raise ValueError(f"the cross {name!r} has the name of another feature; rename it")
             for part in config.of:
-                of_item = part.removeprefix(HISTORY)
-                known = self.item | ({} if part.startswith(HISTORY) else declared)
-                if of_item in ("item_id", *([] if part.startswith(HISTORY) else ["user_id"])):
-                    continue
-                if of_item not in known:
-                    choices = ["user_id", "item_id", "history.item_id", *known, *(HISTORY + item for item in self.item)]
+                if part not in choices:
                     raise ValueError(f"the cross {name!r} is of {part!r}, which is none of {', '.join(choices)}")
-                feature = known[of_item]
+                feature = columns.get(part.removeprefix(HISTORY))
                 if isinstance(feature, NumericFeature) and not feature.buckets:
                     raise ValueError(f"the cross {name!r} is of the number {part!r}; give it `buckets`")
         return self
