@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +25,6 @@ from mmctr.rankers.recurrence import Gate, Recurrence, TimeMajor
 
 
 class DIENConfig(BaseRankerConfig):
-    needs_negatives: ClassVar[bool] = True
-
     name: Literal["dien"] = "dien"
     hidden_dim: int | None = Field(default=None, ge=1)
     """size of an interest state; None: that of the item vectors. Another size puts a learned linear map between states
@@ -38,6 +36,10 @@ class DIENConfig(BaseRankerConfig):
     mlp: list[int] = [200, 80]
     activation: Activation = "dice"
     dropout: float = Field(default=0.0, ge=0, lt=1)
+
+    @property
+    def needs_negatives(self) -> bool:
+        return self.auxiliary_weight > 0
 
     def build(self, dim: int, context_dim: int) -> DIEN:
         return DIEN(self, dim, context_dim)

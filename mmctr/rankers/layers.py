@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -19,8 +19,10 @@ Activation = Literal["relu", "prelu", "dice", "sigmoid"]
 class BaseRankerConfig(Config):
     """What training has to know of a ranker."""
 
-    needs_negatives: ClassVar[bool] = False
-    """whether it reads `RankerInput.negatives`"""
+    @property
+    def needs_negatives(self) -> bool:
+        """Whether training reads `RankerInput.negatives`."""
+        return False
 
     @property
     def weight_dim(self) -> int | None:
