@@ -25,7 +25,7 @@ from mmctr.losses import clip_loss, siglip_loss
 from mmctr.optimizers import RowTable
 from mmctr.rankers import RankerConfig
 from mmctr.rankers.din import DINConfig
-from mmctr.rankers.layers import RankerInput, take_rows
+from mmctr.rankers.layers import RankerInput
 from mmctr.training import save_weights
 
 
@@ -199,11 +199,12 @@ class RankingTask(nn.Module):
             context = torch.cat([self.users(batch.user), context], dim=1)
         output = self.ranker(
             RankerInput(
-                target=take_rows(vectors, batch.target),
-                history=take_rows(vectors, batch.history),
+                items=vectors,
+                target=batch.target,
+                history=batch.history,
                 history_offsets=batch.history_offsets,
                 context=context,
-                negatives=None if batch.negatives is None else take_rows(vectors, batch.negatives),
+                negatives=batch.negatives,
             )
         )
         return output.logits, output.losses

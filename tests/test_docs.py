@@ -39,16 +39,17 @@ def test_the_worked_ranker_equals_a_loop(recency):
     torch.manual_seed(0)
     ranker = recency.RecencyConfig(half_life=half_life, mlp=[5]).build(dim, 2)
     inputs = RankerInput(
-        target=torch.randn(4, dim),
-        history=torch.randn(9, dim),
+        items=torch.randn(6, dim),
+        target=torch.tensor([0, 1, 5, 2]),
+        history=torch.tensor([3, 3, 1, 5, 0, 1, 2, 3, 4]),
         history_offsets=torch.tensor([0, *np.cumsum(lengths)]),
         context=torch.randn(4, 2),
     )
     rows = []
-    for i, history in enumerate(inputs.history.split(lengths)):
+    for i, history in enumerate(inputs.items[inputs.history].split(lengths)):
         weights = [0.5 ** (later / half_life) for later in reversed(range(len(history)))]
         interest = sum((w * v for w, v in zip(weights, history, strict=True)), torch.zeros(dim)) / (sum(weights) or 1)
-        target = inputs.target[i]
+        target = inputs.items[inputs.target[i]]
         rows.append(ranker.mlp(torch.cat([inputs.context[i], target, interest, interest * target])))
     output = ranker(inputs)
     torch.testing.assert_close(output.logits, torch.stack(rows).squeeze(1))

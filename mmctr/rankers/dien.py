@@ -15,10 +15,10 @@ from mmctr.rankers.layers import (
     BaseRankerConfig,
     RankerInput,
     RankerOutput,
+    linear_of_rows,
     mean_over_processes,
-    segment_ids,
+    pool_rows,
     segment_softmax,
-    segment_sum,
     take_rows,
 )
 from mmctr.rankers.recurrence import Gate, Recurrence, TimeMajor
@@ -72,38 +72,46 @@ class DIEN(nn.Module):
         self.evolver = Recurrence(hidden, hidden, gate)
         self.query = nn.Linear(dim, hidden, bias=False)
         mapped = config.auxiliary_weight > 0 and hidden != dim
-        self.next_item = nn.Linear(dim, hidden, bias=False) if mapped else nn.Identity()
+        self.next_item = nn.Linear(dim, hidden, bias=False) if mapped else None
         self.mlp = MLP(3 * dim + hidden + context_dim, config.mlp, 1, config.activation, config.dropout)
 
     def forward(self, inputs: RankerInput) -> RankerOutput:
-        num = len(inputs.target)
+        target = take_rows(inputs.items, inputs.target)
         layout = TimeMajor.of(inputs.history_offsets, len(inputs.history))
-        behaviors = take_rows(inputs.history, layout.order)
-        interests = self.extractor(behaviors, layout)  # (H, hidden)
+        history = inputs.history[layout.order]
+        first = self.extractor.input
+        interests = self.extractor(
+            linear_of_rows(inputs.items, history, first.weight, first.bias), layout
+        )  # (H, hidden)
         losses = {}
         if self.training and self.config.auxiliary_weight and inputs.negatives is not None:
-            negatives = take_rows(inputs.negatives, layout.order)
-            losses["auxiliary"] = self.config.auxiliary_weight * self._auxiliary(
-                interests, behaviors, negatives, layout
-            )
+            auxiliary = self._auxiliary(interests, inputs.items, history, inputs.negatives[layout.order], layout)
+            losses["auxiliary"] = self.config.auxiliary_weight * auxiliary
 
-        scores = (interests * take_rows(self.query(inputs.target), layout.segments)).sum(1)
-        attention = segment_softmax(scores, layout.segments, num)  # (H,)
+        scores = (interests * take_rows(self.query(target), layout.segments)).sum(1)
+        attention = segment_softmax(scores, layout.segments, len(target))  # (H,)
         if self.config.gate == "aigru":
-            evolved = self.evolver(interests * attention[:, None], layout)
+            evolved = self.evolver(self.evolver.input(interests * attention[:, None]), layout)
         else:
-            evolved = self.evolver(interests, layout, attention)
+            evolved = self.evolver(self.evolver.input(interests), layout, attention)
         state = take_rows(torch.cat([evolved, evolved.new_zeros((1, evolved.shape[1]))]), layout.last)
 
-        segments = segment_ids(inputs.history_offsets, len(inputs.history))
-        total = segment_sum(inputs.history, torch.ones_like(scores), segments, num).to(inputs.target.dtype)
-        top = torch.cat([inputs.context, inputs.target, total, total * inputs.target, state], dim=1)
+        total = pool_rows(inputs.items, inputs.history, inputs.history_offsets).to(target.dtype)
+        top = torch.cat([inputs.context, target, total, total * target, state], dim=1)
         return RankerOutput(logits=self.mlp(top).squeeze(1), losses=losses)
 
-    def _auxiliary(self, interests: Tensor, behaviors: Tensor, negatives: Tensor, layout: TimeMajor) -> Tensor:
+    def _auxiliary(
+        self, interests: Tensor, items: Tensor, history: Tensor, negatives: Tensor, layout: TimeMajor
+    ) -> Tensor:
         """Mean over all t with a next behaviour of -[log s(h_t e_{t+1}) + log(1 - s(h_t n_{t+1}))], equation 3."""
-        first = len(behaviors) - len(layout.previous)
+        first = len(history) - len(layout.previous)
         before = take_rows(interests, layout.previous).float()
-        clicked = (before * self.next_item(behaviors[first:]).float()).sum(1)
-        not_clicked = (before * self.next_item(negatives[first:]).float()).sum(1)
+        clicked = (before * self._next(items, history[first:]).float()).sum(1)
+        not_clicked = (before * self._next(items, negatives[first:]).float()).sum(1)
         return mean_over_processes(F.softplus(-clicked) + F.softplus(not_clicked))
+
+    def _next(self, items: Tensor, index: Tensor) -> Tensor:
+        """What states are compared with: (n, hidden) of the items at the given positions."""
+        if self.next_item is None:
+            return take_rows(items, index)
+        return linear_of_rows(items, index, self.next_item.weight)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -16,9 +17,10 @@ from mmctr.rankers.layers import (
     RankerInput,
     RankerOutput,
     activation,
+    by_row,
+    pool_rows,
     segment_ids,
     segment_softmax,
-    segment_sum,
     take_rows,
 )
 
@@ -41,7 +43,7 @@ class ActivationUnit(nn.Module):
     """a(k, q) = MLP([q, k, q - k, q * k]) for every history value, without ever building the concatenation.
 
     The first layer is W [q, k, q - k, q * k] = (Wq + Wd) q + (Wk - Wd) k + Wp (q * k): the part of q is computed once
-    an impression instead of once a history value, and the 4D-wide input does not exist.
+    an impression, the part of k once a distinct item, and the 4D-wide input does not exist.
     """
 
     def __init__(self, dim: int, hidden: list[int], act: Activation):
@@ -50,13 +52,82 @@ class ActivationUnit(nn.Module):
         self.act = activation(act, hidden[0])
         self.rest = MLP(hidden[0], hidden[1:], 1, act)
 
-    def forward(self, query: Tensor, keys: Tensor, segments: Tensor) -> Tensor:
-        """Weights (H,) of keys (H, D) for queries (B, D); segments (H,) says whose history a key is in."""
+    def forward(self, query: Tensor, items: Tensor, history: Tensor, offsets: Tensor) -> Tensor:
+        """Weights (H,) of the keys items[history] for queries (B, D).
+
+        Args:
+            items, history: (U, D) distinct item vectors and (H,) positions in them.
+            offsets: (B + 1,) where the keys of each query begin.
+        """
         wq, wk, wd, wp = self.first.weight.chunk(4, dim=1)
-        query_part = F.linear(query, wq + wd, self.first.bias)
-        product = take_rows(query, segments) * keys
-        hidden = take_rows(query_part, segments) + F.linear(keys, wk - wd) + F.linear(product, wp)
+        query_part, key_part = F.linear(query, wq + wd, self.first.bias), F.linear(items, wk - wd)
+        hidden: Tensor = _Interaction.apply(query.float(), items.float(), wp, query_part, key_part, history, offsets)  # type: ignore[assignment]
         return self.rest(self.act(hidden)).squeeze(1)
+
+
+class _Interaction(torch.autograd.Function):
+    """query_part[b] + key_part[k] + W (q_b * items[k]) for each history value, fp32: (H, hidden).
+
+    Products are made a few thousand values at a time, so that they stay in the cache, and made again in the backward
+    pass instead of being kept.
+    """
+
+    CHUNK = 8192
+    """history values at a time, on a CPU"""
+
+    @staticmethod
+    def forward(ctx, query, items, weight, query_part, key_part, history, offsets):  # type: ignore[override]
+        device = query.device.type
+        ctx.low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+        segments = segment_ids(offsets, len(history))
+        ctx.save_for_backward(query, items, weight, history, offsets, segments)
+        ctx.dtypes = query_part.dtype, key_part.dtype
+        query_part, key_part, by = query_part.float(), key_part.float(), weight.T.to(ctx.low)
+        out = query.new_empty((len(history), len(weight)))
+        with torch.autocast(device, enabled=False):
+            for _, values in _Interaction.chunks(offsets, len(history), device):
+                product = query.index_select(0, segments[values]).mul_(items.index_select(0, history[values]))
+                own = out[values].copy_(product.to(ctx.low) @ by)
+                own += query_part.index_select(0, segments[values])
+                own += key_part.index_select(0, history[values])
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):  # type: ignore[override]
+        query, items, weight, history, offsets, segments = ctx.saved_tensors
+        weight_low, grad = weight.to(ctx.low), grad.contiguous()
+        d_weight, d_query = torch.zeros_like(weight), torch.empty_like(query)
+        d_keys = items.new_empty((len(history), items.shape[1]))
+        for impressions, values in _Interaction.chunks(offsets, len(history), grad.device.type):
+            low = grad[values].to(ctx.low)
+            q = query.index_select(0, segments[values])
+            k = items.index_select(0, history[values])
+            d_product = (low @ weight_low).float()
+            torch.mul(d_product, q, out=d_keys[values])
+            d_weight += low.T @ q.mul_(k).to(ctx.low)
+            begins = offsets[impressions] - values.start
+            d_query[impressions] = _sums(d_product.mul_(k), begins)
+        order, begins = by_row(history, len(items))
+        d_items = F.embedding_bag(order, d_keys, begins, mode="sum")
+        d_key_part = F.embedding_bag(order, grad, begins, mode="sum").to(ctx.dtypes[1])
+        d_query_part = _sums(grad, offsets[:-1]).to(ctx.dtypes[0])
+        return d_query, d_items, d_weight, d_query_part, d_key_part, None, None
+
+    @staticmethod
+    def chunks(offsets: Tensor, total: int, device: str) -> Iterator[tuple[slice, slice]]:
+        """Slices of impressions and of their history values."""
+        if device != "cpu" or total <= _Interaction.CHUNK:
+            yield slice(0, len(offsets) - 1), slice(0, total)
+            return
+        cuts = torch.searchsorted(offsets, torch.arange(0, total, _Interaction.CHUNK)).unique().tolist()
+        for start, end in zip(cuts, [*cuts[1:], len(offsets) - 1], strict=True):
+            yield slice(start, end), slice(int(offsets[start]), int(offsets[end]))
+
+
+def _sums(values: Tensor, begins: Tensor) -> Tensor:
+    """Sums of rows (n, D) between one begin and the next: (len(begins), D)."""
+    return F.embedding_bag(torch.arange(len(values), device=values.device), values, begins, mode="sum")
 
 
 class DIN(nn.Module):
@@ -79,11 +150,10 @@ class DIN(nn.Module):
         self.mlp = MLP(3 * dim + context_dim, config.mlp, 1, config.activation, config.dropout)
 
     def forward(self, inputs: RankerInput) -> RankerOutput:
-        segments = segment_ids(inputs.history_offsets, len(inputs.history))
-        weights = self.unit(inputs.target, inputs.history, segments)  # (H,)
+        target, offsets = take_rows(inputs.items, inputs.target), inputs.history_offsets
+        weights = self.unit(target, inputs.items, inputs.history, offsets)  # (H,)
         if self.config.weights == "softmax":
-            weights = segment_softmax(weights, segments, len(inputs.target))
-        interest = segment_sum(inputs.history, weights, segments, len(inputs.target))  # (B, D)
-        interest = interest.to(inputs.target.dtype)
-        top = torch.cat([inputs.context, inputs.target, interest, interest * inputs.target], dim=1)
+            weights = segment_softmax(weights, segment_ids(offsets, len(weights)), len(target))
+        interest = pool_rows(inputs.items, inputs.history, offsets, weights).to(target.dtype)  # (B, D)
+        top = torch.cat([inputs.context, target, interest, interest * target], dim=1)
         return RankerOutput(logits=self.mlp(top).squeeze(1), losses={})

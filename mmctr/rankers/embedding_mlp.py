@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from mmctr.rankers.layers import MLP, Activation, BaseRankerConfig, RankerInput, RankerOutput, segment_ids, segment_sum
+from mmctr.rankers.layers import MLP, Activation, BaseRankerConfig, RankerInput, RankerOutput, pool_rows, take_rows
 
 
 class EmbeddingMLPConfig(BaseRankerConfig):
@@ -32,9 +32,9 @@ class EmbeddingMLP(nn.Module):
         self.mlp = MLP(2 * dim + context_dim, config.mlp, 1, config.activation, config.dropout)
 
     def forward(self, inputs: RankerInput) -> RankerOutput:
-        segments = segment_ids(inputs.history_offsets, len(inputs.history))
-        weights = inputs.history.new_ones(len(inputs.history))
+        target = take_rows(inputs.items, inputs.target)
+        pooled = pool_rows(inputs.items, inputs.history, inputs.history_offsets)
         if self.config.pooling == "mean":
-            weights = weights / inputs.history_offsets.diff()[segments]
-        pooled = segment_sum(inputs.history, weights, segments, len(inputs.target)).to(inputs.target.dtype)
-        return RankerOutput(self.mlp(torch.cat([inputs.context, inputs.target, pooled], dim=1)).squeeze(1), losses={})
+            pooled = pooled / inputs.history_offsets.diff().clamp(min=1)[:, None]
+        top = torch.cat([inputs.context, target, pooled.to(target.dtype)], dim=1)
+        return RankerOutput(self.mlp(top).squeeze(1), losses={})

@@ -33,18 +33,24 @@ class BaseRankerConfig(Config):
 
 @dataclass(frozen=True)
 class RankerInput:
-    """What a ranker sees of B impressions: vectors, never ids or pixels."""
+    """What a ranker sees of B impressions: vectors of the U distinct items in them, never ids or pixels.
 
+    Positions say where an item stands among these, so what depends on an item alone can be computed once an item
+    (`linear_of_rows`) instead of once a behaviour.
+    """
+
+    items: Tensor
+    """(U, D)"""
     target: Tensor
-    """(B, D)"""
+    """(B,) positions in `items`"""
     history: Tensor
-    """(H, D), jagged, newest last"""
+    """(H,) positions in `items`, jagged, newest last"""
     history_offsets: Tensor
     """(B + 1,)"""
     context: Tensor
     """(B, C): user vector, user and context features"""
     negatives: Tensor | None = None
-    """(H, D)"""
+    """(H,) positions in `items`"""
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,12 @@ class RankerOutput:
     """(B,)"""
     losses: dict[str, Tensor]
     """auxiliary losses by name, already weighted"""
+
+
+def by_row(index: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """(n,) places of `index` ordered by the row they name, and (num_rows,) where each row's places begin."""
+    ordered, order = torch.sort(index, stable=True)
+    return order, torch.searchsorted(ordered, torch.arange(num_rows, device=index.device))
 
 
 class _TakeRows(torch.autograd.Function):
@@ -70,8 +82,7 @@ class _TakeRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         (index,) = ctx.saved_tensors
-        ordered, order = torch.sort(index, stable=True)
-        begins = torch.searchsorted(ordered, torch.arange(ctx.num_rows, device=index.device))
+        order, begins = by_row(index, ctx.num_rows)
         return F.embedding_bag(order, grad.contiguous(), begins, mode="sum"), None
 
 
@@ -89,10 +100,42 @@ def segment_ids(offsets: Tensor, total: int) -> Tensor:
     )
 
 
-def segment_sum(values: Tensor, weights: Tensor, segments: Tensor, num_segments: int) -> Tensor:
-    """Weighted sums of rows by segment: (B, D) from values (H, D), weights (H,), segments (H,) ascending."""
-    pooled = values.new_zeros((num_segments, values.shape[1]), dtype=torch.float32)
-    return pooled.index_add(0, segments, (weights[:, None] * values).float())
+class _PoolRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, index: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x if weights is not None else x[:0], index, offsets, weights)
+        ctx.num_rows = len(x)
+        return F.embedding_bag(index, x, offsets[:-1], mode="sum", per_sample_weights=weights)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, Tensor | None]:  # type: ignore[override]
+        x, index, offsets, weights = ctx.saved_tensors
+        grad, segments = grad.contiguous(), segment_ids(offsets, len(index))
+        order, begins = by_row(index, ctx.num_rows)
+        d_weights = None
+        if weights is not None:
+            d_weights = torch.linalg.vecdot(grad.index_select(0, segments), x.index_select(0, index))
+            weights = weights[order]
+        # a row's gradient is again a weighted sum: of the gradients of the segments it stands in
+        d_x = F.embedding_bag(segments[order], grad, begins, mode="sum", per_sample_weights=weights)
+        return d_x, None, None, d_weights
+
+
+def pool_rows(x: Tensor, index: Tensor, offsets: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Sums of `x[index]` by segment, fp32, without keeping these rows: (B, D) from (U, D), (H,) and (B + 1,) offsets.
+
+    With weights (H,) each row counts so much; they get a gradient too.
+    """
+    return _PoolRows.apply(x.float(), index, offsets, None if weights is None else weights.float())  # type: ignore[return-value]
+
+
+def linear_of_rows(x: Tensor, index: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear(x[index], weight, bias)`: (n, out) from (U, D) and (n,), computed on x where that is clearly less."""
+    # half: taking rows of the result, and summing its gradient over them, has a price too when it is the wider one
+    if 2 * len(x) <= len(index):
+        return take_rows(F.linear(x, weight, bias), index)
+    return F.linear(take_rows(x, index), weight, bias)
 
 
 def segment_softmax(scores: Tensor, segments: Tensor, num_segments: int) -> Tensor:

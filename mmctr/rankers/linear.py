@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from mmctr.rankers.layers import BaseRankerConfig, RankerInput, RankerOutput
+from mmctr.rankers.layers import BaseRankerConfig, RankerInput, RankerOutput, take_rows
 
 
 class LRConfig(BaseRankerConfig):
@@ -44,8 +44,8 @@ class LSPLMConfig(BaseRankerConfig):
 
 def total_weights(inputs: RankerInput) -> Tensor:
     """(B, weights): what all features of an impression add up to; the context holds several vectors side by side."""
-    dim = inputs.target.shape[1]
-    return inputs.target + inputs.context.reshape(len(inputs.target), -1, dim).sum(1)
+    target = take_rows(inputs.items, inputs.target)
+    return target + inputs.context.reshape(len(target), -1, target.shape[1]).sum(1)
 
 
 class LR(nn.Module):

@@ -78,10 +78,14 @@ class Recurrence(nn.Module):
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -(dim**-0.5), dim**-0.5)
 
-    def forward(self, values: Tensor, layout: TimeMajor, attention: Tensor | None = None) -> Tensor:
-        """(H, dim) states after each value, from values (H, in_dim) and attention (H,), all in time-major order."""
-        projected = self.input(values)  # one matrix product for all steps
-        with torch.autocast(values.device.type, enabled=False):
+    def forward(self, projected: Tensor, layout: TimeMajor, attention: Tensor | None = None) -> Tensor:
+        """(H, dim) states after each value, all in time-major order.
+
+        Args:
+            projected: (H, 3 dim) what `input` makes of the values, for all steps at once.
+            attention: (H,)
+        """
+        with torch.autocast(projected.device.type, enabled=False):
             return _Recur.apply(  # type: ignore[no-any-return]
                 projected.float(),
                 self.hidden.weight.float(),

@@ -9,6 +9,7 @@ import torch
 
 from mmctr.rankers import DIENConfig, DINConfig, EmbeddingMLPConfig, LRConfig, LSPLMConfig
 from mmctr.rankers.layers import RankerInput
+from tests.rankers.references import separate
 
 RANKERS = {
     "lr": LRConfig(),
@@ -30,7 +31,7 @@ def inputs(dim: int, context_dim: int) -> RankerInput:
     g = torch.Generator().manual_seed(0)
     target, history, negatives = (torch.randn(n, dim, generator=g) for n in (3, 6, 6))
     context = torch.randn(3, context_dim, generator=g)
-    return RankerInput(target, history, torch.tensor([0, 2, 2, 6]), context, negatives)
+    return separate(target, history, torch.tensor([0, 2, 2, 6]), context, negatives)
 
 
 @pytest.mark.parametrize("name", RANKERS)
@@ -41,13 +42,14 @@ def test_ranker(name):
     ranker, x = RANKERS[name].build(dim, context_dim), inputs(dim, context_dim)
 
     # training: finite logits and losses; everything trained gets a gradient, and so do the vectors
-    leaves = replace(x, target=x.target.clone().requires_grad_(), history=x.history.clone().requires_grad_())
+    leaves = replace(x, items=x.items.clone().requires_grad_())
     output = ranker.train()(leaves)
     assert output.logits.shape == (3,) and output.logits.isfinite().all()
     (output.logits.sum() + sum(output.losses.values(), torch.zeros(()))).backward()
     assert [n for n, p in ranker.named_parameters() if p.grad is None] == []
-    assert leaves.target.grad.abs().sum() > 0
-    assert leaves.history.grad is None if linear else leaves.history.grad.isfinite().all()
+    assert leaves.items.grad.isfinite().all()
+    read = leaves.items.grad.abs().sum(1) > 0
+    assert read[:3].all() and read[3:9].any() == (linear is None)  # targets; histories
 
     # evaluation: impressions do not see each other; equal inputs give equal logits
     ranker.eval()
@@ -57,6 +59,7 @@ def test_ranker(name):
         for b in range(3):
             start, end = x.history_offsets[b : b + 2].tolist()
             one = RankerInput(
+                items=x.items,
                 target=x.target[b : b + 1],
                 history=x.history[start:end],
                 history_offsets=torch.tensor([0, end - start]),
@@ -66,7 +69,9 @@ def test_ranker(name):
             torch.testing.assert_close(ranker(one).logits, logits[b : b + 1], rtol=1e-4, atol=1e-5)
 
     # no histories at all, no context at all
-    nobody = RankerInput(x.target, x.history[:0], torch.zeros(4, dtype=torch.int64), x.context, x.negatives[:0])
+    nobody = replace(
+        x, history=x.history[:0], history_offsets=torch.zeros(4, dtype=torch.int64), negatives=x.negatives[:0]
+    )
     assert ranker(nobody).logits.isfinite().all()
     bare = RANKERS[name].build(dim, 0)
     assert bare(replace(x, context=torch.zeros(3, 0))).logits.isfinite().all()

@@ -4,7 +4,37 @@ from __future__ import annotations
 
 import torch
 
+from mmctr.rankers.layers import RankerInput
 from mmctr.rankers.recurrence import Recurrence
+
+
+def separate(target, history, offsets, context, negatives=None) -> RankerInput:
+    """The input in which no item appears twice: from vectors of targets (B, D), behaviours and negatives (H, D)."""
+    parts = [target, history] if negatives is None else [target, history, negatives]
+    ends = torch.tensor([len(part) for part in parts]).cumsum(0).tolist()
+    return RankerInput(
+        items=torch.cat(parts),
+        target=torch.arange(ends[0]),
+        history=torch.arange(ends[0], ends[1]),
+        history_offsets=offsets,
+        context=context,
+        negatives=None if negatives is None else torch.arange(ends[1], ends[2]),
+    )
+
+
+def repeated(lengths, num_items, dim, context_dim, seed=0) -> RankerInput:
+    """Impressions of few items, most of which appear again and again; everything real is a leaf with a gradient."""
+    g = torch.Generator().manual_seed(seed)
+    b, h = len(lengths), sum(lengths)
+    draw = [torch.randint(0, num_items, (n,), generator=g) for n in (b, h, h)]
+    return RankerInput(
+        items=torch.randn(num_items, dim, generator=g).requires_grad_(),
+        target=draw[0],
+        history=draw[1],
+        history_offsets=torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()]),
+        context=torch.randn(b, context_dim, generator=g).requires_grad_(),
+        negatives=draw[2],
+    )
 
 
 def one_by_one(model: Recurrence, values, attention, offsets) -> torch.Tensor:

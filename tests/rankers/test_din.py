@@ -3,24 +3,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mmctr.rankers.din import DIN, ActivationUnit, DINConfig
+from mmctr.rankers.din import DIN, ActivationUnit, DINConfig, _Interaction
 from mmctr.rankers.layers import RankerInput, segment_ids
+from tests.rankers.references import repeated, separate
 
 D, C = 4, 3
 LENGTHS = [3, 0, 1, 5]
 
 
-def inputs(lengths=LENGTHS, seed=0) -> RankerInput:
-    g = torch.Generator().manual_seed(seed)
-    offsets = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()])
-    b, h = len(lengths), sum(lengths)
-    target, history, context = (torch.randn(n, d, generator=g) for n, d in ((b, D), (h, D), (b, C)))
-    return RankerInput(
-        target=target.requires_grad_(),
-        history=history.requires_grad_(),
-        history_offsets=offsets,
-        context=context.requires_grad_(),
-    )
+def inputs(lengths=LENGTHS, num_items=12) -> RankerInput:
+    return repeated(lengths, num_items, D, C)
 
 
 def din(weights="intensity", activation="dice", seed=0) -> DIN:
@@ -39,43 +31,69 @@ def explicit_unit(unit: ActivationUnit, query, keys):
 def padded_reference(model: DIN, x: RankerInput) -> torch.Tensor:
     """One impression after another; statistics of Dice over all history values, none over padding."""
     segments = segment_ids(x.history_offsets, len(x.history))
-    scores = explicit_unit(model.unit, x.target[segments], x.history)
-    longest, rows = 6, []
+    target, history = x.items[x.target], x.items[x.history]
+    scores = explicit_unit(model.unit, target[segments], history)
+    longest, rows = max(x.history_offsets.diff().tolist()) + 1, []
     for b in range(len(x.target)):
         start, end = x.history_offsets[b : b + 2].tolist()
-        keys = torch.nn.functional.pad(x.history[start:end], (0, 0, 0, longest - (end - start)))
         padding = (0, longest - (end - start))
+        keys = torch.nn.functional.pad(history[start:end], (0, 0, *padding))
         if model.config.weights == "softmax" and end > start:
             a = torch.softmax(torch.nn.functional.pad(scores[start:end], padding, value=-torch.inf), 0)
         else:
             a = torch.nn.functional.pad(scores[start:end], padding)
         interest = (a[:, None] * keys).sum(0)
-        rows.append(torch.cat([x.context[b], x.target[b], interest, interest * x.target[b]]))
+        rows.append(torch.cat([x.context[b], target[b], interest, interest * target[b]]))
     return model.mlp(torch.stack(rows)).squeeze(1)
 
 
 @pytest.mark.parametrize("activation", ["dice", "relu", "prelu", "sigmoid"])
 def test_the_unit_equals_the_explicit_concatenation(activation):
     unit, x = din(activation=activation).unit, inputs()
-    segments = segment_ids(x.history_offsets, len(x.history))
-    fast = unit(x.target, x.history, segments)
-    torch.testing.assert_close(fast, explicit_unit(unit, x.target[segments], x.history), rtol=1e-4, atol=1e-5)
+    query = x.items[x.target]
+    fast = unit(query, x.items, x.history, x.history_offsets)
+    slow = explicit_unit(unit, query[segment_ids(x.history_offsets, len(x.history))], x.items[x.history])
+    torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-5)
 
 
+# few items that appear again and again, and many that mostly do not; in one chunk and in several
+@pytest.mark.parametrize("num_items, lengths", [(3, LENGTHS), (40, LENGTHS), (5, [7, 0, 9, 1, 2, 2, 30, 0, 4, 4])])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("weights", ["intensity", "softmax"])
-def test_jagged_equals_padded_in_value_and_gradient(weights, training):
+def test_jagged_equals_padded_in_value_and_gradient(weights, training, num_items, lengths, monkeypatch):
+    monkeypatch.setattr(_Interaction, "CHUNK", 16)
     results = []
     for forward in (lambda m, x: m(x).logits, padded_reference):
-        model, x = din(weights).train(training), inputs()
+        model, x = din(weights).train(training), inputs(lengths, num_items)
         logits = forward(model, x)
-        (logits * torch.tensor([1.0, -2.0, 3.0, 0.5])).sum().backward()
-        gradients = [x.target.grad, x.history.grad, x.context.grad, *(p.grad for p in model.parameters())]
-        results.append([logits.detach(), *gradients])
+        (logits * torch.linspace(-1, 2.2, len(lengths))).sum().backward()
+        results.append([logits.detach(), x.items.grad, x.context.grad, *(p.grad for p in model.parameters())])
     for fast, simple in zip(*results, strict=True):
         torch.testing.assert_close(fast, simple, rtol=1e-3, atol=1e-5)
-    for gradient in results[0][1:4]:
-        assert (gradient.abs().sum(1) > 0).all()  # every target, behaviour and context is read
+    read = torch.zeros(num_items, dtype=torch.bool)
+    read[torch.cat([x.target, x.history])] = True
+    assert torch.equal(results[0][1].abs().sum(1) > 0, read)  # every target and behaviour is read, and no other item
+
+
+def test_finite_differences_of_the_interaction():
+    x = repeated([3, 0, 2], 4, 3, 1)
+    g = torch.Generator().manual_seed(1)
+    leaves = [torch.randn(*shape, generator=g) for shape in ((3, 3), (4, 3), (5, 3), (3, 5), (4, 5))]
+    weight = torch.randn(5, 5, generator=g).double()  # of the (H, hidden) outputs
+
+    def total(*leaves):
+        return (_Interaction.apply(*leaves, x.history, x.history_offsets).double() * weight).sum()
+
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    grads = torch.autograd.grad(total(*leaves), leaves)
+    for number, (leaf, grad) in enumerate(zip(leaves, grads, strict=True)):
+        direction = torch.randn(leaf.shape, generator=g)
+        moved = [
+            [part + e * direction if i == number else part for i, part in enumerate(leaves)] for e in (1e-2, -1e-2)
+        ]
+        # exact but for rounding: the function is of second degree at most
+        slope = (total(*moved[0]) - total(*moved[1])) / 2e-2
+        torch.testing.assert_close((grad * direction).sum().double(), slope.detach(), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -89,7 +107,7 @@ def test_empty_histories_are_finite(weights, lengths, training):
     for parameter in model.parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all()
     if not training:  # no behaviours: the interest is zero
-        empty = torch.cat([x.context[:1], x.target[:1], torch.zeros(1, 2 * D)], 1)
+        empty = torch.cat([x.context[:1], x.items[x.target[:1]], torch.zeros(1, 2 * D)], 1)
         if lengths[0] == 0:
             torch.testing.assert_close(logits[0], model.mlp(empty)[0, 0])
 
@@ -98,6 +116,7 @@ def test_the_order_of_impressions_does_not_matter():
     x, order = inputs(), [2, 0, 3, 1]
     slices = [slice(*x.history_offsets[b : b + 2].tolist()) for b in order]
     moved = RankerInput(
+        items=x.items,
         target=x.target[order],
         history=torch.cat([x.history[part] for part in slices]),
         history_offsets=torch.tensor([0, *torch.tensor([LENGTHS[b] for b in order]).cumsum(0).tolist()]),
@@ -113,7 +132,5 @@ def test_intensity_grows_with_repeated_behaviours_and_softmax_does_not():
     twice = once.repeat(2, 1)
     for weights, same in (("softmax", True), ("intensity", False)):
         model = din(weights).eval()
-        logits = [
-            model(RankerInput(target, keys, torch.tensor([0, len(keys)]), context)).logits for keys in (once, twice)
-        ]
+        logits = [model(separate(target, keys, torch.tensor([0, len(keys)]), context)).logits for keys in (once, twice)]
         assert torch.allclose(*logits, atol=1e-6) == same

@@ -7,9 +7,10 @@ from mmctr.rankers.layers import (
     MLP,
     Dice,
     _DiceFunction,
+    linear_of_rows,
+    pool_rows,
     segment_ids,
     segment_softmax,
-    segment_sum,
     take_rows,
 )
 
@@ -86,11 +87,40 @@ def test_segments():
     segments = segment_ids(offsets, 5)
     assert segments.tolist() == [0, 0, 2, 2, 2]
     values, weights = torch.arange(10.0).reshape(5, 2), torch.tensor([1.0, -1.0, 2.0, 0.0, 1.0])
-    assert segment_sum(values, weights, segments, 3).tolist() == [[-2, -2], [0, 0], [16, 19]]
+    assert pool_rows(values, torch.arange(5), offsets, weights).tolist() == [[-2, -2], [0, 0], [16, 19]]
+    assert pool_rows(values, torch.tensor([4, 4, 0, 1, 2]), offsets).tolist() == [[16, 18], [0, 0], [6, 9]]
     scores = torch.tensor([0.0, 1.0, 1000.0, 1000.0, -1000.0])
     expected = torch.cat([torch.softmax(scores[:2], 0), torch.tensor([0.5, 0.5, 0.0])])
     torch.testing.assert_close(segment_softmax(scores, segments, 3), expected)
     assert segment_softmax(scores[:0], segments[:0], 3).shape == (0,)
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("lengths", [[3, 0, 5, 1], [0, 0], [4]])
+def test_pooling_and_its_gradient_equal_indexing(lengths, weighted):
+    g = torch.Generator().manual_seed(0)
+    offsets = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()])
+    index = torch.randint(0, 5, (sum(lengths),), generator=g)
+    results = []
+    for fast in (True, False):
+        x = torch.randn(7, 3, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        weights = torch.linspace(-1, 2, len(index)).requires_grad_()
+        if fast:
+            pooled = pool_rows(x, index, offsets, weights if weighted else None)
+        else:
+            taken = x[index] * weights[:, None] if weighted else x[index]
+            pooled = torch.stack([part.sum(0) for part in taken.split(lengths)])
+        (pooled * torch.arange(3)).sum().backward()
+        results.append((pooled.detach(), x.grad, weights.grad if weighted else torch.zeros(0)))
+    for fast, simple in zip(*results, strict=True):
+        torch.testing.assert_close(fast, simple)
+
+
+@pytest.mark.parametrize("count", [0, 3, 50])
+def test_a_linear_layer_of_rows(count):
+    torch.manual_seed(0)
+    x, layer, index = torch.randn(6, 4), torch.nn.Linear(4, 3), torch.randint(0, 6, (count,))
+    torch.testing.assert_close(linear_of_rows(x, index, layer.weight, layer.bias), layer(x[index]))
 
 
 def test_an_mlp_is_linear_activation_dropout():

@@ -34,7 +34,11 @@ def test_time_major_by_hand():
 def test_time_major_without_histories():
     layout = TimeMajor.of(torch.zeros(4, dtype=torch.int64), 0)
     assert layout.sizes == [] and layout.last.tolist() == [0, 0, 0] and len(layout.order) == 0
-    assert recurrence()(torch.zeros(0, IN), layout).shape == (0, D)
+    assert recurrence()(torch.zeros(0, 3 * D), layout).shape == (0, D)
+
+
+def run(model: Recurrence, values, layout, attention=None) -> torch.Tensor:
+    return model(model.input(values), layout, attention)
 
 
 @pytest.mark.parametrize("gate", GATES)
@@ -47,7 +51,7 @@ def test_values_and_gradients_equal_the_formulae(gate, lengths):
         values.requires_grad_(), attention.requires_grad_()
         if fast:
             layout = TimeMajor.of(offsets, len(values))
-            out = model(values[layout.order], layout, None if gate == "gru" else attention[layout.order])
+            out = run(model, values[layout.order], layout, None if gate == "gru" else attention[layout.order])
             states = torch.zeros_like(out).index_copy(0, layout.order, out)
         else:
             states = one_by_one(model, values, attention, offsets)
@@ -84,34 +88,34 @@ def test_it_is_the_gru_of_torch():
             bias.copy_(torch.cat([br, -bu, bc]))
     values, _, offsets = jagged([5, 5])
     layout = TimeMajor.of(offsets, 10)
-    out = model(values[layout.order], layout).view(5, 2, D)
+    out = run(model, values[layout.order], layout).view(5, 2, D)
     torch.testing.assert_close(out, theirs(values.view(2, 5, IN).transpose(0, 1))[0])
 
 
 def test_attention_of_zero_and_one():
     values, _, offsets = jagged([4, 2])
     layout = TimeMajor.of(offsets, 6)
-    ordered, gru = values[layout.order], recurrence()(values[layout.order], layout)
+    ordered, gru = values[layout.order], run(recurrence(), values[layout.order], layout)
     zero, one = torch.zeros(6), torch.ones(6)
     # the paper's form: nothing happens at 0, a plain GRU at 1
-    torch.testing.assert_close(recurrence("augru")(ordered, layout, zero), torch.zeros(6, D))
-    torch.testing.assert_close(recurrence("augru")(ordered, layout, one), gru)
+    torch.testing.assert_close(run(recurrence("augru"), ordered, layout, zero), torch.zeros(6, D))
+    torch.testing.assert_close(run(recurrence("augru"), ordered, layout, one), gru)
     half = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0, 0.0])  # both histories step twice, then one is let alone
-    kept = recurrence("augru")(ordered, layout, half)
+    kept = run(recurrence("augru"), ordered, layout, half)
     assert torch.equal(kept[4], kept[2]) and torch.equal(kept[5], kept[2])
     # the authors' code: a plain GRU at 0, the candidate itself at 1
-    torch.testing.assert_close(recurrence("augru_official")(ordered, layout, zero), gru)
+    torch.testing.assert_close(run(recurrence("augru_official"), ordered, layout, zero), gru)
     torch.testing.assert_close(
-        recurrence("augru_official")(ordered, layout, one), recurrence("agru")(ordered, layout, one)
+        run(recurrence("augru_official"), ordered, layout, one), run(recurrence("agru"), ordered, layout, one)
     )
-    assert not torch.allclose(recurrence("augru_official")(ordered, layout, one), gru)
+    assert not torch.allclose(run(recurrence("augru_official"), ordered, layout, one), gru)
 
 
 def test_histories_do_not_see_each_other():
     values, attention, offsets = jagged([3, 6, 1])
     layout = TimeMajor.of(offsets, 10)
-    together = recurrence("augru")(values[layout.order], layout, attention[layout.order])
+    together = run(recurrence("augru"), values[layout.order], layout, attention[layout.order])
     alone = TimeMajor.of(torch.tensor([0, 3]), 3)
     torch.testing.assert_close(
-        together[layout.segments == 0], recurrence("augru")(values[:3], alone, attention[:3]), rtol=1e-5, atol=1e-6
+        together[layout.segments == 0], run(recurrence("augru"), values[:3], alone, attention[:3]), rtol=1e-5, atol=1e-6
     )
