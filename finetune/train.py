@@ -71,6 +71,8 @@ def main(config: FinetuneConfig) -> dict:
         accelerator.print(f"content: {int(table[1].sum())} of {len(catalog)} items, {table[0].shape[1]} dimensions")
     torch.manual_seed(config.seed)
     task = RankingTask(config.task, vocabulary, table, encoder, catalog.item_ids)
+    if config.task.mini_batch_l2:
+        task.count_samples(*data.samples(splits.train))
     task.to(accelerator.device)
 
     # the encoder runs on training batches only while it learns; else its table says the same

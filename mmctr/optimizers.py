@@ -98,12 +98,12 @@ class RowTable(nn.Embedding):
         grads = [self.weight.new_empty((0, dim))]
         grads += [torch.zeros_like(picked) if picked.grad is None else picked.grad for _, picked in self._picked]
         self._picked = []
-        all_rows, all_grads = _gather(torch.cat([part.long() for part in rows]), torch.cat(grads))
+        all_rows, all_grads = gather_parts(torch.cat([part.long() for part in rows]), torch.cat(grads))
         distinct, positions = torch.unique(all_rows, return_inverse=True)
         return distinct, torch.zeros(len(distinct), dim, device=all_grads.device).index_add_(0, positions, all_grads)
 
 
-def _gather(rows: Tensor, grads: Tensor) -> tuple[Tensor, Tensor]:
+def gather_parts(rows: Tensor, grads: Tensor) -> tuple[Tensor, Tensor]:
     """The rows of all processes, whose numbers differ, and their gradients divided by the number of processes."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return rows, grads
@@ -119,6 +119,14 @@ def _gather(rows: Tensor, grads: Tensor) -> tuple[Tensor, Tensor]:
         dist.all_gather(parts, padded)
         gathered.append(torch.cat([whole[:count] for whole, count in zip(parts, counts, strict=True)]))
     return gathered[0], gathered[1]
+
+
+def share_of_processes(rows: Tensor) -> Tensor:
+    """(R,) for each of the distinct rows (R,) of this process the fraction of processes that have it too."""
+    everywhere, parts = gather_parts(rows, torch.ones(len(rows), 1, device=rows.device))
+    distinct, positions = torch.unique(everywhere, return_inverse=True)
+    shares = torch.zeros(len(distinct), device=rows.device).index_add_(0, positions, parts[:, 0])
+    return shares[torch.searchsorted(distinct, rows)]
 
 
 class RowAdamW(torch.optim.AdamW):

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import torch
@@ -22,7 +23,7 @@ from mmctr.encoders import EncoderConfig
 from mmctr.files import read_json, replace_file, write_json
 from mmctr.fusion import ContentEncoder, FeatureEmbedder, ItemEmbedder, ItemEmbedderConfig
 from mmctr.losses import clip_loss, siglip_loss
-from mmctr.optimizers import RowTable
+from mmctr.optimizers import RowTable, share_of_processes
 from mmctr.rankers import RankerConfig
 from mmctr.rankers.din import DINConfig
 from mmctr.rankers.layers import RankerInput
@@ -149,10 +150,17 @@ class RankingTaskConfig(Config):
     """chance that a training impression shows an unknown user"""
     max_history: int = Field(default=50, ge=1)
     """latest behaviours read"""
+    mini_batch_l2: float = Field(default=0.0, ge=0)
+    """mini-batch aware regularisation of the ID vectors of items and users (Zhou et al. 2018, section 5.2): each one in
+    the batch decays by this over the number of training impressions it is in, so frequent IDs decay little at a time
+    and rare ones, which would overfit, much"""
 
 
 class RankingTask(nn.Module):
     """ItemEmbedder, user and context features, and a ranker; `forward` gives loss terms, `logits` scores."""
+
+    item_decay: Tensor
+    user_decay: Tensor
 
     def __init__(
         self,
@@ -190,6 +198,21 @@ class RankingTask(nn.Module):
             config.ranker.weight_dim,
         )
         self.ranker = config.ranker.build(self.embedder.dim, user_dim + self.context.dim)
+        # of training alone: see count_samples
+        self.register_buffer("item_decay", torch.zeros(0), persistent=False)
+        self.register_buffer("user_decay", torch.zeros(0), persistent=False)
+
+    def count_samples(self, items: np.ndarray, users: np.ndarray) -> None:
+        """What `mini_batch_l2` divides by.
+
+        Args:
+            items, users: for each row of the ID tables the number of training impressions it is in; row 0, the
+                unknown, is left alone.
+        """
+        for name, counts in (("item_decay", items), ("user_decay", users)):
+            decay = self.config.mini_batch_l2 / torch.from_numpy(counts).clamp(min=1).float()
+            decay[0] = 0
+            self.register_buffer(name, decay.to(self.item_decay.device), persistent=False)
 
     def logits(self, batch: BehaviorBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """(B,) logits and the ranker's auxiliary losses."""
@@ -211,7 +234,26 @@ class RankingTask(nn.Module):
 
     def forward(self, batch: BehaviorBatch) -> dict[str, Tensor]:
         logits, losses = self.logits(batch)
+        if self.config.mini_batch_l2:
+            losses = {**losses, "mini_batch_l2": self._mini_batch_l2(batch)}
         return {"log_loss": F.binary_cross_entropy_with_logits(logits.float(), batch.label), **losses}
+
+    def _mini_batch_l2(self, batch: BehaviorBatch) -> Tensor:
+        """lambda / 2 sum_j |w_j|^2 / n_j over the distinct IDs j of the batch of all processes (negatives drawn for an
+        auxiliary loss are no samples). Equation 5 is its gradient step."""
+        if not len(self.item_decay):
+            raise ValueError("mini_batch_l2 needs the numbers of samples: call count_samples before training")
+        shown = torch.zeros(len(batch.items), dtype=torch.bool, device=batch.target.device)
+        shown[batch.target] = shown[batch.history] = True
+        item_rows: Tensor = batch.items.features["item_id"]  # type: ignore[assignment]
+        parts = [(self.embedder.ids, self.item_decay, item_rows[shown]), (self.users, self.user_decay, batch.user)]
+        total = batch.label.new_zeros(())
+        for table, decay, ids in parts:
+            if table is not None:
+                rows = torch.unique(ids)
+                # processes average their losses: those that share an ID share its term
+                total = total + (table(rows).square().sum(1) * decay[rows] / share_of_processes(rows)).sum()
+        return total / 2
 
     @torch.no_grad()
     def sparsity(self) -> dict[str, dict[str, int]]:

@@ -124,7 +124,7 @@ def test_finetuning_under_torchrun_equals_one_process(toy_folder, tmp_path):
     check_same_run(tmp_path / "one", tmp_path / "two", count=22)
 
 
-@pytest.mark.parametrize("rows", ["adam", "adagrad"])
+@pytest.mark.parametrize("rows", ["adam", "adagrad", "ftrl"])
 def test_tables_trained_by_rows_on_two_processes_equal_one(toy_folder, tmp_path, rows):
     values = finetune_values(toy_folder, epochs=1)
     values["fit"]["optimizer"] |= {"rows": rows, "rows_from": 0, "weight_decay": 0.1}
@@ -133,6 +133,21 @@ def test_tables_trained_by_rows_on_two_processes_equal_one(toy_folder, tmp_path,
     for count in (1, 2):
         start(tmp_path, "finetune.train", config, f"run_dir={tmp_path / str(count)}", processes=count).ok()
     check_same_run(tmp_path / "1", tmp_path / "2", count=11)
+
+
+@pytest.mark.parametrize("rows_from", [0, 10**6])
+def test_mini_batch_aware_l2_on_two_processes_equals_one(toy_folder, tmp_path, rows_from):
+    """Most items and users of a batch are on both processes, and each counts once."""
+    values = finetune_values(toy_folder, epochs=1)
+    values["fit"]["optimizer"] |= {"rows_from": rows_from}
+    values["task"]["mini_batch_l2"] = 30.0
+    config = write_config(tmp_path / "f.yaml", values)
+    for count in (1, 2):
+        start(tmp_path, "finetune.train", config, f"run_dir={tmp_path / str(count)}", processes=count).ok()
+    check_same_run(tmp_path / "1", tmp_path / "2", count=11)
+    terms = [[line["mini_batch_l2"] for line in log_lines(tmp_path / n) if "loss" in line] for n in ("1", "2")]
+    np.testing.assert_allclose(terms[1], terms[0], rtol=1e-4)
+    assert min(terms[0]) > 0.01
 
 
 def test_dien_with_its_auxiliary_loss_on_two_processes_equals_one(toy_folder, tmp_path):

@@ -11,11 +11,12 @@ from accelerate import Accelerator
 
 from mmctr.data.batches import ItemBatch
 from mmctr.data.interactions import ColdItemsSplit, split_interactions
-from mmctr.data.loaders import ItemContent
+from mmctr.data.loaders import ItemContent, NegativeSampler
 from mmctr.data.prepare import open_dataset
 from mmctr.data.ranking import RankingData, RankingVocabulary
 from mmctr.evaluation import embed_catalog
 from mmctr.fusion import ContentEncoder, ContentTable, ItemEmbedderConfig
+from mmctr.optimizers import OptimizerConfig, make_optimizer
 from mmctr.rankers import DINConfig
 from mmctr.tasks import PretrainTask, PretrainTaskConfig, RankingTask, RankingTaskConfig
 from tests.encoders.test_encoders import ENCODERS
@@ -255,3 +256,62 @@ def test_a_table_is_bound_to_another_catalog_by_id(world):
     kept = torch.zeros(len(ids), dtype=torch.bool)
     kept[order] = True
     assert torch.equal(task.embedder.has_content, kept & table[1])
+
+
+@pytest.mark.parametrize("rows_from", [0, 10**6])
+def test_mini_batch_aware_l2_is_the_formula_and_touches_the_rows_of_the_batch(world, rows_from):
+    """Zhou et al. 2018, section 5.2, with counts over all training rows, an ID many times in a batch counting once."""
+    dataset, splits, vocabulary, data, _, _ = world
+    lam = 2.0
+    config = RankingTaskConfig(embedder=ItemEmbedderConfig(id_dim=4, init_std=0.3), user_dim=3, mini_batch_l2=lam)
+    torch.manual_seed(0)
+    task = RankingTask(config, vocabulary).train()
+    rows = np.arange(40)
+    batch = data.collator(splits.train, negatives=NegativeSampler(splits.train, 0))(rows)
+    with pytest.raises(ValueError, match="call count_samples"):
+        task(batch)
+    task.count_samples(*data.samples(splits.train))
+
+    train = splits.train
+    n_items, n_users = np.zeros(len(dataset.catalog)), np.zeros(len(dataset.users))
+    in_batch: tuple[set[int], set[int]] = (set(), set())
+    for row in range(len(train)):
+        start = max(train.history_start[row], train.history_end[row] - data.max_history)
+        items = {int(train.item[row]), *train.history[start : train.history_end[row]].tolist()}
+        n_items[list(items)] += 1
+        n_users[train.user[row]] += 1
+        if row in rows:
+            in_batch[0].update(items)
+            in_batch[1].add(int(train.user[row]))
+    expected = 0.0
+    touched = []
+    parts = ((task.embedder.ids, data.id_rows, n_items), (task.users, data.user_rows.numpy(), n_users))
+    for (table, own_row, counts), ids in zip(parts, in_batch, strict=True):
+        pairs = [(int(own_row[i]), counts[i]) for i in ids]
+        assert min(row for row, _ in pairs) > 0
+        expected += sum(lam / 2 / n * float(table.weight[row].detach().square().sum()) for row, n in pairs)
+        touched.append({row for row, _ in pairs})
+
+    optimizer = make_optimizer(task, OptimizerConfig(rows_from=rows_from))
+    term = task(batch)["mini_batch_l2"]
+    assert term.item() == pytest.approx(expected, rel=1e-4) and expected > 0.1
+    term.backward()
+    for (table, _, _), some in zip(parts, touched, strict=True):
+        if rows_from:
+            grad = table.weight.grad
+        else:
+            distinct, grads = table.pop_gradient()
+            grad = torch.zeros_like(table.weight).index_add_(0, distinct, grads)
+        assert set(grad.abs().sum(1).nonzero().squeeze(1).tolist()) == some
+    assert optimizer is not None and task.state_dict().keys().isdisjoint({"item_decay", "user_decay"})
+
+
+def test_an_unknown_id_is_not_regularised(world):
+    _, splits, vocabulary, data, _, _ = world
+    config = RankingTaskConfig(embedder=ItemEmbedderConfig(id_dim=4), user_dim=3, mini_batch_l2=1.0)
+    task = RankingTask(config, vocabulary).train()
+    task.count_samples(*data.samples(splits.train))
+    with torch.no_grad():
+        task.embedder.ids.weight[0] = task.users.weight[0] = 100.0
+    dropped = data.collator(splits.train, id_dropout=0.999, user_dropout=0.999)(np.arange(64))
+    assert task(dropped)["mini_batch_l2"].item() < 1

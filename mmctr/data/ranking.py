@@ -12,6 +12,7 @@ import torch
 from pydantic import model_validator
 
 from mmctr.config import Config
+from mmctr.data.batches import jagged_rows
 from mmctr.data.crosses import HISTORY, CrossFeature
 from mmctr.data.features import (
     FeatureColumns,
@@ -146,6 +147,14 @@ class RankingData:
         """(N,) training clicks of each catalog item."""
         return np.concatenate([[0], self.vocabulary.clicks])[self.id_rows]
 
+    def samples(self, impressions: Impressions) -> tuple[np.ndarray, np.ndarray]:
+        """For each row of the ID tables of items and of users, how many of the impressions it is in."""
+        items = samples_of_items(impressions, len(self.id_rows), self.max_history)
+        users = self.user_rows.numpy()[impressions.user]
+        sizes = len(self.vocabulary.item_ids) + 1, len(self.vocabulary.user_ids) + 1
+        of_items = np.bincount(self.id_rows, weights=items, minlength=sizes[0])
+        return of_items.astype(np.int64), np.bincount(users, minlength=sizes[1])
+
     def collator(
         self,
         impressions: Impressions,
@@ -174,6 +183,22 @@ class RankingData:
             user_dropout=user_dropout,
             seed=seed,
         )
+
+
+def samples_of_items(impressions: Impressions, num_items: int, max_history: int) -> np.ndarray:
+    """(num_items,) how many impressions have each catalog row as their target or among the behaviours read."""
+    counts = np.zeros(num_items, np.int64)
+    for begin in range(0, len(impressions), 1 << 16):
+        part = slice(begin, begin + (1 << 16))
+        end = torch.from_numpy(impressions.history_end[part])
+        start = torch.maximum(torch.from_numpy(impressions.history_start[part]), end - max_history)
+        index, offsets = jagged_rows(start, end)
+        target = impressions.item[part].astype(np.int64)
+        impression = np.repeat(np.arange(len(target)), np.diff(offsets.numpy()))
+        behaviors = impressions.history[index.numpy()]
+        pairs = [np.arange(len(target)) * num_items + target, impression * num_items + behaviors]
+        counts += np.bincount(np.unique(np.concatenate(pairs)) % num_items, minlength=num_items)
+    return counts
 
 
 def _user_ids(dataset: Dataset) -> pa.Array:

@@ -140,6 +140,7 @@ class DIN(nn.Module):
     | unit activation | Dice or PReLU | sigmoid | `activation` |
     | Dice at test time | moving averages | batch statistics in some releases | moving averages |
     | top MLP input | concat of all | user, target, user * target | context, target, interest, interest * target |
+    | L2 of embeddings | mini-batch aware | none | `mini_batch_l2` of the task |
     | user id | one of the features | made, unused | part of the context |
     """
 
