@@ -8,6 +8,7 @@ metrics.json, log.jsonl, predictions.parquet and checkpoints/. Started again aft
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -21,10 +22,12 @@ from mmctr.data.interactions import ColdItemsSplit, SplitConfig, split_interacti
 from mmctr.data.loaders import BatchPlan, NegativeSampler, TrainBatches
 from mmctr.data.ranking import RankingData, RankingVocabulary
 from mmctr.data.tables import one_array
+from mmctr.data.trees import Trees, disjoint_rows
 from mmctr.embeddings import read_tables
 from mmctr.evaluation import embed_catalog, full_report, predict, predictions_table, quick_metrics
 from mmctr.files import replace_file, write_json
 from mmctr.fusion import ContentEncoder, ContentTable
+from mmctr.rankers import GBDTLRConfig
 from mmctr.runs import DataConfig, begin_run, item_content, make_accelerator, open_data, run_recipe
 from mmctr.tasks import PretrainTask, RankingTask, RankingTaskConfig
 from mmctr.training import FitConfig, fit
@@ -56,7 +59,6 @@ def main(config: FinetuneConfig) -> dict:
             f"impressions without a click"
         )
     vocabulary = RankingVocabulary.learn(dataset, splits, config.task.features)
-    data = RankingData(dataset, vocabulary, config.task.features, config.task.max_history)
     accelerator.print(f"{config.data.path}: {splits.report}")
 
     # content: nothing, a frozen table, or an encoder with the vectors it has now
@@ -69,26 +71,41 @@ def main(config: FinetuneConfig) -> dict:
         table = embed_catalog(encoder, content, len(catalog), accelerator)
     if table is not None:
         accelerator.print(f"content: {int(table[1].sum())} of {len(catalog)} items, {table[0].shape[1]} dimensions")
+
+    # GBDT+LR: trees learn on some training rows, all else on the others
+    ranker, train_rows = config.task.ranker, splits.train
+    frozen = table if isinstance(content_config, ContentTable) else None
+    if isinstance(ranker, GBDTLRConfig):
+        tree_rows, linear_rows = disjoint_rows(len(splits.train), ranker.trees.share, config.seed)
+        train_rows = splits.train.take(linear_rows)
+        if not (run_dir / "trees.json").is_file() and accelerator.is_main_process:
+            data = RankingData(dataset, vocabulary, config.task.features, config.task.max_history, frozen)
+            part = splits.train.take(tree_rows)
+            data.fit_trees(ranker.trees, part, config.task.embedder.id_dropout, config.seed).save(run_dir)
+        accelerator.wait_for_everyone()
+        vocabulary = replace(vocabulary, trees=Trees.load(run_dir))
+    data = RankingData(dataset, vocabulary, config.task.features, config.task.max_history, frozen)
+
     torch.manual_seed(config.seed)
     task = RankingTask(config.task, vocabulary, table, encoder, catalog.item_ids)
     if config.task.mini_batch_l2:
-        task.count_samples(*data.samples(splits.train))
+        task.count_samples(*data.samples(train_rows))
     task.to(accelerator.device)
 
     # the encoder runs on training batches only while it learns; else its table says the same
     encodes = isinstance(content_config, ContentEncoder) and not content_config.frozen
     train_collator = data.collator(
-        splits.train,
+        train_rows,
         content=content if encodes else None,
         encode_history=encodes and content_config.history == "encoder",  # type: ignore[union-attr]
         max_encoded=content_config.max_encoded if encodes else None,  # type: ignore[union-attr]
-        negatives=NegativeSampler(splits.train, config.seed) if config.task.ranker.needs_negatives else None,
+        negatives=NegativeSampler(splits.train, config.seed) if ranker.needs_negatives else None,
         id_dropout=config.task.embedder.id_dropout,
         user_dropout=config.task.user_dropout,
         seed=config.seed,
     )
     plan = BatchPlan(
-        len(splits.train), config.fit.batch_size, config.seed, accelerator.process_index, accelerator.num_processes
+        len(train_rows), config.fit.batch_size, config.seed, accelerator.process_index, accelerator.num_processes
     )
     train = TrainBatches(plan, train_collator, config.fit.num_workers)
     validation_collator, test_collator = data.collator(splits.validation), data.collator(splits.test)
@@ -131,7 +148,7 @@ def main(config: FinetuneConfig) -> dict:
             catalog.item_ids,
         )
         replace_file(run_dir / "predictions.parquet", lambda path: pyarrow.parquet.write_table(predictions, path))
-        tables = {"tables": task.sparsity()} if config.task.ranker.weight_dim else {}
+        tables = {"tables": task.sparsity()} if ranker.weight_dim else {}
         write_json(run_dir / "metrics.json", {**metrics, "training": result, "split": splits.report, **tables})
         for name, count in tables.get("tables", {}).items():
             print(f"{name}: {count['rows'] - count['nonzero']} of {count['rows']} features dropped")

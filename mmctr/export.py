@@ -20,6 +20,7 @@ from mmctr.data.tables import as_text
 from mmctr.embeddings import write_embeddings
 from mmctr.evaluation import Modality, embed_catalog, embed_items, full_report, predict, retrieval
 from mmctr.files import fingerprint, read_json
+from mmctr.fusion import ContentTable
 from mmctr.runs import DataConfig, item_content, keep_heap, open_data, pair_rows
 from mmctr.tasks import PretrainTask, RankingTask
 
@@ -109,9 +110,12 @@ def evaluate_run(run: str, data: str | None) -> dict[str, Any]:
         task.bind(dataset.catalog.item_ids)
         if task.embedder.encoder is not None:
             pretrained: PretrainTask = task.embedder.encoder  # type: ignore[assignment]
-            content = item_content(dataset, config, pretrained, accelerator)
-            task.embedder.refresh(*embed_catalog(pretrained, content, len(dataset.catalog), accelerator))
-    ranking = RankingData(dataset, task.vocabulary, task.config.features, task.config.max_history)
+            live = item_content(dataset, config, pretrained, accelerator)
+            task.embedder.refresh(*embed_catalog(pretrained, live, len(dataset.catalog), accelerator))
+    content = None
+    if isinstance(task.config.embedder.content, ContentTable):
+        content = task.embedder.content_table, task.embedder.has_content
+    ranking = RankingData(dataset, task.vocabulary, task.config.features, task.config.max_history, content)
     task.to(accelerator.device)
     if own:
         split: Any = TypeAdapter(SplitConfig).validate_python(run_config(folder)["split"])

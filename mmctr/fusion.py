@@ -17,6 +17,7 @@ from mmctr.config import Config
 from mmctr.data.batches import Features, ItemBatch, Jagged
 from mmctr.data.crosses import CrossFeature
 from mmctr.data.features import FeatureConfig, Vocabulary, table_rows
+from mmctr.data.trees import LEAVES
 from mmctr.optimizers import RowTable
 
 
@@ -99,6 +100,9 @@ class FeatureEmbedder(nn.Module):
     """Embeds declared side features and concatenates them: `Features of n rows -> (n, dim)`.
 
     With `weights` each feature, numbers included, gives a vector of that size, and these are added.
+
+    Args:
+        leaves: rows of the table for the leaves of trees, averaged over the trees; 0 where there are none.
     """
 
     def __init__(
@@ -107,8 +111,10 @@ class FeatureEmbedder(nn.Module):
         vocabularies: dict[str, Vocabulary],
         init_std: float,
         weights: int | None = None,
+        leaves: int = 0,
     ):
         super().__init__()
+        assert weights or not leaves, "leaves are of linear rankers"
         self.tables, self.numbers = nn.ModuleDict(), nn.ModuleDict()
         self.dim = 0
         self.weights = weights
@@ -124,7 +130,10 @@ class FeatureEmbedder(nn.Module):
             else:
                 self.tables[name] = RowTable(rows, dim, 0.0 if is_cross else init_std)
             self.dim += dim
-        if weights and configs:
+        if leaves:
+            self.names.append(LEAVES)
+            self.tables[LEAVES] = RowTable(leaves, weights, 0.0)  # type: ignore[arg-type]
+        if weights and self.names:
             self.dim = weights
 
     def forward(self, features: Features, like: Tensor) -> Tensor:

@@ -196,6 +196,7 @@ class RankingTask(nn.Module):
             vocabulary.user | vocabulary.context,
             std,
             config.ranker.weight_dim,
+            leaves=vocabulary.trees.num_rows if vocabulary.trees else 0,
         )
         self.ranker = config.ranker.build(self.embedder.dim, user_dim + self.context.dim)
         # of training alone: see count_samples

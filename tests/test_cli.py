@@ -32,8 +32,11 @@ def runs(toy_folder, tmp_path_factory) -> Path:
         "table": {"name": "table", "path": str(folder / "embeddings"), "dim": 8, "hidden": [8]},
         "joint": {"name": "encoder", "run": str(folder / "pretrain"), "history": "table", "dim": 8, "hidden": [8]},
     }
+    contents["trees"] = contents["table"]
     for name, content in contents.items():
         values = finetune_values(toy_folder, content, epochs=1)
+        if name == "trees":
+            values["task"]["ranker"] = {"name": "gbdt_lr", "trees": {"num_trees": 8, "min_rows": 5}}
         config = write_config(folder / f"{name}.yaml", values)
         start(folder, "finetune.train", config, f"run_dir={folder / name}").ok()
     return folder
@@ -127,7 +130,7 @@ def test_search_mistakes(runs, tmp_path, capsys):
         main(["search", str(index)])
 
 
-@pytest.mark.parametrize("name", ["id", "table", "joint"])
+@pytest.mark.parametrize("name", ["id", "table", "joint", "trees"])
 def test_evaluate_gives_the_metrics_of_the_run(runs, name, tmp_path, capsys):
     numbers = json.loads(output(capsys, "evaluate", runs / name, "--out", tmp_path / "m.json"))
     metrics = json.loads((runs / name / "metrics.json").read_text())
@@ -141,7 +144,7 @@ def test_evaluate_of_pretraining_gives_the_metrics_of_the_run(runs, capsys):
     assert numbers == {name: metrics[name] for name in numbers} and "mean_recall" in numbers
 
 
-@pytest.mark.parametrize("name", ["id", "table", "joint"])
+@pytest.mark.parametrize("name", ["id", "table", "joint", "trees"])
 def test_evaluate_on_another_log(runs, name, tmp_path, capsys):
     """The catalog has other items too, all of them cold for the run."""
     config = ToyWorldConfig(num_items=60, num_users=20, impressions_per_user=20, image_size=32, seed=4)

@@ -160,6 +160,17 @@ def test_dien_with_its_auxiliary_loss_on_two_processes_equals_one(toy_folder, tm
     assert all(line["auxiliary"] > 0 for line in log_lines(tmp_path / "1") if "loss" in line)
 
 
+def test_gbdt_lr_on_two_processes_equals_one(toy_folder, tmp_path):
+    """One process grows the trees for both."""
+    values = finetune_values(toy_folder, epochs=1)
+    values["task"]["ranker"] = {"name": "gbdt_lr", "trees": {"num_trees": 8, "min_rows": 5}}
+    config = write_config(tmp_path / "f.yaml", values)
+    for count in (1, 2):
+        start(tmp_path, "finetune.train", config, f"run_dir={tmp_path / str(count)}", processes=count).ok()
+    check_same_run(tmp_path / "1", tmp_path / "2", count=8)
+    assert (tmp_path / "1" / "trees.json").read_bytes() == (tmp_path / "2" / "trees.json").read_bytes()
+
+
 def test_pretraining_with_clip_on_two_processes_equals_one(toy_folder, tmp_path):
     config = write_config(tmp_path / "p.yaml", pretrain_values(toy_folder))
     for count in (1, 2):

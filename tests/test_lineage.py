@@ -77,7 +77,7 @@ def folded(tmp_path_factory) -> Path:
 
 
 def auc_of(data: Path, ranker: dict[str, Any], epochs: float, **features: Any) -> float:
-    deep = {"mlp": [32, 16], "activation": "relu"} if ranker["name"] not in ("lr", "ls_plm") else {}
+    deep = {"mlp": [32, 16], "activation": "relu"} if ranker["name"] not in ("lr", "ls_plm", "gbdt_lr") else {}
     values = {
         "data": {"path": str(data)},
         "split": {"name": "temporal", "test": 0.2, "validation": 0.1},
@@ -113,6 +113,12 @@ def test_ls_plm_beats_lr_where_the_boundary_is_piecewise_linear(folded):
     lr = auc_of(folded, {"name": "lr"}, epochs=6, **NUMBERS)
     pieces = auc_of(folded, {"name": "ls_plm", "pieces": 4}, epochs=12, **NUMBERS)
     assert 0.45 < lr < 0.55 and pieces > 0.8
+
+
+def test_gbdt_lr_beats_lr_where_the_boundary_is_piecewise_linear(folded):
+    lr = auc_of(folded, {"name": "lr"}, epochs=6, **NUMBERS)
+    trees = auc_of(folded, {"name": "gbdt_lr"}, epochs=12, **NUMBERS)
+    assert 0.45 < lr < 0.55 and trees > 0.75
 
 
 def test_lr_sees_interactions_through_crosses(ordered, diverse):

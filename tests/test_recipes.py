@@ -32,6 +32,8 @@ def done(toy_folder, tmp_path_factory) -> dict[str, tuple[Path, Path]]:
         "id": finetune_values(toy_folder),
         "rows": rows | {"task": rows["task"] | {"ranker": {"name": "dien", "mlp": [16]}}},
         "joint": finetune_values(toy_folder, joint, epochs=1, evaluations=2),
+        "trees": rows
+        | {"task": rows["task"] | {"ranker": {"name": "gbdt_lr", "trees": {"num_trees": 8, "min_rows": 5}}}},
     }
     for name, values in configs.items():
         config = write_config(folder / f"{name}.yaml", values)
@@ -98,7 +100,17 @@ def test_a_run_killed_between_two_steps_resumes(done, tmp_path):
     check_same_files(tmp_path / "run", reference)
 
 
-@pytest.mark.parametrize("name", ["pretrain", "joint"])
+def test_a_run_killed_after_its_trees_were_grown_keeps_them(done, tmp_path):
+    config, reference = done["trees"]
+    arguments = ("finetune.train", config, f"run_dir={tmp_path / 'run'}")
+    assert start(tmp_path, *arguments, kill_at_rename=3).wait() == -9
+    grown = (tmp_path / "run" / "trees.json").stat().st_mtime_ns
+    start(tmp_path, *arguments).ok()
+    assert (tmp_path / "run" / "trees.json").stat().st_mtime_ns == grown
+    check_same_files(tmp_path / "run", reference)
+
+
+@pytest.mark.parametrize("name", ["pretrain", "joint", "trees"])
 def test_a_run_with_workers_killed_between_two_steps_resumes(done, tmp_path, name):
     """Processes that collate ahead change no number, and what they had ready is made again."""
     config, reference = done[name]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from mmctr.config import Config
 from mmctr.data.batches import Features, Jagged
+from mmctr.data.features import BehaviorView, known_values, pooled_by
 from mmctr.data.hashing import GOLDEN, splitmix64
 
 HISTORY = "history."
@@ -27,22 +27,6 @@ class CrossFeature(Config):
     buckets: int = Field(default=1_000_000, ge=1)
     dim: int = Field(default=8, ge=1)
     """embedding size"""
-
-
-def known_values(feature: Tensor | Jagged) -> Jagged:
-    """Rows of a vocabulary, one or several each, without the unknown ones."""
-    if isinstance(feature, Jagged):
-        values, offsets = feature.values, feature.offsets
-    else:
-        values, offsets = feature, torch.arange(len(feature) + 1)
-    known = values > 0
-    before = torch.cat([known.new_zeros(1, dtype=torch.int64), known.cumsum(0)])
-    return Jagged(values=values[known], offsets=before[offsets])
-
-
-def pooled_by(feature: Jagged, offsets: Tensor) -> Jagged:
-    """Values of H behaviours -> values of B impressions, whose behaviours (B + 1,) `offsets` delimit."""
-    return Jagged(values=feature.values, offsets=feature.offsets[offsets])
 
 
 def cross(parts: list[Jagged], buckets: int) -> Jagged:
@@ -67,21 +51,12 @@ def _mixed(key: np.ndarray, value: np.ndarray) -> np.ndarray:
         return splitmix64(key * GOLDEN + value.astype(np.uint64))
 
 
-def cross_features(
-    configs: dict[str, CrossFeature], target: Features, history: Features, impression: Features, offsets: Tensor
-) -> Features:
-    """The declared crosses of B impressions.
-
-    Args:
-        target: item features of the targets, (B, ...) each, `item_id` among them.
-        history: item features of the behaviours, (H, ...) each.
-        impression: `user_id`, user and context features, (B, ...) each.
-        offsets: (B + 1,) of the behaviours.
-    """
+def cross_features(configs: dict[str, CrossFeature], view: BehaviorView) -> Features:
+    """The declared crosses of B impressions."""
 
     def values(name: str) -> Jagged:
         if name.startswith(HISTORY):
-            return pooled_by(known_values(history[name.removeprefix(HISTORY)]), offsets)
-        return known_values(target[name] if name in target else impression[name])
+            return pooled_by(known_values(view.history(name.removeprefix(HISTORY))), view.offsets)
+        return known_values(view.impression[name] if name in view.impression else view.target(name))
 
     return {name: cross([values(part) for part in config.of], config.buckets) for name, config in configs.items()}

@@ -94,6 +94,50 @@ def _take(column: Tensor | Jagged, rows: Tensor) -> Tensor | Jagged:
     return taken if taken.is_floating_point() else taken.long()
 
 
+@dataclass(frozen=True)
+class BehaviorView:
+    """B impressions with the side features of target, behaviours and impression: what features that are derived from
+    several of these (crosses, leaves of trees) are made of. Item features are looked up when asked for."""
+
+    items: FeatureColumns
+    target_rows: Tensor
+    """(B,) catalog rows"""
+    history_rows: Tensor
+    """(H,)"""
+    target_ids: Tensor
+    """(B,) rows of the ID vocabulary, as the batch has them: some dropped out"""
+    history_ids: Tensor
+    """(H,)"""
+    offsets: Tensor
+    """(B + 1,) of the behaviours"""
+    impression: Features
+    """`user_id`, user and context features, (B, ...) each"""
+
+    def target(self, name: str) -> Tensor | Jagged:
+        """An item feature, or `item_id`, of the targets."""
+        return self.target_ids if name == "item_id" else _take(self.items.columns[name], self.target_rows)
+
+    def history(self, name: str) -> Tensor | Jagged:
+        """The same of the behaviours."""
+        return self.history_ids if name == "item_id" else _take(self.items.columns[name], self.history_rows)
+
+
+def known_values(feature: Tensor | Jagged) -> Jagged:
+    """Rows of a vocabulary, one or several each, without the unknown ones."""
+    if isinstance(feature, Jagged):
+        values, offsets = feature.values, feature.offsets
+    else:
+        values, offsets = feature, torch.arange(len(feature) + 1)
+    known = values > 0
+    before = torch.cat([known.new_zeros(1, dtype=torch.int64), known.cumsum(0)])
+    return Jagged(values=values[known], offsets=before[offsets])
+
+
+def pooled_by(feature: Jagged, offsets: Tensor) -> Jagged:
+    """Values of H behaviours -> values of B impressions, whose behaviours (B + 1,) `offsets` delimit."""
+    return Jagged(values=feature.values, offsets=feature.offsets[offsets])
+
+
 def learn_vocabulary(config: FeatureConfig, column: pa.ChunkedArray, rows: np.ndarray) -> Vocabulary:
     """Vocabulary of a column from the given training rows (repeats count)."""
     if isinstance(config, NumericFeature):

@@ -7,7 +7,7 @@ of its history, and the arrays can be memory-mapped.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -101,6 +101,11 @@ class Impressions:
 
     def __len__(self) -> int:
         return len(self.item)
+
+    def take(self, rows: np.ndarray) -> Impressions:
+        """The given rows, with their whole histories."""
+        names = ("user", "item", "label", "source", "history_start", "history_end")
+        return replace(self, **{name: getattr(self, name)[rows] for name in names})
 
 
 class TemporalSplit(Config):

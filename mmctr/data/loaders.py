@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -18,8 +18,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from mmctr.data.batches import BehaviorBatch, Features, ItemBatch, jagged_rows
 from mmctr.data.catalog import Pictures
-from mmctr.data.crosses import HISTORY, CrossFeature, cross_features
-from mmctr.data.features import FeatureColumns
+from mmctr.data.features import BehaviorView, FeatureColumns
 from mmctr.data.hashing import GOLDEN, splitmix64
 from mmctr.data.interactions import Impressions
 
@@ -229,7 +228,8 @@ class BehaviorCollator:
     encode_history: bool = True
     max_encoded: int | None = None
     """without `encode_history`: at most this many distinct targets of a step are encoded"""
-    crosses: dict[str, CrossFeature] = field(default_factory=dict)
+    derived: tuple[Callable[[BehaviorView], Features], ...] = ()
+    """make further context features: crosses, leaves of trees"""
     negatives: NegativeSampler | None = None
     """for rankers with an auxiliary loss"""
     id_dropout: float = 0.0
@@ -281,12 +281,19 @@ class BehaviorCollator:
             user_row = user_row.masked_fill(torch.from_numpy(unknown), 0)
         targets_end, history_end = len(rows), len(rows) + int(offsets[-1])
         context = self.users.take(user) | self.context.take(source)
-        if self.crosses:
+        if self.derived:
             ids: Tensor = features["item_id"][position]  # type: ignore[assignment, index]
-            of_target = self._named(target, ids[:targets_end], "")
-            of_history = self._named(history[: int(offsets[-1])], ids[targets_end:history_end], HISTORY)
-            impression = context | {"user_id": user_row}
-            context |= cross_features(self.crosses, of_target, of_history, impression, offsets)
+            view = BehaviorView(
+                items=self.items,
+                target_rows=target,
+                history_rows=history[: int(offsets[-1])],
+                target_ids=ids[:targets_end],
+                history_ids=ids[targets_end:history_end],
+                offsets=offsets,
+                impression=context | {"user_id": user_row},
+            )
+            for make in self.derived:
+                context |= make(view)
         return BehaviorBatch(
             items=items,
             target=position[:targets_end],
@@ -297,11 +304,3 @@ class BehaviorCollator:
             label=torch.from_numpy(part.label[rows]).float(),
             negatives=None if self.negatives is None else position[history_end:],
         )
-
-    def _named(self, rows: Tensor, ids: Tensor, prefix: str) -> Features:
-        """The item features that crosses name with this prefix, of the given catalog rows; `ids` as the batch has them
-        (some dropped out)."""
-        parts = {part for cross in self.crosses.values() for part in cross.of}
-        wanted = {part.removeprefix(prefix) for part in parts if part.startswith(prefix)}
-        columns = {name: column for name, column in self.items.columns.items() if name in wanted and name != "item_id"}
-        return FeatureColumns(columns).take(rows) | {"item_id": ids}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +12,13 @@ import pyarrow as pa
 import pyarrow.parquet
 import torch
 from pydantic import model_validator
+from torch import Tensor
 
 from mmctr.config import Config
-from mmctr.data.batches import jagged_rows
-from mmctr.data.crosses import HISTORY, CrossFeature
+from mmctr.data.batches import Features, jagged_rows
+from mmctr.data.crosses import HISTORY, CrossFeature, cross_features
 from mmctr.data.features import (
+    BehaviorView,
     FeatureColumns,
     FeatureConfig,
     NumericFeature,
@@ -26,6 +30,7 @@ from mmctr.data.interactions import Impressions, Splits
 from mmctr.data.loaders import BehaviorCollator, ItemContent, NegativeSampler
 from mmctr.data.prepare import Dataset
 from mmctr.data.tables import one_array, rows_of
+from mmctr.data.trees import LEAVES, TreeColumns, Trees, TreesConfig
 from mmctr.files import read_json, write_json
 
 
@@ -51,6 +56,8 @@ class FeatureConfigs(Config):
         declared = self.user | self.context
         columns = self.item | declared
         choices = ["user_id", "item_id", "history.item_id", *columns, *(HISTORY + name for name in self.item)]
+        if LEAVES in declared | self.cross:
+            raise ValueError(f"the name {LEAVES!r} is taken; rename the feature")
         for name, config in self.cross.items():
             if name in declared:
                 raise ValueError(f"the cross {name!r} has the name of another feature; rename it")
@@ -75,6 +82,8 @@ class RankingVocabulary:
     item: dict[str, Vocabulary] = field(default_factory=dict)
     user: dict[str, Vocabulary] = field(default_factory=dict)
     context: dict[str, Vocabulary] = field(default_factory=dict)
+    trees: Trees | None = None
+    """of GBDT+LR"""
 
     @classmethod
     def learn(cls, dataset: Dataset, splits: Splits, features: FeatureConfigs) -> RankingVocabulary:
@@ -100,6 +109,8 @@ class RankingVocabulary:
         write_json(
             folder / "features.json", {g: {n: v.to_json() for n, v in group.items()} for g, group in groups.items()}
         )
+        if self.trees is not None:
+            self.trees.save(folder)
 
     @classmethod
     def load(cls, folder: Path) -> RankingVocabulary:
@@ -114,6 +125,7 @@ class RankingVocabulary:
             clicks=items.column("clicks").to_numpy(),
             user_ids=one_array(users.column("user_id")),
             **groups,
+            trees=Trees.load(folder) if (folder / "trees.json").is_file() else None,
         )
 
     def item_rows(self, item_ids: pa.Array) -> np.ndarray:
@@ -125,12 +137,22 @@ class RankingData:
     """A dataset seen through a vocabulary: makes collators for its impressions.
 
     Works for the dataset of training and for any other with the same columns.
+
+    Args:
+        content: (N, D) frozen content vectors of the catalog and the (N,) mask of items that have one, for trees.
     """
 
-    def __init__(self, dataset: Dataset, vocabulary: RankingVocabulary, features: FeatureConfigs, max_history: int):
+    def __init__(
+        self,
+        dataset: Dataset,
+        vocabulary: RankingVocabulary,
+        features: FeatureConfigs,
+        max_history: int,
+        content: tuple[Tensor, Tensor] | None = None,
+    ):
         self.vocabulary = vocabulary
         self.max_history = max_history
-        self.crosses = features.cross
+        self.content = content
         catalog = dataset.catalog
         self.id_rows = vocabulary.item_rows(catalog.item_ids)
         """(N,) row of each catalog item in the ID table, 0 for cold items"""
@@ -141,11 +163,46 @@ class RankingData:
         # nothing of the log's further columns is read unless a feature asks for one
         context = dataset.context if features.context else pa.table({})
         self.context = encode_table(features.context, vocabulary.context, context, "interactions table")
+        self.derived: tuple[Callable[[BehaviorView], Features], ...] = ()
+        if features.cross:
+            self.derived += (partial(cross_features, features.cross),)
+        if vocabulary.trees is not None:
+            projected = self.projected(vocabulary.trees.columns)
+            self.derived += (partial(vocabulary.trees.leaves, content=projected),)
 
     @property
     def clicks(self) -> np.ndarray:
         """(N,) training clicks of each catalog item."""
         return np.concatenate([[0], self.vocabulary.clicks])[self.id_rows]
+
+    def projected(self, columns: TreeColumns) -> np.ndarray | None:
+        """(N, P) what trees read of the content vectors, NaN where an item has none."""
+        if columns.projection is None:
+            return None
+        if self.content is None:
+            return np.full((len(self.id_rows), columns.projection.components.shape[1]), np.float32("nan"))
+        vectors, has = (part.cpu().numpy() for part in self.content)
+        return np.where(has[:, None], columns.projection(vectors), np.float32("nan"))
+
+    def fit_trees(self, config: TreesConfig, impressions: Impressions, id_dropout: float, seed: int) -> Trees:
+        """Boosted trees on the given impressions. Cold items are imitated as in the training of rankers: some items
+        show no ID."""
+        columns = TreeColumns.learn(
+            config, self.items, FeatureColumns(self.users.columns | self.context.columns), self.content
+        )
+        content = self.projected(columns)
+        parts: list[np.ndarray] = []
+        is_category: list[bool] = []
+
+        def collect(view: BehaviorView) -> Features:
+            x, is_category[:] = columns(view, content)
+            parts.append(x)
+            return {}
+
+        collator = replace(self.collator(impressions, id_dropout=id_dropout, seed=seed), derived=(collect,))
+        for step, begin in enumerate(range(0, len(impressions), 4096)):
+            collator(np.arange(begin, min(begin + 4096, len(impressions))), step)
+        return Trees.fit(config, columns, np.concatenate(parts), is_category, impressions.label, seed)
 
     def samples(self, impressions: Impressions) -> tuple[np.ndarray, np.ndarray]:
         """For each row of the ID tables of items and of users, how many of the impressions it is in."""
@@ -177,7 +234,7 @@ class RankingData:
             content=content,
             encode_history=encode_history,
             max_encoded=max_encoded,
-            crosses=self.crosses,
+            derived=self.derived,
             negatives=negatives,
             id_dropout=id_dropout,
             user_dropout=user_dropout,

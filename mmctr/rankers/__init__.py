@@ -7,8 +7,9 @@ from pydantic import Field
 from mmctr.rankers.dien import DIENConfig
 from mmctr.rankers.din import DINConfig
 from mmctr.rankers.embedding_mlp import EmbeddingMLPConfig
+from mmctr.rankers.gbdt_lr import GBDTLRConfig
 from mmctr.rankers.linear import LRConfig, LSPLMConfig
 
 RankerConfig = Annotated[
-    LRConfig | LSPLMConfig | EmbeddingMLPConfig | DINConfig | DIENConfig, Field(discriminator="name")
+    LRConfig | LSPLMConfig | GBDTLRConfig | EmbeddingMLPConfig | DINConfig | DIENConfig, Field(discriminator="name")
 ]

@@ -7,13 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mmctr.rankers import DIENConfig, DINConfig, EmbeddingMLPConfig, LRConfig, LSPLMConfig
+from mmctr.rankers import DIENConfig, DINConfig, EmbeddingMLPConfig, GBDTLRConfig, LRConfig, LSPLMConfig
 from mmctr.rankers.layers import RankerInput
 from tests.rankers.references import separate
 
 RANKERS = {
     "lr": LRConfig(),
     "ls_plm": LSPLMConfig(pieces=3),
+    "gbdt_lr": GBDTLRConfig(),
     "embedding_mlp": EmbeddingMLPConfig(mlp=[5]),
     "embedding_mlp sum": EmbeddingMLPConfig(mlp=[5], pooling="sum", activation="dice"),
     "dien": DIENConfig(mlp=[5]),

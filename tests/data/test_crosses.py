@@ -7,8 +7,16 @@ import pytest
 import torch
 
 from mmctr.data.batches import Jagged
-from mmctr.data.crosses import CrossFeature, cross, cross_features, known_values, pooled_by
-from mmctr.data.features import CategoricalFeature, MultiValuedFeature, NumericFeature
+from mmctr.data.crosses import CrossFeature, cross, cross_features
+from mmctr.data.features import (
+    BehaviorView,
+    CategoricalFeature,
+    FeatureColumns,
+    MultiValuedFeature,
+    NumericFeature,
+    known_values,
+    pooled_by,
+)
 from mmctr.data.ranking import FeatureConfigs
 
 
@@ -62,9 +70,16 @@ def test_crosses_of_targets_users_and_histories():
         "b": CrossFeature(of=["history.genre", "genre"], buckets=1 << 30),
         "c": CrossFeature(of=["history.item_id", "item_id"], buckets=1 << 30),
     }
-    target = {"item_id": torch.tensor([4, 0]), "genre": jagged([1, 2], [3])}
-    history = {"item_id": torch.tensor([4, 5, 6]), "genre": jagged([2], [], [1])}
-    found = cross_features(config, target, history, {"user_id": torch.tensor([0, 9])}, torch.tensor([0, 2, 3]))
+    view = BehaviorView(
+        items=FeatureColumns({"genre": jagged([1, 2], [3], [2], [], [1])}),
+        target_rows=torch.tensor([0, 1]),
+        history_rows=torch.tensor([2, 3, 4]),
+        target_ids=torch.tensor([4, 0]),
+        history_ids=torch.tensor([4, 5, 6]),
+        offsets=torch.tensor([0, 2, 3]),
+        impression={"user_id": torch.tensor([0, 9])},
+    )
+    found = cross_features(config, view)
     assert [len(row) for row in lists(found["a"])] == [0, 1]  # no combination with the unknown user
     assert lists(found["a"])[1] == lists(cross([jagged([9]), jagged([3])], 1 << 30))[0]
     assert lists(found["b"]) == lists(cross([jagged([2], [1]), jagged([1, 2], [3])], 1 << 30))

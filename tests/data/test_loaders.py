@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mmctr.data.batches import BehaviorBatch, Jagged
-from mmctr.data.crosses import CrossFeature
+from mmctr.data.crosses import CrossFeature, cross_features
 from mmctr.data.features import FeatureColumns
 from mmctr.data.interactions import ColdItemsSplit, Impressions, split_interactions
 from mmctr.data.loaders import (
@@ -265,7 +266,9 @@ def test_crosses_of_a_batch_are_those_of_its_rows():
         "a": CrossFeature(of=["user_id", "brand"], buckets=1 << 30),
         "b": CrossFeature(of=["history.tags", "item_id", "place"], buckets=1 << 30),
     }
-    collate = collator(part, crosses=config, id_dropout=0.3, negatives=NegativeSampler(part, 0))
+    collate = collator(
+        part, derived=(partial(cross_features, config),), id_dropout=0.3, negatives=NegativeSampler(part, 0)
+    )
     batch, rows = collate(np.arange(300), 2), np.arange(300)
     brand, tags = (collate.items.columns[name] for name in ("brand", "tags"))
     ids = batch.items.features["item_id"][batch.target].tolist()
