@@ -6,19 +6,15 @@ Whatever the bytes are, the only exception that leaves this module is `PictureEr
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError, features
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as transforms
-
-try:  # torchvision 0.29 announces that its decoders will go; without them PIL decodes the same pixels, 2-3 times slower
-    from torchvision.io import ImageReadMode, decode_jpeg
-except ImportError:
-    decode_jpeg = None
+from torch.nn.functional import interpolate
 
 Resize = Literal["shortest", "longest", "squash"]
 
@@ -155,13 +151,25 @@ def _classified(error: Exception, data: bytes) -> PictureError:
     return PictureError("unreadable", detail)
 
 
+@cache
+def _jpeg_decoder() -> Callable[[torch.Tensor], torch.Tensor | list[torch.Tensor]] | None:
+    """torchvision's. It announces in 0.29 that its decoders will go; without them PIL decodes the same pixels, 2-3
+    times slower. Imported at the first picture: a second and 170 MB that rankers without pictures need not pay."""
+    try:
+        from torchvision.io import ImageReadMode, decode_jpeg
+    except ImportError:
+        return None
+    return lambda encoded: decode_jpeg(encoded, mode=ImageReadMode.RGB, apply_exif_orientation=True)
+
+
 def _decode_fast(data: bytes) -> torch.Tensor | None:
     """(3, H, W) uint8 of an ordinary JPEG, upright; None if PIL should have a try."""
-    if decode_jpeg is None:
+    decode = _jpeg_decoder()
+    if decode is None:
         return None
     encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     try:
-        decoded = decode_jpeg(encoded, mode=ImageReadMode.RGB, apply_exif_orientation=True)
+        decoded = decode(encoded)
     except Exception as error:  # its deprecation warning too, where warnings are errors
         if "truncated" in str(error):
             raise
@@ -218,9 +226,7 @@ def _resize(pixels: torch.Tensor, size: int, resize: Resize) -> torch.Tensor:
     else:
         shape = (size, size)
     # contiguous: the decoders hand out channels-last strides
-    pixels = transforms.resize(
-        pixels.contiguous(), list(shape), interpolation=InterpolationMode.BICUBIC, antialias=True
-    )
+    pixels = interpolate(pixels[None].contiguous(), shape, mode="bicubic", antialias=True)[0]
     if shape == (size, size):
         return pixels.contiguous()
     canvas = torch.full((3, size, size), 255, dtype=torch.uint8)

@@ -7,11 +7,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import open_clip
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 
 from mmctr.config import Config
 from mmctr.encoders.base import AugmentConfig, EncoderBase, TowerMode, model_source
@@ -29,6 +27,8 @@ class HFModelConfig(Config):
     """a transformers config with `model_type`: a model with fresh weights"""
 
     def load(self, folder: Path | None) -> Any:
+        from transformers import AutoConfig, AutoModel  # slow to import, and rankers without an encoder do without
+
         if folder is not None:
             return AutoModel.from_config(AutoConfig.from_pretrained(folder))
         if (self.model is None) == (self.architecture is None):
@@ -50,9 +50,13 @@ class Tokenizer:
         self.hf = None
         self.key = f"{source or 'open_clip bpe'} {context_length}"
         if source is None:
+            import open_clip
+
             self._bpe = open_clip.SimpleTokenizer(context_length=context_length)
             self.pad, self.vocab_size = 0, self._bpe.vocab_size
         else:
+            from transformers import AutoTokenizer
+
             self.hf = AutoTokenizer.from_pretrained(source)
             self.pad, self.vocab_size = self.hf.pad_token_id or 0, len(self.hf)
             self._length = context_length
@@ -269,6 +273,8 @@ def _pixel_statistics(source: str | None) -> tuple[tuple[float, ...], tuple[floa
     """Mean and standard deviation of pixels in [0, 1] that a model was trained with; CLIP's for a fresh one."""
     if source is None:
         return CLIP_MEAN, CLIP_STD
+    from transformers import AutoImageProcessor
+
     saved = Path(source) / "pixels.json"
     if saved.is_file():
         values = read_json(saved)

@@ -8,7 +8,6 @@ import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
-import open_clip
 from torch import Tensor, nn
 
 from mmctr.config import Config
@@ -47,7 +46,7 @@ class OpenClipEncoder(EncoderBase):
             model, self._tokenizer, self._architecture = _from_name(config.model, config.pretrained)
         else:
             raise ValueError("encoder: give `model` (an open_clip name) or `architecture` (a small model's config)")
-        preprocess = open_clip.get_model_preprocess_cfg(model)
+        preprocess = _open_clip().get_model_preprocess_cfg(model)
         super().__init__(tuple(preprocess["mean"]), tuple(preprocess["std"]), config.augment)
         self.model = model
         size = preprocess["size"]
@@ -89,16 +88,23 @@ class OpenClipEncoder(EncoderBase):
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        preprocess = open_clip.get_model_preprocess_cfg(self.model)
+        preprocess = _open_clip().get_model_preprocess_cfg(self.model)
         write_json(folder / CONFIG_NAME, {"model_cfg": self._architecture, "preprocess_cfg": preprocess})
         hf = getattr(self._tokenizer, "tokenizer", None)
         if hf is not None and hasattr(hf, "save_pretrained"):
             hf.save_pretrained(folder)
 
 
+def _open_clip() -> Any:
+    """Imported when a model is made: a second and 250 MB that rankers without an encoder need not pay."""
+    import open_clip
+
+    return open_clip
+
+
 def _from_folder(folder: Path) -> tuple[Any, Any, dict[str, Any]]:
     # never fetch weights for the towers: they come from the run, so open_clip's warning that there are none is noise
-    name = f"local-dir:{folder}"
+    open_clip, name = _open_clip(), f"local-dir:{folder}"
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -126,6 +132,7 @@ def _from_architecture(architecture: dict[str, Any] | str) -> tuple[Any, Any, di
 
 
 def _from_name(name: str, pretrained: str | None) -> tuple[Any, Any, dict[str, Any]]:
+    open_clip = _open_clip()
     try:
         architecture = open_clip.get_model_config(name)
         if architecture is None:

@@ -82,7 +82,7 @@ def test_fast_path_is_taken_for_plain_jpegs_only(monkeypatch):
 def test_without_torchvisions_decoder(monkeypatch):
     data = encode(photo(), "JPEG")
     fast = decode_picture(data, 32)
-    monkeypatch.setattr(images, "decode_jpeg", None)
+    monkeypatch.setattr(images, "_jpeg_decoder", lambda: None)
     assert difference(fast, decode_picture(data, 32)) < 2
 
 
