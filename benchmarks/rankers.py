@@ -207,7 +207,7 @@ def main() -> None:
 
 def summary(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """Medians of each contestant, and its ratios to both FuxiCTR runs."""
-    names = ("train_rows_per_s", "eval_rows_per_s", "auc", "peak_rss_mb", "busy_elsewhere")
+    names = ("train_rows_per_s", "eval_rows_per_s", "auc", "peak_memory_mb", "busy_elsewhere")
     result: dict[str, Any] = {
         name: {key: statistics.median(run[key] for run in some) for key in names} for name, some in runs.items()
     }
@@ -216,7 +216,7 @@ def summary(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
             for numbers in result.values():
                 numbers[f"ratios to {base}"] = {
                     key: round(numbers[key] / result[base][key], 2)
-                    for key in ("train_rows_per_s", "eval_rows_per_s", "peak_rss_mb")
+                    for key in ("train_rows_per_s", "eval_rows_per_s", "peak_memory_mb")
                 }
     return result
 

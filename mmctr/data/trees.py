@@ -149,14 +149,17 @@ def _row_of(feature: Jagged) -> np.ndarray:
 
 
 def _shared(target: Jagged, behaviors: Jagged) -> np.ndarray:
-    """(B,) pairs of a target's value and an equal value of a behaviour."""
-    keys = (_row_of(behaviors) << 32) + behaviors.values.numpy()
-    distinct, counts = np.unique(keys, return_counts=True)
-    row = _row_of(target)
-    wanted = (row << 32) + target.values.numpy()
-    place = np.minimum(np.searchsorted(distinct, wanted), max(len(distinct) - 1, 0))
-    found = counts[place] * (distinct[place] == wanted) if len(distinct) else np.zeros(len(wanted))
-    return np.bincount(row, weights=found, minlength=len(target.offsets) - 1)
+    """(B,) pairs of a target's value and an equal value of a behaviour; a value counts once for a target."""
+    row, value = _row_of(target), target.values.numpy()
+    of, values = _row_of(behaviors), behaviors.values.numpy()
+    num_rows, num_values = len(target.offsets) - 1, int(max(value.max(initial=0), values.max(initial=0))) + 1
+    if num_rows * num_values <= 1 << 26:
+        wanted = np.zeros(num_rows * num_values, bool)
+        wanted[row * num_values + value] = True
+        found = wanted[of * num_values + values]
+    else:
+        found = np.isin(of * num_values + values, row * num_values + value)
+    return np.bincount(of, weights=found, minlength=num_rows)
 
 
 def _similarity(target: np.ndarray, behaviors: np.ndarray, offsets: np.ndarray) -> list[np.ndarray]:

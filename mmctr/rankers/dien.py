@@ -18,6 +18,7 @@ from mmctr.rankers.layers import (
     linear_of_rows,
     mean_over_processes,
     pool_rows,
+    row_dots,
     segment_softmax,
     take_rows,
 )
@@ -88,13 +89,17 @@ class DIEN(nn.Module):
             auxiliary = self._auxiliary(interests, inputs.items, history, inputs.negatives[layout.order], layout)
             losses["auxiliary"] = self.config.auxiliary_weight * auxiliary
 
-        scores = (interests * take_rows(self.query(target), layout.segments)).sum(1)
+        scores = row_dots(
+            interests, torch.arange(len(interests), device=target.device), self.query(target), layout.segments
+        )
         attention = segment_softmax(scores, layout.segments, len(target))  # (H,)
         if self.config.gate == "aigru":
             evolved = self.evolver(self.evolver.input(interests * attention[:, None]), layout)
         else:
             evolved = self.evolver(self.evolver.input(interests), layout, attention)
-        state = take_rows(torch.cat([evolved, evolved.new_zeros((1, evolved.shape[1]))]), layout.last)
+        # the sum of at most one row: zero for an empty history
+        reached = (inputs.history_offsets.diff() > 0).cumsum(0)
+        state = pool_rows(evolved, layout.last[layout.last < len(evolved)], F.pad(reached, (1, 0)))
 
         total = pool_rows(inputs.items, inputs.history, inputs.history_offsets).to(target.dtype)
         top = torch.cat([inputs.context, target, total, total * target, state], dim=1)
@@ -105,13 +110,11 @@ class DIEN(nn.Module):
     ) -> Tensor:
         """Mean over all t with a next behaviour of -[log s(h_t e_{t+1}) + log(1 - s(h_t n_{t+1}))], equation 3."""
         first = len(history) - len(layout.previous)
-        before = take_rows(interests, layout.previous).float()
-        clicked = (before * self._next(items, history[first:]).float()).sum(1)
-        not_clicked = (before * self._next(items, negatives[first:]).float()).sum(1)
+        if self.next_item is not None and 2 * len(items) > len(history):
+            # as many items as behaviours: map the states back instead, h M e = (M' h) e, and compare with items
+            interests = F.linear(interests, self.next_item.weight.T)
+        elif self.next_item is not None:
+            items = self.next_item(items)
+        clicked = row_dots(interests, layout.previous, items, history[first:])
+        not_clicked = row_dots(interests, layout.previous, items, negatives[first:])
         return mean_over_processes(F.softplus(-clicked) + F.softplus(not_clicked))
-
-    def _next(self, items: Tensor, index: Tensor) -> Tensor:
-        """What states are compared with: (n, hidden) of the items at the given positions."""
-        if self.next_item is None:
-            return take_rows(items, index)
-        return linear_of_rows(items, index, self.next_item.weight)

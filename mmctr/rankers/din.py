@@ -18,6 +18,7 @@ from mmctr.rankers.layers import (
     RankerOutput,
     activation,
     by_row,
+    chunks,
     pool_rows,
     segment_ids,
     segment_softmax,
@@ -72,9 +73,6 @@ class _Interaction(torch.autograd.Function):
     pass instead of being kept.
     """
 
-    CHUNK = 8192
-    """history values at a time, on a CPU"""
-
     @staticmethod
     def forward(ctx, query, items, weight, query_part, key_part, history, offsets):  # type: ignore[override]
         device = query.device.type
@@ -85,7 +83,7 @@ class _Interaction(torch.autograd.Function):
         query_part, key_part, by = query_part.float(), key_part.float(), weight.T.to(ctx.low)
         out = query.new_empty((len(history), len(weight)))
         with torch.autocast(device, enabled=False):
-            for _, values in _Interaction.chunks(offsets, len(history), device):
+            for _, values in _Interaction.whole_histories(offsets, len(history)):
                 product = query.index_select(0, segments[values]).mul_(items.index_select(0, history[values]))
                 own = out[values].copy_(product.to(ctx.low) @ by)
                 own += query_part.index_select(0, segments[values])
@@ -99,7 +97,7 @@ class _Interaction(torch.autograd.Function):
         weight_low, grad = weight.to(ctx.low), grad.contiguous()
         d_weight, d_query = torch.zeros_like(weight), torch.empty_like(query)
         d_keys = items.new_empty((len(history), items.shape[1]))
-        for impressions, values in _Interaction.chunks(offsets, len(history), grad.device.type):
+        for impressions, values in _Interaction.whole_histories(offsets, len(history)):
             low = grad[values].to(ctx.low)
             q = query.index_select(0, segments[values])
             k = items.index_select(0, history[values])
@@ -115,12 +113,10 @@ class _Interaction(torch.autograd.Function):
         return d_query, d_items, d_weight, d_query_part, d_key_part, None, None
 
     @staticmethod
-    def chunks(offsets: Tensor, total: int, device: str) -> Iterator[tuple[slice, slice]]:
-        """Slices of impressions and of their history values."""
-        if device != "cpu" or total <= _Interaction.CHUNK:
-            yield slice(0, len(offsets) - 1), slice(0, total)
-            return
-        cuts = torch.searchsorted(offsets, torch.arange(0, total, _Interaction.CHUNK)).unique().tolist()
+    def whole_histories(offsets: Tensor, total: int) -> Iterator[tuple[slice, slice]]:
+        """Slices of impressions and of their history values, about a chunk each."""
+        begins = [part.start for part in chunks(total, offsets.device)] or [0]
+        cuts = torch.searchsorted(offsets, torch.tensor(begins, device=offsets.device)).unique().tolist()
         for start, end in zip(cuts, [*cuts[1:], len(offsets) - 1], strict=True):
             yield slice(start, end), slice(int(offsets[start]), int(offsets[end]))
 

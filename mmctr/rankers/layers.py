@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -61,6 +61,16 @@ class RankerOutput:
     """auxiliary losses by name, already weighted"""
 
 
+CHUNK = 4096
+"""rows taken at a time where they are used at once and not kept: they then stay in the cache of a CPU"""
+
+
+def chunks(total: int, device: torch.device) -> Iterator[slice]:
+    """Slices of `total` rows; one alone where there is no cache to stay in."""
+    size = CHUNK if device.type == "cpu" else max(total, 1)
+    return (slice(begin, min(begin + size, total)) for begin in range(0, total, size))
+
+
 def by_row(index: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
     """(n,) places of `index` ordered by the row they name, and (num_rows,) where each row's places begin."""
     ordered, order = torch.sort(index, stable=True)
@@ -115,7 +125,7 @@ class _PoolRows(torch.autograd.Function):
         order, begins = by_row(index, ctx.num_rows)
         d_weights = None
         if weights is not None:
-            d_weights = torch.linalg.vecdot(grad.index_select(0, segments), x.index_select(0, index))
+            d_weights = _dots(grad, segments, x, index)
             weights = weights[order]
         # a row's gradient is again a weighted sum: of the gradients of the segments it stands in
         d_x = F.embedding_bag(segments[order], grad, begins, mode="sum", per_sample_weights=weights)
@@ -130,12 +140,64 @@ def pool_rows(x: Tensor, index: Tensor, offsets: Tensor, weights: Tensor | None 
     return _PoolRows.apply(x.float(), index, offsets, None if weights is None else weights.float())  # type: ignore[return-value]
 
 
+def _dots(x: Tensor, i: Tensor, y: Tensor, j: Tensor) -> Tensor:
+    parts = [x.index_select(0, i[k]).mul_(y.index_select(0, j[k])).sum(1) for k in chunks(len(i), x.device)]
+    return torch.cat(parts) if parts else x.new_zeros(0)
+
+
+class _RowDots(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, i: Tensor, y: Tensor, j: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x, i, y, j)
+        return _dots(x, i, y, j)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, Tensor, None]:  # type: ignore[override]
+        x, i, y, j = ctx.saved_tensors
+        result = []
+        for a, mine, b, other in ((x, i, y, j), (y, j, x, i)):
+            order, begins = by_row(mine, len(a))
+            result += [F.embedding_bag(other[order], b, begins, mode="sum", per_sample_weights=grad[order]), None]
+        return tuple(result)  # type: ignore[return-value]
+
+
+def row_dots(x: Tensor, i: Tensor, y: Tensor, j: Tensor) -> Tensor:
+    """Inner products of the rows x[i] and y[j], fp32: (n,) from (X, D), (n,), (Y, D), (n,); no (n, D) is kept."""
+    return _RowDots.apply(x.float(), i, y.float(), j)  # type: ignore[return-value]
+
+
+class _LinearOfRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, index: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x, index, weight)
+        ctx.has_bias = bias is not None
+        out = x.new_empty((len(index), len(weight)))
+        for k in chunks(len(index), x.device):
+            rows = x.index_select(0, index[k])
+            torch.mm(rows, weight.T, out=out[k]) if bias is None else torch.addmm(bias, rows, weight.T, out=out[k])
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, Tensor, Tensor | None]:  # type: ignore[override]
+        x, index, weight = ctx.saved_tensors
+        d_weight = torch.zeros_like(weight)
+        for k in chunks(len(index), x.device):
+            d_weight.addmm_(grad[k].T, x.index_select(0, index[k]))
+        order, begins = by_row(index, len(x))
+        d_x = F.embedding_bag(order, grad @ weight, begins, mode="sum")
+        return d_x, None, d_weight, grad.sum(0) if ctx.has_bias else None
+
+
 def linear_of_rows(x: Tensor, index: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear(x[index], weight, bias)`: (n, out) from (U, D) and (n,), computed on x where that is clearly less."""
     # half: taking rows of the result, and summing its gradient over them, has a price too when it is the wider one
     if 2 * len(x) <= len(index):
         return take_rows(F.linear(x, weight, bias), index)
-    return F.linear(take_rows(x, index), weight, bias)
+    if torch.is_autocast_enabled(x.device.type):
+        return F.linear(take_rows(x, index), weight, bias)
+    return _LinearOfRows.apply(x, index, weight, bias)  # type: ignore[return-value]
 
 
 def segment_softmax(scores: Tensor, segments: Tensor, num_segments: int) -> Tensor:
@@ -163,7 +225,8 @@ def mean_over_processes(x: Tensor) -> Tensor:
 
 
 class _DiceFunction(torch.autograd.Function):
-    """Dice on batch statistics, by hand: a third of the memory passes of the same formula left to autograd.
+    """Dice on batch statistics, by hand: fewer memory passes than the same formula left to autograd, and a chunk of
+    rows goes through all of them while it is in the cache.
 
     With u = (s - mean) * r, r = 1 / sqrt(var + eps), p = sigmoid(u): f = s (alpha + (1 - alpha) p). Mean and variance
     are over the rows of all processes, so their gradients are summed over processes too.
@@ -173,27 +236,42 @@ class _DiceFunction(torch.autograd.Function):
     def forward(ctx, s: Tensor, alpha: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
         count = _sum_over_processes(s.new_tensor([float(len(s))])).clamp(min=1)
         mean = _sum_over_processes(s.sum(0)) / count
-        var = _sum_over_processes((s - mean).square_().sum(0)) / count
+        squares = torch.zeros_like(mean)
+        for part in chunks(len(s), s.device):
+            squares += (s[part] - mean).square_().sum(0)
+        var = _sum_over_processes(squares) / count
         r = torch.rsqrt(var + eps)
-        p = torch.addcmul(-mean * r, s, r).sigmoid_()
-        out = torch.addcmul(alpha, p, 1 - alpha).mul_(s)
-        ctx.save_for_backward(s, alpha, p, mean, r, count)
+        out = torch.empty_like(s)
+        for part in chunks(len(s), s.device):
+            p = torch.addcmul(-mean * r, s[part], r).sigmoid_()
+            torch.addcmul(alpha, p, 1 - alpha, out=out[part]).mul_(s[part])
+        ctx.save_for_backward(s, alpha, mean, r, count)
         ctx.mark_non_differentiable(mean, var)
         return out, mean, var
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
-        s, alpha, p, mean, r, count = ctx.saved_tensors
-        grad_s = grad * s
-        du = grad_s * p
-        grad_alpha = grad_s.sum(0) - du.sum(0)
-        du = torch.addcmul(du, du, p, value=-1).mul_(1 - alpha)  # dL/du
-        u = torch.addcmul(-mean * r, s, r)
-        sums = _sum_over_processes(torch.stack([du.sum(0), (du * u).sum(0)])) / count
-        # through the direct factor s, then through the normalisation as in batch norm
-        out = torch.addcmul(alpha, p, 1 - alpha).mul_(grad)
-        out.addcmul_(du.sub_(sums[0]).addcmul_(u, sums[1], value=-1), r)
-        return out, grad_alpha, None
+        s, alpha, mean, r, count = ctx.saved_tensors
+        shift, keep = -mean * r, 1 - alpha
+        out, sums = torch.empty_like(s), s.new_zeros((4, s.shape[1]))
+        for part in chunks(len(s), s.device):
+            x = s[part]
+            p = torch.addcmul(shift, x, r).sigmoid_()
+            grad_s = grad[part] * x
+            d = grad_s * p
+            sums[0] += grad_s.sum(0)
+            sums[1] += d.sum(0)
+            d.addcmul_(d, p, value=-1)  # dL/du, but for the factor 1 - alpha
+            sums[2] += d.sum(0)
+            sums[3] += (d * x).sum(0)
+            # through the direct factor s, and through u with the statistics held fixed
+            torch.addcmul(alpha, p, keep, out=out[part]).mul_(grad[part]).addcmul_(d, keep * r)
+        # through the statistics, as in batch norm
+        du, du_u = _sum_over_processes(torch.stack([sums[2], sums[3] * r + sums[2] * shift])) * keep / count
+        for part in chunks(len(s), s.device):
+            out[part].addcmul_(s[part], -r * r * du_u).sub_((du + shift * du_u) * r)
+        return out, sums[0] - sums[1], None
 
 
 class Dice(nn.Module):

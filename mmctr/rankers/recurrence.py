@@ -7,7 +7,9 @@ by step (a weight gradient a step, a node an operation) is done once at the end 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -100,48 +102,53 @@ class _Recur(torch.autograd.Function):
     @staticmethod
     def forward(ctx, projected, weight, bias, attention, sizes, gate):  # type: ignore[override]
         total, dim = len(projected), weight.shape[1]
-        states, previous, candidate, hidden_candidate = (projected.new_empty((total, dim)) for _ in range(4))
-        gates = projected.new_empty((total, 2 * dim))
+        states, hidden_candidate = (projected.new_empty((total, dim)) for _ in range(2))
+        gates = projected.new_empty((total, 3 * dim))  # update, reset and candidate
         state = projected.new_zeros((sizes[0] if sizes else 0, dim))
         begin = 0
         for size in sizes:
             now, state = slice(begin, begin + size), state[:size]
             hidden = torch.addmm(bias, state, weight.T)
-            torch.add(projected[now, : 2 * dim], hidden[:, : 2 * dim], out=gates[now]).sigmoid_()
-            update, reset = gates[now].chunk(2, 1)
+            torch.add(projected[now, : 2 * dim], hidden[:, : 2 * dim], out=gates[now, : 2 * dim]).sigmoid_()
+            update, reset, _ = gates[now].chunk(3, 1)
             hidden_candidate[now] = hidden[:, 2 * dim :]
-            torch.addcmul(projected[now, 2 * dim :], reset, hidden[:, 2 * dim :], out=candidate[now]).tanh_()
-            previous[now] = state
+            # on its own and then copied: tanh of every third part of a row is ten times slower
+            candidate = torch.addcmul(projected[now, 2 * dim :], reset, hidden[:, 2 * dim :]).tanh_()
+            gates[now, 2 * dim :] = candidate
             a = None if attention is None else attention[now, None]
-            state = torch.lerp(state, candidate[now], _effective(update, a, gate).expand_as(state))
-            states[now] = state
+            state = torch.lerp(state, candidate, _effective(update, a, gate).expand_as(state), out=states[now])
             begin += size
-        ctx.save_for_backward(weight, attention, previous, gates, candidate, hidden_candidate)
+        ctx.save_for_backward(weight, attention, states)
+        # not tensors of the graph: the backward pass writes its results over them, half the memory of a step
+        ctx.own = [gates, hidden_candidate]
         ctx.sizes, ctx.gate = sizes, gate
         return states
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_states):  # type: ignore[override]
-        weight, attention, previous, gates, candidate, hidden_candidate = ctx.saved_tensors
+        weight, attention, states = ctx.saved_tensors
+        if not ctx.own:
+            raise RuntimeError("a recurrence can be differentiated once: its buffers are used up")
+        gates, hidden_candidate = ctx.own.pop(0), ctx.own.pop(0)
         sizes, gate, dim = ctx.sizes, ctx.gate, weight.shape[1]
-        total = len(previous)
-        d_hidden, d_projected = (gates.new_empty((total, 3 * dim)) for _ in range(2))
+        first = sizes[0] if sizes else 0
         d_attention = None if attention is None else torch.zeros_like(attention)
         carry = gates.new_zeros((sizes[-1] if sizes else 0, dim))
-        end = total
-        for size in reversed(sizes):
+        zero = gates.new_zeros((first, dim))
+        end = len(states)
+        for step in reversed(range(len(sizes))):
+            size = sizes[step]
             now = slice(end - size, end)
+            before = end - size - sizes[step - 1]
+            previous = states[before : before + size] if step else zero
             d_state = grad_states[now].clone()
             d_state[: len(carry)] += carry  # shorter histories ended here
-            update, reset = gates[now].chunk(2, 1)
-            c = candidate[now]
+            update, reset, c = gates[now].chunk(3, 1)
             a = None if attention is None else attention[now, None]
-            d_effective = d_state * (c - previous[now])
-            d_c = (d_state * _effective(update, a, gate)).mul_(1 - c * c)  # of the argument of tanh
-            d_projected[now, 2 * dim :] = d_c
-            torch.mul(d_c, reset, out=d_hidden[now, 2 * dim :])
-            d_reset = d_c.mul_(hidden_candidate[now])
+            d_effective = d_state * (c - previous)
+            effective = _effective(update, a, gate)
+            d_c = (d_state * effective).mul_(1 - c * c)  # of the argument of tanh
             if gate == "gru":
                 d_update = d_effective
             elif gate == "agru":
@@ -153,13 +160,29 @@ class _Recur(torch.autograd.Function):
             else:
                 d_attention[now] = (d_effective * (1 - update)).sum(1)  # type: ignore[index]
                 d_update = d_effective * (1 - a)  # type: ignore[operator]
-            both = gates[now]
-            d_gates = torch.cat([d_update, d_reset], 1).mul_(both).mul_(1 - both)
-            d_hidden[now, : 2 * dim] = d_gates
-            d_projected[now, : 2 * dim] = d_gates
-            carry = torch.addmm(d_state.mul_(1 - _effective(update, a, gate)), d_hidden[now], weight)
+            d_state.mul_(1 - effective)
+            d_gates = torch.cat([d_update, d_c * hidden_candidate[now]], 1)
+            d_gates.mul_(gates[now, : 2 * dim]).mul_(1 - gates[now, : 2 * dim])
+            torch.mul(d_c, reset, out=hidden_candidate[now])
+            gates[now] = torch.cat([d_gates, d_c], 1)
+            carry = torch.addmm(d_state, torch.cat([d_gates, hidden_candidate[now]], 1), weight)
             end -= size
-        return d_projected, d_hidden.T @ previous, d_hidden.sum(0), d_attention, None, None
+        d_projected, d_candidate = gates, hidden_candidate
+        # first steps have the zero state before them, which adds nothing
+        previous = torch.cat(
+            [states[end - last : end - last + size] for end, last, size in _steps(sizes)] or [zero[:0]]
+        )
+        d_weight = torch.cat([d_projected[first:, : 2 * dim].T @ previous, d_candidate[first:].T @ previous])
+        d_bias = torch.cat([d_projected[:, : 2 * dim].sum(0), d_candidate.sum(0)])
+        return d_projected, d_weight, d_bias, d_attention, None, None
+
+
+def _steps(sizes: list[int]) -> Iterator[tuple[int, int, int]]:
+    """For each step but the first: where it begins, the size of the step before it, and its own."""
+    begin = 0
+    for last, size in pairwise(sizes):
+        begin += last
+        yield begin, last, size
 
 
 def _effective(update: Tensor, attention: Tensor | None, gate: Gate) -> Tensor:

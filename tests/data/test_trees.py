@@ -12,7 +12,7 @@ from mmctr.data.features import CategoricalFeature, MultiValuedFeature, NumericF
 from mmctr.data.interactions import ColdItemsSplit, split_interactions
 from mmctr.data.prepare import open_dataset
 from mmctr.data.ranking import FeatureConfigs, RankingData, RankingVocabulary
-from mmctr.data.trees import LEAVES, Projection, Trees, TreesConfig, disjoint_rows
+from mmctr.data.trees import LEAVES, Projection, Trees, TreesConfig, _shared, disjoint_rows
 from mmctr.rankers import GBDTLRConfig
 from mmctr.tasks import RankingTask, RankingTaskConfig
 
@@ -61,7 +61,7 @@ def slow_columns(world, trees: Trees, row: int) -> list[float]:
     columns += [ids[target] or nan, share(sum(ids[i] == ids[target] for i in history if ids[i]))]
     columns += [brand[target] or nan, share(sum(brand[i] == brand[target] for i in history if brand[i]))]
     columns += [float(word in words[target]) for word in trees.columns.top["title"]]
-    columns += [share(sum(a == b for i in history for a in words[i] for b in words[target]))]
+    columns += [share(sum(a == b for i in history for a in words[i] for b in set(words[target])))]
 
     def components(item: int) -> np.ndarray | None:
         if not has[item]:
@@ -144,6 +144,19 @@ def test_logits_add_up_one_weight_a_leaf(world, trees, tmp_path):
         torch.testing.assert_close(task.logits(batch)[0], expected)
         task.save(tmp_path)
         assert torch.equal(RankingTask.load(tmp_path).logits(batch)[0], task.logits(batch)[0])
+
+
+def test_shared_values_of_many_and_of_few():
+    """Both ways of counting them."""
+    rng = np.random.default_rng(0)
+    for highest in (9, 1 << 40):
+        lists = [[rng.integers(1, 9, rng.integers(0, 4)) * (highest // 9) for _ in range(50)] for _ in range(2)]
+        target, behaviors = (
+            Jagged(torch.from_numpy(np.concatenate(part)), torch.tensor([0, *np.cumsum([len(x) for x in part])]))
+            for part in lists
+        )
+        expected = [sum(value in own for value in values) for own, values in zip(*lists, strict=True)]
+        assert _shared(target, behaviors).tolist() == expected and max(expected) > 1
 
 
 def test_rows_of_trees_and_of_the_linear_model_are_disjoint():

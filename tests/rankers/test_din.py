@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mmctr.rankers import layers
 from mmctr.rankers.din import DIN, ActivationUnit, DINConfig, _Interaction
 from mmctr.rankers.layers import RankerInput, segment_ids
 from tests.rankers.references import repeated, separate
@@ -61,7 +62,7 @@ def test_the_unit_equals_the_explicit_concatenation(activation):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("weights", ["intensity", "softmax"])
 def test_jagged_equals_padded_in_value_and_gradient(weights, training, num_items, lengths, monkeypatch):
-    monkeypatch.setattr(_Interaction, "CHUNK", 16)
+    monkeypatch.setattr(layers, "CHUNK", 16)
     results = []
     for forward in (lambda m, x: m(x).logits, padded_reference):
         model, x = din(weights).train(training), inputs(lengths, num_items)

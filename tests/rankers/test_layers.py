@@ -3,12 +3,14 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mmctr.rankers import layers
 from mmctr.rankers.layers import (
     MLP,
     Dice,
     _DiceFunction,
     linear_of_rows,
     pool_rows,
+    row_dots,
     segment_ids,
     segment_softmax,
     take_rows,
@@ -43,7 +45,9 @@ def test_dice_in_evaluation_uses_the_running_averages_alone():
     assert dice.running_mean.equal(before[0]) and dice.running_var.equal(before[1])
 
 
-def test_dice_gradients_are_those_of_the_formula():
+@pytest.mark.parametrize("chunk", [4, 100])
+def test_dice_gradients_are_those_of_the_formula(chunk, monkeypatch):
+    monkeypatch.setattr(layers, "CHUNK", chunk)
     torch.manual_seed(0)
     x = torch.randn(9, 3, dtype=torch.float64, requires_grad=True)
     alpha = torch.randn(3, dtype=torch.float64, requires_grad=True)
@@ -116,11 +120,35 @@ def test_pooling_and_its_gradient_equal_indexing(lengths, weighted):
         torch.testing.assert_close(fast, simple)
 
 
-@pytest.mark.parametrize("count", [0, 3, 50])
-def test_a_linear_layer_of_rows(count):
-    torch.manual_seed(0)
-    x, layer, index = torch.randn(6, 4), torch.nn.Linear(4, 3), torch.randint(0, 6, (count,))
-    torch.testing.assert_close(linear_of_rows(x, index, layer.weight, layer.bias), layer(x[index]))
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("count", [0, 3, 11, 50])  # on the rows taken, in one chunk and in several; on all rows
+def test_a_linear_layer_of_rows(count, bias, monkeypatch):
+    monkeypatch.setattr(layers, "CHUNK", 4)
+    results = []
+    for fast in (True, False):
+        torch.manual_seed(0)
+        x, layer = torch.randn(6, 4).requires_grad_(), torch.nn.Linear(4, 3, bias=bias)
+        index = torch.randint(0, 6, (count,))
+        out = linear_of_rows(x, index, layer.weight, layer.bias) if fast else layer(x[index])
+        (out * torch.arange(3)).sum().backward()
+        results.append([out.detach(), x.grad, *(p.grad for p in layer.parameters())])
+    for fast, simple in zip(*results, strict=True):
+        torch.testing.assert_close(fast, simple)
+
+
+@pytest.mark.parametrize("count", [0, 3, 11])
+def test_inner_products_of_rows(count, monkeypatch):
+    monkeypatch.setattr(layers, "CHUNK", 4)
+    results = []
+    for fast in (True, False):
+        torch.manual_seed(0)
+        x, y = torch.randn(6, 4).requires_grad_(), torch.randn(3, 4).requires_grad_()
+        i, j = torch.randint(0, 6, (count,)), torch.randint(0, 3, (count,))
+        out = row_dots(x, i, y, j) if fast else (x[i] * y[j]).sum(1)
+        (out * torch.arange(count)).sum().backward()
+        results.append([out.detach(), x.grad, y.grad])
+    for fast, simple in zip(*results, strict=True):
+        torch.testing.assert_close(fast, simple)
 
 
 def test_an_mlp_is_linear_activation_dropout():
