@@ -15,7 +15,8 @@ Columns = dict[str, np.ndarray]
 
 def make_log(num_rows: int, seed: int) -> Columns:
     """Columns of impressions: `user`, `item`, `label` (n,); `offsets` (n + 1,) of `history` and of `negatives`, items
-    drawn by popularity. The world (`category` of each item, tastes) is the same for every seed."""
+    drawn by popularity; `sizes`: how many users, items and categories, and the longest history. The world (`category`
+    of each item, tastes) is the same for every seed."""
     world, draw = np.random.default_rng(0), np.random.default_rng([1, seed])
     by_popularity = world.permutation(NUM_ITEMS) + 1
     category = np.zeros(NUM_ITEMS + 1, np.int64)
@@ -44,6 +45,7 @@ def make_log(num_rows: int, seed: int) -> Columns:
         "history": history,
         "negatives": by_popularity[_draw(NUM_ITEMS, 20, len(history), draw)],
         "category": category,
+        "sizes": np.array([NUM_USERS, NUM_ITEMS, NUM_CATEGORIES, MAX_HISTORY]),
     }
 
 
@@ -53,10 +55,10 @@ def _draw(num: int, shift: int, size: int | tuple[int, ...], rng: np.random.Gene
     return np.searchsorted(cumulative / cumulative[-1], rng.random(size))
 
 
-def padded(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """(n, MAX_HISTORY) with zeros behind each list."""
-    out = np.zeros((len(offsets) - 1, MAX_HISTORY), np.int64)
-    out[np.arange(MAX_HISTORY) < np.diff(offsets)[:, None]] = values
+def padded(values: np.ndarray, offsets: np.ndarray, length: int = MAX_HISTORY) -> np.ndarray:
+    """(n, length) with zeros behind each list."""
+    out = np.zeros((len(offsets) - 1, length), np.int64)
+    out[np.arange(length) < np.diff(offsets)[:, None]] = values
     return out
 
 

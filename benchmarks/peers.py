@@ -26,7 +26,8 @@ DIM, ATTENTION, MLP, LR = 64, [80, 40], [200, 80], 1e-3
 def fuxictr(options: argparse.Namespace) -> None:
     """Its LongCTR model zoo, from Parquet files and with the loader made for it.
 
-    fit() is kept from evaluating and saving. DIEN has no working auxiliary loss there.
+    fit() is kept from evaluating and saving, unless LOG holds validation rows: then it stops early and keeps the best
+    weights, as a user would have it. DIEN has no working auxiliary loss there.
     """
     import model_zoo
     import pandas as pd
@@ -40,11 +41,12 @@ def fuxictr(options: argparse.Namespace) -> None:
     from longctr_dataloader import LongCTRDataLoader
 
     logging.disable(logging.INFO)
-    seed_everything(seed=0)
+    seed_everything(seed=options.seed)
     folder = Path(tempfile.mkdtemp()) / "log"
     folder.mkdir()
     histories: list[np.ndarray] = []
-    for name in ("train", "eval"):
+    early_stopping = (options.log / "validation.npz").is_file()
+    for name in ("train", "validation", "eval") if early_stopping else ("train", "eval"):
         log = read_log(options.log, name)
         rows = len(histories) + np.arange(len(log["label"]))
         columns = {
@@ -59,9 +61,10 @@ def fuxictr(options: argparse.Namespace) -> None:
     pd.DataFrame({"user_index": np.arange(len(histories)), "full_item_seq": histories}).to_parquet(
         folder / "users.parquet"
     )
-    item = np.arange(NUM_ITEMS + 1)
+    num_users, num_items, num_categories, max_history = map(int, log["sizes"])
+    item = np.arange(num_items + 1)
     pd.DataFrame({"item_index": item, "item_id": item, "cate_id": log["category"]}).to_parquet(folder / "items.parquet")
-    sizes = {"user_id": (NUM_USERS, "user"), "item_id": (NUM_ITEMS, "item"), "cate_id": (NUM_CATEGORIES, "item")}
+    sizes = {"user_id": (num_users, "user"), "item_id": (num_items, "item"), "cate_id": (num_categories, "item")}
     features: list[dict] = [{name: {"type": "meta"}} for name in ("user_index", "seq_len", "item_index")]
     for name, (size, source) in sizes.items():
         features.append({name: {"type": "categorical", "padding_idx": 0, "vocab_size": size + 1, "source": source}})
@@ -83,19 +86,24 @@ def fuxictr(options: argparse.Namespace) -> None:
         "optimizer": "adam",
         "task": "binary_classification",
         "learning_rate": LR,
-        "embedding_dim": DIM,
+        "embedding_dim": options.dim,
+        "embedding_regularizer": options.l2 or None,
+        "net_dropout": options.dropout,
+        "attention_dropout": options.dropout,
+        "seed": options.seed,
         "batch_norm": False,
         "dnn_hidden_units": MLP,
         "dnn_activations": "ReLU",
         "attention_hidden_units": ATTENTION,
-        "early_stop_patience": 100,
+        "early_stop_patience": 2,
         "batch_size": options.batch_size,
         "shuffle": True,
         "num_workers": options.workers,
-        "max_len": MAX_HISTORY,
+        "max_len": max_history,
         "padding": "post",
         "train_data": str(folder / "train.parquet"),
-        "valid_data": str(folder / "eval.parquet"),
+        "valid_data": str(folder / ("validation.parquet" if early_stopping else "eval.parquet")),
+        "test_data": str(folder / "eval.parquet"),
         "user_info": str(folder / "users.parquet"),
         "item_info": str(folder / "items.parquet"),
         "data_loader": LongCTRDataLoader,
@@ -109,11 +117,16 @@ def fuxictr(options: argparse.Namespace) -> None:
     feature_map = FeatureMap("log", str(folder))
     feature_map.load(str(folder / "feature_map.json"), settings)
     model = {"din": DIN, "dien": DIEN}[options.model](feature_map, **settings)
-    train, evaluation = RankDataLoader(feature_map, stage="train", **settings)
-    model.eval_step, model.load_weights = lambda: None, lambda *_: None
+    train, validation = RankDataLoader(feature_map, stage="train", **settings)
+    evaluation = RankDataLoader(feature_map, stage="test", **settings) if early_stopping else validation
+    if not early_stopping:
+        model.eval_step, model.load_weights = lambda: None, lambda *_: None
     clock = Stopwatch(options.batch_size)
-    model.fit(train, validation_data=evaluation, **settings)
-    clock.report(evaluation.num_samples, lambda: model.evaluate(evaluation)["AUC"], **named(options))
+    model.fit(train, validation_data=validation, **settings)
+    more = {"validation_auc": round(model.evaluate(validation)["AUC"], 5)} if early_stopping else {}
+    clock.report(evaluation.num_samples, lambda: model.evaluate(evaluation)["AUC"], **named(options), **more)
+    if options.predictions:
+        np.save(options.predictions, model.predict(evaluation))
 
 
 def deepctr(options: argparse.Namespace) -> None:
@@ -230,10 +243,15 @@ def main() -> None:
     parser.add_argument("model", choices=["din", "dien"])
     parser.add_argument("log", type=Path)
     parser.add_argument("--activation", choices=["dice", "relu"], default="dice", help="of the attention unit")
-    parser.add_argument("--attention", default="bilinear_attention", help="of FuxiCTR's DIEN")
+    parser.add_argument("--attention", default="bilinear_attention", help="of its DIEN")
     parser.add_argument("--batch-size", type=int, default=2048)
     parser.add_argument("--epochs", type=int, default=1)
-    parser.add_argument("--workers", type=int, default=1, help="FuxiCTR's loader processes; 1 is its default")
+    parser.add_argument("--dim", type=int, default=DIM, help="this and the following: of FuxiCTR")
+    parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--l2", type=float, default=0.0, help="of embeddings")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--predictions", type=Path, help="write those of the eval rows to this .npy file")
+    parser.add_argument("--workers", type=int, default=1, help="loader processes; 1 is its default")
     options = parser.parse_args()
     LIBRARIES[options.library](options)
 
