@@ -141,3 +141,8 @@ def fingerprint(*parts: Any) -> str:
         digest.update(part if isinstance(part, bytes) else json.dumps(part, sort_keys=True, default=str).encode())
         digest.update(b"\0")
     return digest.hexdigest()[:16]
+
+
+def cache_folder() -> Path:
+    """Where what can be made again is kept: `$MMCTR_CACHE`, else `~/.cache/mmctr`."""
+    return Path(os.environ.get("MMCTR_CACHE") or Path.home() / ".cache" / "mmctr")

@@ -7,7 +7,6 @@ A prepared folder holds `prepared.json`, `report.json`, `items.parquet` (unique 
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -31,7 +30,7 @@ from mmctr.data.tables import (
     rows_of,
     same_kind,
 )
-from mmctr.files import fingerprint, locked, read_json, replace_folder, write_json
+from mmctr.files import cache_folder, fingerprint, locked, read_json, replace_folder, write_json
 
 FORMAT = 1
 _WRITTEN = ("prepared.json", "report.json", "items.parquet", "interactions", "context.parquet", "users.parquet")
@@ -77,7 +76,7 @@ def open_dataset(path: str | Path, items: str | None = None) -> Dataset:
         return _load(path)
     if not path.is_dir() and items is None:
         raise ValueError(f"{path}: no such dataset folder")
-    cache = Path(os.environ.get("MMCTR_CACHE") or Path.home() / ".cache" / "mmctr")
+    cache = cache_folder()
     folder = cache / f"{path.resolve().name or 'dataset'}-{_source_key(path, items)}"
     return _load(folder) if (folder / "prepared.json").is_file() else prepare(path, folder, items)
 

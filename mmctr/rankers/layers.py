@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmctr.config import Config
+from mmctr.rankers import native
 
 Activation = Literal["relu", "prelu", "dice", "sigmoid"]
 
@@ -236,15 +237,22 @@ class _DiceFunction(torch.autograd.Function):
     def forward(ctx, s: Tensor, alpha: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
         count = _sum_over_processes(s.new_tensor([float(len(s))])).clamp(min=1)
         mean = _sum_over_processes(s.sum(0)) / count
-        squares = torch.zeros_like(mean)
-        for part in chunks(len(s), s.device):
-            squares += (s[part] - mean).square_().sum(0)
+        ctx.native = s.shape[1] <= native.MAX_CHANNELS and s.is_contiguous() and native.usable(s)
+        if ctx.native:
+            squares = native.dice_squares(s, mean)
+        else:
+            squares = torch.zeros_like(mean)
+            for part in chunks(len(s), s.device):
+                squares += (s[part] - mean).square_().sum(0)
         var = _sum_over_processes(squares) / count
         r = torch.rsqrt(var + eps)
-        out = torch.empty_like(s)
-        for part in chunks(len(s), s.device):
-            p = torch.addcmul(-mean * r, s[part], r).sigmoid_()
-            torch.addcmul(alpha, p, 1 - alpha, out=out[part]).mul_(s[part])
+        if ctx.native:
+            out = native.dice_forward(s, mean, r, alpha)
+        else:
+            out = torch.empty_like(s)
+            for part in chunks(len(s), s.device):
+                p = (s[part] - mean).mul_(r).sigmoid_()
+                torch.addcmul(alpha, p, 1 - alpha, out=out[part]).mul_(s[part])
         ctx.save_for_backward(s, alpha, mean, r, count)
         ctx.mark_non_differentiable(mean, var)
         return out, mean, var
@@ -253,25 +261,39 @@ class _DiceFunction(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
         s, alpha, mean, r, count = ctx.saved_tensors
-        shift, keep = -mean * r, 1 - alpha
-        out, sums = torch.empty_like(s), s.new_zeros((4, s.shape[1]))
+        if ctx.native:
+            out, sums = native.dice_backward(s, grad.contiguous(), mean, r, alpha)
+        else:
+            out, sums = _DiceFunction._fixed_statistics(s, grad, mean, r, alpha)
+        # through the statistics, as in batch norm
+        du, du_u = _sum_over_processes(sums[2:].clone()) * (1 - alpha) / count
+        factor, constant = -r * r * du_u, -r * du
+        if ctx.native:
+            native.dice_finish(out, s, mean, factor, constant)
+        else:
+            for part in chunks(len(s), s.device):
+                out[part].addcmul_(s[part] - mean, factor).add_(constant)
+        return out, sums[0] - sums[1], None
+
+    @staticmethod
+    def _fixed_statistics(s: Tensor, grad: Tensor, mean: Tensor, r: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradient of s with the statistics held fixed, and the sums (4, channels) of grad s, grad s p,
+        dL/du / (1 - alpha) and that times u."""
+        keep, out, sums = 1 - alpha, torch.empty_like(s), s.new_zeros((4, s.shape[1]))
         for part in chunks(len(s), s.device):
             x = s[part]
-            p = torch.addcmul(shift, x, r).sigmoid_()
+            u = (x - mean).mul_(r)
+            p = torch.sigmoid(u)
             grad_s = grad[part] * x
             d = grad_s * p
             sums[0] += grad_s.sum(0)
             sums[1] += d.sum(0)
             d.addcmul_(d, p, value=-1)  # dL/du, but for the factor 1 - alpha
             sums[2] += d.sum(0)
-            sums[3] += (d * x).sum(0)
+            sums[3] += u.mul_(d).sum(0)
             # through the direct factor s, and through u with the statistics held fixed
             torch.addcmul(alpha, p, keep, out=out[part]).mul_(grad[part]).addcmul_(d, keep * r)
-        # through the statistics, as in batch norm
-        du, du_u = _sum_over_processes(torch.stack([sums[2], sums[3] * r + sums[2] * shift])) * keep / count
-        for part in chunks(len(s), s.device):
-            out[part].addcmul_(s[part], -r * r * du_u).sub_((du + shift * du_u) * r)
-        return out, sums[0] - sums[1], None
+        return out, sums
 
 
 class Dice(nn.Module):
@@ -301,7 +323,10 @@ class Dice(nn.Module):
                 self.running_mean.lerp_(mean, self.momentum)
                 self.running_var.lerp_(var, self.momentum)
             return out.to(x.dtype)
-        p = torch.sigmoid((s - self.running_mean) * torch.rsqrt(self.running_var + self.eps))
+        r = torch.rsqrt(self.running_var + self.eps)
+        if not torch.is_grad_enabled() and s.is_contiguous() and native.usable(s):
+            return native.dice_forward(s, self.running_mean, r, self.alpha).to(x.dtype)
+        p = torch.sigmoid((s - self.running_mean) * r)
         return (s * (p + self.alpha * (1 - p))).to(x.dtype)
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mmctr.rankers import layers
+from mmctr.rankers import layers, native
 from mmctr.rankers.din import DIN, ActivationUnit, DINConfig, _Interaction
 from mmctr.rankers.layers import RankerInput, segment_ids
 from tests.rankers.references import repeated, separate
@@ -57,11 +57,21 @@ def test_the_unit_equals_the_explicit_concatenation(activation):
     torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-5)
 
 
+@pytest.fixture(params=["compiled", "torch"])
+def way(request, monkeypatch) -> str:
+    """Both ways through the hot places."""
+    if request.param == "torch":
+        monkeypatch.setattr(native, "library", lambda: None)
+    elif native.library() is None:
+        pytest.skip("no compiler")
+    return request.param
+
+
 # few items that appear again and again, and many that mostly do not; in one chunk and in several
 @pytest.mark.parametrize("num_items, lengths", [(3, LENGTHS), (40, LENGTHS), (5, [7, 0, 9, 1, 2, 2, 30, 0, 4, 4])])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("weights", ["intensity", "softmax"])
-def test_jagged_equals_padded_in_value_and_gradient(weights, training, num_items, lengths, monkeypatch):
+def test_jagged_equals_padded_in_value_and_gradient(weights, training, num_items, lengths, way, monkeypatch):
     monkeypatch.setattr(layers, "CHUNK", 16)
     results = []
     for forward in (lambda m, x: m(x).logits, padded_reference):
@@ -76,10 +86,31 @@ def test_jagged_equals_padded_in_value_and_gradient(weights, training, num_items
     assert torch.equal(results[0][1].abs().sum(1) > 0, read)  # every target and behaviour is read, and no other item
 
 
-def test_finite_differences_of_the_interaction():
+@pytest.mark.parametrize("hidden", [1, 16, 40, 80, 97, 128])
+@pytest.mark.parametrize("dim", [3, 16, 72, 128])
+def test_the_compiled_layer_equals_torchs(dim, hidden, monkeypatch):
+    """Of every width it has code for, with one key, none, and more than it takes at a time."""
+    if native.library() is None:
+        pytest.skip("no compiler")
+    results = []
+    for compiled in (True, False):
+        x = repeated([70, 0, 1, 3, 200, 5], 40, dim, 1)
+        g = torch.Generator().manual_seed(1)
+        shapes = ((6, dim), (hidden, dim), (6, hidden), (hidden, dim))
+        query, weight, part, key_weight = (torch.randn(*s, generator=g).requires_grad_() for s in shapes)
+        if not compiled:
+            monkeypatch.setattr(native, "library", lambda: None)
+        out = _Interaction.apply(query, x.items, weight, part, key_weight, x.history, x.history_offsets)
+        (out * torch.randn(out.shape, generator=g)).sum().backward()
+        results.append([out.detach(), *(leaf.grad for leaf in (query, x.items, weight, part, key_weight))])
+    for fast, simple in zip(*results, strict=True):
+        torch.testing.assert_close(fast, simple, rtol=1e-4, atol=1e-4 * simple.abs().max().item())
+
+
+def test_finite_differences_of_the_interaction(way):
     x = repeated([3, 0, 2], 4, 3, 1)
     g = torch.Generator().manual_seed(1)
-    leaves = [torch.randn(*shape, generator=g) for shape in ((3, 3), (4, 3), (5, 3), (3, 5), (4, 5))]
+    leaves = [torch.randn(*shape, generator=g) for shape in ((3, 3), (4, 3), (5, 3), (3, 5), (5, 3))]
     weight = torch.randn(5, 5, generator=g).double()  # of the (H, hidden) outputs
 
     def total(*leaves):
@@ -92,7 +123,7 @@ def test_finite_differences_of_the_interaction():
         moved = [
             [part + e * direction if i == number else part for i, part in enumerate(leaves)] for e in (1e-2, -1e-2)
         ]
-        # exact but for rounding: the function is of second degree at most
+        # exact but for rounding: in each leaf alone the function is linear
         slope = (total(*moved[0]) - total(*moved[1])) / 2e-2
         torch.testing.assert_close((grad * direction).sum().double(), slope.detach(), rtol=1e-3, atol=1e-3)
 

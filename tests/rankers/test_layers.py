@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mmctr.rankers import layers
+from mmctr.rankers import layers, native
 from mmctr.rankers.layers import (
     MLP,
     Dice,
@@ -20,6 +20,53 @@ from mmctr.rankers.layers import (
 def simple_dice(s, alpha, mean, var, eps=1e-8):
     p = torch.sigmoid((s - mean) / torch.sqrt(var + eps))
     return p * s + (1 - p) * alpha * s
+
+
+@pytest.mark.parametrize("channels", [1, 4, 16, 40, 80])
+@pytest.mark.parametrize("rows", [0, 1, 5, 3000])
+def test_compiled_dice_equals_torchs(channels, rows, monkeypatch):
+    if native.library() is None:
+        pytest.skip("no compiler")
+    results = []
+    for compiled in (True, False):
+        torch.manual_seed(0)
+        dice, x = Dice(channels), (torch.randn(rows, channels) * 30 + 5).requires_grad_()
+        torch.nn.init.normal_(dice.alpha)
+        if not compiled:
+            monkeypatch.setattr(native, "library", lambda: None)
+        out = dice(x)
+        (out * torch.randn(rows, channels)).sum().backward()
+        with torch.no_grad():
+            evaluated = dice.eval()(x)
+        results.append([out.detach(), x.grad, dice.alpha.grad, dice.running_mean, dice.running_var, evaluated])
+    for name, fast, simple in zip(("out", "x", "alpha", "mean", "var", "evaluated"), *results, strict=True):
+        # of one row the deviation is 0, and large terms of its gradient cancel
+        atol = 0.2 if rows == 1 and name == "x" else 1e-5 * max(1, rows) ** 0.5
+        torch.testing.assert_close(fast, simple, rtol=1e-4, atol=atol)
+
+
+def test_compiled_dice_keeps_what_is_not_a_number_and_saturates():
+    dice, x = Dice(3).eval(), torch.tensor([[float("nan"), 1e30, -1e30], [0.0, 3e38, -80.0]])
+    dice.alpha.data.fill_(0.5)
+    with torch.no_grad():
+        out = dice(x)
+    expected = torch.tensor([[float("nan"), 1e30, -0.5e30], [0.0, 3e38, -40.0]])
+    torch.testing.assert_close(out, expected, equal_nan=True)
+
+
+def test_without_a_compiler_torch_does_it(monkeypatch, tmp_path):
+    native.library.cache_clear()
+    monkeypatch.setenv("MMCTR_CACHE", str(tmp_path))
+    monkeypatch.setenv("CXX", "/no/such/compiler")
+    try:
+        with pytest.warns(UserWarning, match="cannot be compiled or loaded.*goes on with torch"):
+            assert native.library() is None
+        assert Dice(3)(torch.randn(5, 3)).shape == (5, 3)
+        native.library.cache_clear()
+        monkeypatch.setenv("MMCTR_NATIVE", "0")
+        assert native.library() is None
+    finally:
+        native.library.cache_clear()
 
 
 def test_dice_in_training_equals_the_formula_on_the_batch():

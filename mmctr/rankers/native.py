@@ -1,0 +1,171 @@
+"""The compiled twins of DIN's hot places: `library()` is `native.cpp`, built once with the compiler of the machine.
+
+Where there is none, or with `MMCTR_NATIVE=0`, the same is done with torch. Results differ by rounding alone; a run that
+is to end bit for bit as another takes the same way.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import warnings
+from functools import cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmctr.files import cache_folder, fingerprint, replace_file
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+FLAGS = ["-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC"]
+WIDTH = 16
+"""floats of a vector: sizes are padded to multiples of it"""
+MAX_HIDDEN, MAX_CHANNELS = 128, 1024
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled library, None where it cannot be had. The build is kept in the cache folder."""
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+    if os.environ.get("MMCTR_NATIVE") == "0" or compiler is None or sys.platform != "linux":
+        return None
+    key = fingerprint(SOURCE.read_text(encoding="utf-8"), FLAGS, compiler, platform.machine(), _processor())
+    path = cache_folder() / "native" / f"{key[:16]}.so"
+    try:
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(
+                path,
+                lambda out: subprocess.run(
+                    [compiler, *FLAGS, "-o", str(out), str(SOURCE)], check=True, capture_output=True
+                ),
+            )
+        return ctypes.CDLL(str(path))
+    except (OSError, subprocess.CalledProcessError) as error:
+        warnings.warn(f"{SOURCE.name} cannot be compiled or loaded ({error}); DIN goes on with torch", stacklevel=2)
+        return None
+
+
+def _processor() -> str:
+    """What `-march=native` depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+
+
+def usable(*tensors: Tensor) -> bool:
+    """Whether these can go to the library: it is there, and they are float32 on a CPU."""
+    return all(x.device.type == "cpu" and x.dtype == torch.float32 for x in tensors) and library() is not None
+
+
+def _call(name: str, *arguments: int | Tensor) -> None:
+    """Tensors go as pointers, the number of threads first. They must be contiguous."""
+    converted: list[ctypes._SimpleCData] = [ctypes.c_int(torch.get_num_threads())]
+    for x in arguments:
+        assert isinstance(x, int) or x.is_contiguous()
+        converted.append(ctypes.c_int64(x) if isinstance(x, int) else ctypes.c_void_p(x.data_ptr()))
+    getattr(library(), name)(*converted)
+
+
+def _padded(x: Tensor, rows: int, columns: int) -> Tensor:
+    """Zeros added to a matrix, contiguous."""
+    return F.pad(x, (0, columns - x.shape[1], 0, rows - x.shape[0])).contiguous()
+
+
+def _round_up(size: int) -> int:
+    return -(-size // WIDTH) * WIDTH
+
+
+def unit_forward(
+    query: Tensor,
+    items: Tensor,
+    weight: Tensor,
+    query_part: Tensor,
+    key_weight: Tensor,
+    history: Tensor,
+    offsets: Tensor,
+) -> Tensor:
+    """See `mmctr.rankers.din._Interaction`: (H, hidden)."""
+    dim, hidden = _round_up(items.shape[1]), _round_up(len(weight))
+    out = query.new_empty((len(history), hidden))
+    _call(
+        "unit_forward",
+        len(query),
+        dim,
+        hidden,
+        offsets.contiguous(),
+        history.contiguous(),
+        _padded(items, len(items), dim),
+        _padded(query, len(query), dim),
+        _padded(query_part, len(query), hidden),
+        _padded(key_weight.T, dim, hidden),
+        _padded(weight.T, dim, hidden),
+        out,
+    )
+    return out if hidden == len(weight) else out[:, : len(weight)].contiguous()
+
+
+def unit_backward(
+    query: Tensor, items: Tensor, weight: Tensor, key_weight: Tensor, history: Tensor, offsets: Tensor, grad: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query (B, D), query_part (B, hidden), the keys (H, D), weight and key_weight (hidden, D)."""
+    size, width = len(weight), items.shape[1]
+    dim, hidden, threads = _round_up(width), _round_up(size), torch.get_num_threads()
+    d_query, d_query_part = query.new_empty((len(query), dim)), query.new_empty((len(query), hidden))
+    d_keys = query.new_empty((len(history), dim))
+    d_key_weight, d_weight = query.new_zeros((2, threads, dim, hidden)).unbind()
+    _call(
+        "unit_backward",
+        len(query),
+        dim,
+        hidden,
+        offsets.contiguous(),
+        history.contiguous(),
+        _padded(items, len(items), dim),
+        _padded(query, len(query), dim),
+        _padded(key_weight, hidden, dim),
+        _padded(weight, hidden, dim),
+        _padded(weight.T, dim, hidden),
+        _padded(grad, len(grad), hidden),
+        d_query,
+        d_query_part,
+        d_keys,
+        d_key_weight,
+        d_weight,
+    )
+    weights = (part.sum(0)[:width, :size].T for part in (d_weight, d_key_weight))
+    return d_query[:, :width], d_query_part[:, :size], d_keys[:, :width], *weights  # type: ignore[return-value]
+
+
+def dice_squares(s: Tensor, mean: Tensor) -> Tensor:
+    """(C,) sums of squared deviations of s (n, C)."""
+    squares = s.new_zeros((torch.get_num_threads(), s.shape[1]))
+    _call("dice_squares", *s.shape, s, mean.contiguous(), squares)
+    return squares.sum(0)
+
+
+def dice_forward(s: Tensor, mean: Tensor, r: Tensor, alpha: Tensor) -> Tensor:
+    """s (alpha + (1 - alpha) sigmoid((s - mean) r)): (n, C)."""
+    out = torch.empty_like(s)
+    _call("dice_forward", *s.shape, s, mean.contiguous(), r.contiguous(), alpha.contiguous(), out)
+    return out
+
+
+def dice_backward(s: Tensor, grad: Tensor, mean: Tensor, r: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+    """With the statistics held fixed: the gradient of s (n, C), and the (4, C) sums the rest is made of."""
+    out, sums = torch.empty_like(s), s.new_zeros((torch.get_num_threads(), 4, s.shape[1]))
+    _call("dice_backward", *s.shape, s, grad, mean.contiguous(), r.contiguous(), alpha.contiguous(), out, sums)
+    return out, sums.sum(0)
+
+
+def dice_finish(out: Tensor, s: Tensor, mean: Tensor, factor: Tensor, constant: Tensor) -> None:
+    """out += (s - mean) * factor + constant, in place."""
+    _call("dice_finish", *s.shape, s, mean.contiguous(), factor.contiguous(), constant.contiguous(), out)
