@@ -57,7 +57,7 @@ def run_ours(options: argparse.Namespace) -> None:
         ranker["attention"] = [80, 40]
     config = RankingTaskConfig.parse(
         {
-            "embedder": {"id_dim": 64, "id_dropout": 0.0, "init_std": 0.05},
+            "embedder": {"id_dim": 64, "id_dropout": 0.0, "init_std": 1e-4},
             "features": {"item": {"category": {"name": "categorical", "dim": 64}}},
             "ranker": ranker,
             "user_dim": 64,

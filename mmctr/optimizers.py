@@ -98,7 +98,10 @@ class RowTable(nn.Embedding):
         grads = [self.weight.new_empty((0, dim))]
         grads += [torch.zeros_like(picked) if picked.grad is None else picked.grad for _, picked in self._picked]
         self._picked = []
+        picked_once = len(rows) == 2
         all_rows, all_grads = gather_parts(torch.cat([part.long() for part in rows]), torch.cat(grads))
+        if picked_once and len(all_rows) == len(rows[1]):  # one process: distinct and in order as they are
+            return all_rows, all_grads
         distinct, positions = torch.unique(all_rows, return_inverse=True)
         return distinct, torch.zeros(len(distinct), dim, device=all_grads.device).index_add_(0, positions, all_grads)
 
