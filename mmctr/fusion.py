@@ -192,7 +192,14 @@ def as_weights(config: ItemEmbedderConfig, size: int) -> ItemEmbedderConfig:
     content = config.content
     if not isinstance(content, ContentNone):
         content = content.model_copy(update={"dim": size, "hidden": [], "dropout": 0.0})
-    return config.model_copy(update={"id_dim": size if config.id_dim else 0, "content": content, "fusion": "sum"})
+    update = {"id_dim": size if config.id_dim else 0, "content": content, "fusion": "sum"}
+    return config.model_copy(update=update | {"init_std": initial_std(config, size)})
+
+
+def initial_std(config: ItemEmbedderConfig, weights: int | None) -> float:
+    """Spread of freshly made vectors. One weight a value starts at zero: what training never sees then says nothing;
+    several must differ to become different."""
+    return 0.0 if weights == 1 else config.init_std
 
 
 class ItemEmbedder(nn.Module):

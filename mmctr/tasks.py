@@ -21,7 +21,7 @@ from mmctr.data.ranking import FeatureConfigs, RankingVocabulary
 from mmctr.data.tables import as_ids, read_table, rows_of
 from mmctr.encoders import EncoderConfig
 from mmctr.files import read_json, replace_file, write_json
-from mmctr.fusion import ContentEncoder, FeatureEmbedder, ItemEmbedder, ItemEmbedderConfig
+from mmctr.fusion import ContentEncoder, FeatureEmbedder, ItemEmbedder, ItemEmbedderConfig, initial_std
 from mmctr.losses import clip_loss, siglip_loss
 from mmctr.optimizers import RowTable, share_of_processes
 from mmctr.rankers import RankerConfig
@@ -188,7 +188,7 @@ class RankingTask(nn.Module):
             # temperature and bias take part in no ranking loss: parameters without a gradient stop many processes
             for parameter in encoder.parameter_parts()["heads"]:
                 parameter.requires_grad_(False)
-        std = config.embedder.init_std
+        std = initial_std(config.embedder, config.ranker.weight_dim)
         user_dim = (config.ranker.weight_dim or config.user_dim) if config.user_dim else 0
         self.users = RowTable(len(vocabulary.user_ids) + 1, user_dim, std) if user_dim else None
         self.context = FeatureEmbedder(

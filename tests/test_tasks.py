@@ -17,7 +17,7 @@ from mmctr.data.ranking import RankingData, RankingVocabulary
 from mmctr.evaluation import embed_catalog
 from mmctr.fusion import ContentEncoder, ContentTable, ItemEmbedderConfig
 from mmctr.optimizers import OptimizerConfig, make_optimizer
-from mmctr.rankers import DINConfig
+from mmctr.rankers import DINConfig, LRConfig, LSPLMConfig
 from mmctr.tasks import PretrainTask, PretrainTaskConfig, RankingTask, RankingTaskConfig
 from tests.encoders.test_encoders import ENCODERS
 from tests.tiny import ARCHITECTURE
@@ -304,6 +304,12 @@ def test_mini_batch_aware_l2_is_the_formula_and_touches_the_rows_of_the_batch(wo
             grad = torch.zeros_like(table.weight).index_add_(0, distinct, grads)
         assert set(grad.abs().sum(1).nonzero().squeeze(1).tolist()) == some
     assert optimizer is not None and task.state_dict().keys().isdisjoint({"item_decay", "user_decay"})
+
+
+def test_single_weights_start_at_zero_and_those_of_pieces_do_not(world):
+    for ranker, started in ((LRConfig(), False), (LSPLMConfig(pieces=2), True)):
+        task = RankingTask(RankingTaskConfig(ranker=ranker), world[2])
+        assert bool(task.embedder.ids.weight.any()) == bool(task.users.weight.any()) == started
 
 
 def test_an_unknown_id_is_not_regularised(world):

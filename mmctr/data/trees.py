@@ -70,7 +70,7 @@ class TreeColumns:
 
     Args:
         item, impression: names of the item features, and of those of users and context.
-        top: values of multi-valued features, of whatever table, that have a column.
+        top: values of multi-valued features that have a column, by `item NAME` or `impression NAME`.
     """
 
     item: list[str]
@@ -87,7 +87,9 @@ class TreeColumns:
         content: tuple[Tensor, Tensor] | None,
     ) -> TreeColumns:
         top = {}
-        for name, column in (items.columns | impressions.columns).items():
+        of_items = {f"item {name}": column for name, column in items.columns.items()}
+        of_impressions = {f"impression {name}": column for name, column in impressions.columns.items()}
+        for name, column in (of_items | of_impressions).items():
             if isinstance(column, Jagged):
                 counts = np.bincount(column.values.numpy(), minlength=1)
                 by_count = np.argsort(-counts, kind="stable")[: config.top_values]
@@ -112,10 +114,10 @@ class TreeColumns:
             is_category.extend([not isinstance(feature, Jagged) and feature.ndim == 1] * len(columns))
 
         for name in self.impression:
-            add(name, view.impression[name])
+            add(f"impression {name}", view.impression[name])
         for name in self.item:
             target = view.target(name)
-            add(name, target)
+            add(f"item {name}", target)
             if isinstance(target, Jagged) or target.ndim == 1:
                 parts.append(_shared(known_values(target), pooled_by(known_values(view.history(name)), view.offsets)))
                 parts[-1] = np.where(lengths > 0, parts[-1] / np.maximum(lengths, 1), np.nan)

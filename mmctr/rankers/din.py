@@ -81,7 +81,8 @@ class _Interaction(torch.autograd.Function):
         ctx.low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
         ctx.save_for_backward(query, items, weight, key_weight, history, offsets)
         ctx.part_dtype, query_part = query_part.dtype, query_part.float()
-        ctx.native = ctx.low == torch.float32 and len(weight) <= native.MAX_HIDDEN and native.usable(query, items)
+        fits = ctx.low == torch.float32 and len(weight) <= native.MAX_HIDDEN
+        ctx.native = fits and native.usable(query, items, weight, key_weight)
         if ctx.native:
             return native.unit_forward(query, items, weight, query_part, key_weight, history, offsets)
         segments = segment_ids(offsets, len(history))

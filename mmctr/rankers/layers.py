@@ -234,10 +234,11 @@ class _DiceFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, s: Tensor, alpha: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
-        count = _sum_over_processes(s.new_tensor([float(len(s))])).clamp(min=1)
+    def forward(ctx, s: Tensor, alpha: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # type: ignore[override]
+        rows = _sum_over_processes(s.new_tensor([float(len(s))]))
+        count = rows.clamp(min=1)
         mean = _sum_over_processes(s.sum(0)) / count
-        ctx.native = s.shape[1] <= native.MAX_CHANNELS and s.is_contiguous() and native.usable(s)
+        ctx.native = s.shape[1] <= native.MAX_CHANNELS and s.is_contiguous() and native.usable(s, alpha)
         if ctx.native:
             squares = native.dice_squares(s, mean)
         else:
@@ -254,8 +255,8 @@ class _DiceFunction(torch.autograd.Function):
                 p = (s[part] - mean).mul_(r).sigmoid_()
                 torch.addcmul(alpha, p, 1 - alpha, out=out[part]).mul_(s[part])
         ctx.save_for_backward(s, alpha, mean, r, count)
-        ctx.mark_non_differentiable(mean, var)
-        return out, mean, var
+        ctx.mark_non_differentiable(mean, var, rows)
+        return out, mean, var, rows
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -318,13 +319,14 @@ class Dice(nn.Module):
         """(n, channels) -> (n, channels)."""
         s = x.float()
         if self.training:
-            out, mean, var = _DiceFunction.apply(s, self.alpha, self.eps)  # type: ignore[misc]
+            out, mean, var, rows = _DiceFunction.apply(s, self.alpha, self.eps)  # type: ignore[misc]
             with torch.no_grad():
-                self.running_mean.lerp_(mean, self.momentum)
-                self.running_var.lerp_(var, self.momentum)
+                weight = self.momentum * (rows > 0)  # no rows at all have no statistics
+                self.running_mean.lerp_(mean, weight)
+                self.running_var.lerp_(var, weight)
             return out.to(x.dtype)
         r = torch.rsqrt(self.running_var + self.eps)
-        if not torch.is_grad_enabled() and s.is_contiguous() and native.usable(s):
+        if not torch.is_grad_enabled() and s.is_contiguous() and native.usable(s, self.alpha, self.running_mean):
             return native.dice_forward(s, self.running_mean, r, self.alpha).to(x.dtype)
         p = torch.sigmoid((s - self.running_mean) * r)
         return (s * (p + self.alpha * (1 - p))).to(x.dtype)

@@ -70,7 +70,8 @@ def _call(name: str, *arguments: int | Tensor) -> None:
     """Tensors go as pointers, the number of threads first. They must be contiguous."""
     converted: list[ctypes._SimpleCData] = [ctypes.c_int(torch.get_num_threads())]
     for x in arguments:
-        assert isinstance(x, int) or x.is_contiguous()
+        if not isinstance(x, int) and (x.dtype not in (torch.float32, torch.int64) or not x.is_contiguous()):
+            raise TypeError(f"{name} takes contiguous float32 and int64 tensors, not {x.dtype}")
         converted.append(ctypes.c_int64(x) if isinstance(x, int) else ctypes.c_void_p(x.data_ptr()))
     getattr(library(), name)(*converted)
 
@@ -94,6 +95,8 @@ def unit_forward(
     offsets: Tensor,
 ) -> Tensor:
     """See `mmctr.rankers.din._Interaction`: (H, hidden)."""
+    if len(history) and not (int(history.min()) >= 0 and int(history.max()) < len(items)):
+        raise IndexError(f"a history names an item outside the {len(items)} of its batch")
     dim, hidden = _round_up(items.shape[1]), _round_up(len(weight))
     out = query.new_empty((len(history), hidden))
     _call(
@@ -101,8 +104,8 @@ def unit_forward(
         len(query),
         dim,
         hidden,
-        offsets.contiguous(),
-        history.contiguous(),
+        offsets.long().contiguous(),
+        history.long().contiguous(),
         _padded(items, len(items), dim),
         _padded(query, len(query), dim),
         _padded(query_part, len(query), hidden),
@@ -127,8 +130,8 @@ def unit_backward(
         len(query),
         dim,
         hidden,
-        offsets.contiguous(),
-        history.contiguous(),
+        offsets.long().contiguous(),
+        history.long().contiguous(),
         _padded(items, len(items), dim),
         _padded(query, len(query), dim),
         _padded(key_weight, hidden, dim),

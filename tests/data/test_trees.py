@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from mmctr.data.batches import Jagged
-from mmctr.data.features import CategoricalFeature, MultiValuedFeature, NumericFeature
+from mmctr.data.features import BehaviorView, CategoricalFeature, FeatureColumns, MultiValuedFeature, NumericFeature
 from mmctr.data.interactions import ColdItemsSplit, split_interactions
 from mmctr.data.prepare import open_dataset
 from mmctr.data.ranking import FeatureConfigs, RankingData, RankingVocabulary
-from mmctr.data.trees import LEAVES, Projection, Trees, TreesConfig, _shared, disjoint_rows
+from mmctr.data.trees import LEAVES, Projection, TreeColumns, Trees, TreesConfig, _shared, disjoint_rows
 from mmctr.rankers import GBDTLRConfig
 from mmctr.tasks import RankingTask, RankingTaskConfig
 
@@ -60,7 +60,7 @@ def slow_columns(world, trees: Trees, row: int) -> list[float]:
     columns = [float(len(history)), float(region) if region else nan, nan if position[1] else float(position[0])]
     columns += [ids[target] or nan, share(sum(ids[i] == ids[target] for i in history if ids[i]))]
     columns += [brand[target] or nan, share(sum(brand[i] == brand[target] for i in history if brand[i]))]
-    columns += [float(word in words[target]) for word in trees.columns.top["title"]]
+    columns += [float(word in words[target]) for word in trees.columns.top["item title"]]
     columns += [share(sum(a == b for i in history for a in words[i] for b in set(words[target])))]
 
     def components(item: int) -> np.ndarray | None:
@@ -157,6 +157,17 @@ def test_shared_values_of_many_and_of_few():
         )
         expected = [sum(value in own for value in values) for own, values in zip(*lists, strict=True)]
         assert _shared(target, behaviors).tolist() == expected and max(expected) > 1
+
+
+def test_an_item_and_a_user_feature_of_one_name_are_two():
+    lists = Jagged(torch.tensor([1, 2, 3]), torch.tensor([0, 1, 3]))
+    items, impressions = FeatureColumns({"tags": lists}), FeatureColumns({"tags": torch.tensor([4, 0])})
+    columns = TreeColumns.learn(CONFIG, items, impressions, None)
+    nothing = torch.zeros(0, dtype=torch.int64)
+    view = BehaviorView(items, torch.arange(2), nothing, nothing, nothing, torch.zeros(3).long(), impressions.columns)
+    x, is_category = columns(view)
+    assert columns.top == {"item tags": [1, 2, 3]} and is_category == [False, True, False, False, False, False]
+    np.testing.assert_array_equal(x[:, :5], [[0, 4, 1, 0, 0], [0, np.nan, 0, 1, 1]])
 
 
 def test_rows_of_trees_and_of_the_linear_model_are_disjoint():

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -105,6 +107,14 @@ def test_the_compiled_layer_equals_torchs(dim, hidden, monkeypatch):
         results.append([out.detach(), *(leaf.grad for leaf in (query, x.items, weight, part, key_weight))])
     for fast, simple in zip(*results, strict=True):
         torch.testing.assert_close(fast, simple, rtol=1e-4, atol=1e-4 * simple.abs().max().item())
+
+
+def test_positions_of_any_integer_type_and_none_outside(way):
+    model, x = din().eval(), inputs()
+    short = replace(x, history=x.history.int(), history_offsets=x.history_offsets.int())
+    torch.testing.assert_close(model(short).logits, model(x).logits)
+    with pytest.raises((IndexError, RuntimeError)):
+        model(replace(x, history=x.history + 9))
 
 
 def test_finite_differences_of_the_interaction(way):

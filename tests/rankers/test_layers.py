@@ -45,6 +45,14 @@ def test_compiled_dice_equals_torchs(channels, rows, monkeypatch):
         torch.testing.assert_close(fast, simple, rtol=1e-4, atol=atol)
 
 
+def test_a_batch_without_rows_leaves_the_running_averages():
+    dice = Dice(4)
+    dice(torch.randn(9, 4))
+    before = dice.running_mean.clone(), dice.running_var.clone()
+    dice(torch.zeros(0, 4))
+    assert torch.equal(dice.running_mean, before[0]) and torch.equal(dice.running_var, before[1])
+
+
 def test_compiled_dice_keeps_what_is_not_a_number_and_saturates():
     dice, x = Dice(3).eval(), torch.tensor([[float("nan"), 1e30, -1e30], [0.0, 3e38, -80.0]])
     dice.alpha.data.fill_(0.5)
