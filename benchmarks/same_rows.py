@@ -22,6 +22,7 @@ from rankers import HERE, install, run
 
 from finetune.train import FinetuneConfig
 from mmctr.data.interactions import Impressions, Splits, split_interactions
+from mmctr.data.loaders import behaviors_read
 from mmctr.data.prepare import Dataset, open_dataset
 from mmctr.data.ranking import RankingData, RankingVocabulary
 from mmctr.evaluation import full_report
@@ -34,10 +35,7 @@ def log_of(part: Impressions, data: RankingData) -> Columns:
     item_row = np.where(data.id_rows > 0, data.id_rows, data.id_rows.max() + 1)
     user_row = data.user_rows.numpy()
     user_row = np.where(user_row > 0, user_row, user_row.max() + 1)
-    start = np.maximum(part.history_start, part.history_end - data.max_history)
-    lengths = part.history_end - start
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    index = np.arange(offsets[-1]) + np.repeat(start - offsets[:-1], lengths)
+    index, offsets = (x.numpy() for x in behaviors_read(part, slice(None), data.max_history))
     sizes = np.array([user_row.max(), item_row.max(), 1, data.max_history])
     return {
         "user": user_row[part.user].astype(np.int64),

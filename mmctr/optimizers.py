@@ -97,8 +97,7 @@ class RowTable(nn.Embedding):
         rows = [self.weight.new_empty(0, dtype=torch.int64), *(rows for rows, _ in self._picked)]
         grads = [self.weight.new_empty((0, dim))]
         grads += [torch.zeros_like(picked) if picked.grad is None else picked.grad for _, picked in self._picked]
-        self._picked = []
-        picked_once = len(rows) == 2
+        picked_once, self._picked = len(self._picked) == 1, []
         all_rows, all_grads = gather_parts(torch.cat([part.long() for part in rows]), torch.cat(grads))
         if picked_once and len(all_rows) == len(rows[1]):  # one process: distinct and in order as they are
             return all_rows, all_grads

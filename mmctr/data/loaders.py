@@ -209,6 +209,13 @@ class NegativeSampler:
         return self.clicked[place] == wanted
 
 
+def behaviors_read(part: Impressions, rows: np.ndarray | slice, max_history: int) -> tuple[Tensor, Tensor]:
+    """The latest behaviours of each impression: (H,) places in `part.history` and the (n + 1,) offsets."""
+    end = torch.from_numpy(part.history_end[rows])
+    start = torch.maximum(torch.from_numpy(part.history_start[rows]), end - max_history)
+    return jagged_rows(start, end)
+
+
 @dataclass(frozen=True)
 class BehaviorCollator:
     """Rows of a split -> BehaviorBatch. Everything is columns; there is no Python per row.
@@ -239,9 +246,7 @@ class BehaviorCollator:
 
     def __call__(self, rows: np.ndarray, step: int = 0) -> BehaviorBatch:
         part = self.impressions
-        end = torch.from_numpy(part.history_end[rows])
-        start = torch.maximum(torch.from_numpy(part.history_start[rows]), end - self.max_history)
-        index, offsets = jagged_rows(start, end)
+        index, offsets = behaviors_read(part, rows, self.max_history)
         target = torch.from_numpy(part.item[rows]).long()
         history = torch.from_numpy(part.history[index.numpy()]).long()
         if self.negatives is not None:  # one for each behaviour, behind them

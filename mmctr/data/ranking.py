@@ -15,7 +15,7 @@ from pydantic import model_validator
 from torch import Tensor
 
 from mmctr.config import Config
-from mmctr.data.batches import Features, jagged_rows
+from mmctr.data.batches import Features
 from mmctr.data.crosses import HISTORY, CrossFeature, cross_features
 from mmctr.data.features import (
     BehaviorView,
@@ -27,7 +27,7 @@ from mmctr.data.features import (
     learn_vocabularies,
 )
 from mmctr.data.interactions import Impressions, Splits
-from mmctr.data.loaders import BehaviorCollator, ItemContent, NegativeSampler
+from mmctr.data.loaders import BehaviorCollator, ItemContent, NegativeSampler, behaviors_read
 from mmctr.data.prepare import Dataset
 from mmctr.data.tables import one_array, rows_of
 from mmctr.data.trees import LEAVES, TreeColumns, Trees, TreesConfig
@@ -247,9 +247,7 @@ def samples_of_items(impressions: Impressions, num_items: int, max_history: int)
     counts = np.zeros(num_items, np.int64)
     for begin in range(0, len(impressions), 1 << 16):
         part = slice(begin, begin + (1 << 16))
-        end = torch.from_numpy(impressions.history_end[part])
-        start = torch.maximum(torch.from_numpy(impressions.history_start[part]), end - max_history)
-        index, offsets = jagged_rows(start, end)
+        index, offsets = behaviors_read(impressions, part, max_history)
         target = impressions.item[part].astype(np.int64)
         impression = np.repeat(np.arange(len(target)), np.diff(offsets.numpy()))
         behaviors = impressions.history[index.numpy()]

@@ -105,7 +105,7 @@ class TreeColumns:
         """(B, C) columns, and which of these are codes of categories. `content`: (N, P) of `projection`, by catalog
         row, NaN where an item has none."""
         lengths = np.diff(view.offsets.numpy())
-        parts: list[np.ndarray] = [np.where(lengths > 0, lengths, 0)]
+        parts: list[np.ndarray] = [lengths]
         is_category = [False]
 
         def add(name: str, feature: Tensor | Jagged) -> None:
@@ -119,8 +119,8 @@ class TreeColumns:
             target = view.target(name)
             add(f"item {name}", target)
             if isinstance(target, Jagged) or target.ndim == 1:
-                parts.append(_shared(known_values(target), pooled_by(known_values(view.history(name)), view.offsets)))
-                parts[-1] = np.where(lengths > 0, parts[-1] / np.maximum(lengths, 1), np.nan)
+                shared = _shared(known_values(target), pooled_by(known_values(view.history(name)), view.offsets))
+                parts.append(np.where(lengths > 0, shared / np.maximum(lengths, 1), np.nan))
                 is_category.append(False)
         if content is not None:
             target = content[view.target_rows.numpy()]

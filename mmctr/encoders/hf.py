@@ -273,12 +273,12 @@ def _pixel_statistics(source: str | None) -> tuple[tuple[float, ...], tuple[floa
     """Mean and standard deviation of pixels in [0, 1] that a model was trained with; CLIP's for a fresh one."""
     if source is None:
         return CLIP_MEAN, CLIP_STD
-    from transformers import AutoImageProcessor
-
     saved = Path(source) / "pixels.json"
     if saved.is_file():
         values = read_json(saved)
         return tuple(values["mean"]), tuple(values["std"])
+    from transformers import AutoImageProcessor
+
     try:
         processor = AutoImageProcessor.from_pretrained(model_source(source))
         return tuple(processor.image_mean), tuple(processor.image_std)

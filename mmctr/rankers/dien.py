@@ -81,17 +81,15 @@ class DIEN(nn.Module):
         layout = TimeMajor.of(inputs.history_offsets, len(inputs.history))
         history = inputs.history[layout.order]
         first = self.extractor.input
-        interests = self.extractor(
-            linear_of_rows(inputs.items, history, first.weight, first.bias), layout
-        )  # (H, hidden)
+        projected = linear_of_rows(inputs.items, history, first.weight, first.bias)
+        interests = self.extractor(projected, layout)  # (H, hidden)
         losses = {}
         if self.training and self.config.auxiliary_weight and inputs.negatives is not None:
             auxiliary = self._auxiliary(interests, inputs.items, history, inputs.negatives[layout.order], layout)
             losses["auxiliary"] = self.config.auxiliary_weight * auxiliary
 
-        scores = row_dots(
-            interests, torch.arange(len(interests), device=target.device), self.query(target), layout.segments
-        )
+        each = torch.arange(len(interests), device=target.device)
+        scores = row_dots(interests, each, self.query(target), layout.segments)
         attention = segment_softmax(scores, layout.segments, len(target))  # (H,)
         if self.config.gate == "aigru":
             evolved = self.evolver(self.evolver.input(interests * attention[:, None]), layout)

@@ -85,6 +85,21 @@ def _round_up(size: int) -> int:
     return -(-size // WIDTH) * WIDTH
 
 
+def _unit_inputs(
+    query: Tensor, items: Tensor, dim: int, hidden: int, history: Tensor, offsets: Tensor
+) -> tuple[int | Tensor, ...]:
+    """What both passes of the unit take first; `dim` and `hidden` are the padded sizes."""
+    return (
+        len(query),
+        dim,
+        hidden,
+        offsets.long().contiguous(),
+        history.long().contiguous(),
+        _padded(items, len(items), dim),
+        _padded(query, len(query), dim),
+    )
+
+
 def unit_forward(
     query: Tensor,
     items: Tensor,
@@ -101,13 +116,7 @@ def unit_forward(
     out = query.new_empty((len(history), hidden))
     _call(
         "unit_forward",
-        len(query),
-        dim,
-        hidden,
-        offsets.long().contiguous(),
-        history.long().contiguous(),
-        _padded(items, len(items), dim),
-        _padded(query, len(query), dim),
+        *_unit_inputs(query, items, dim, hidden, history, offsets),
         _padded(query_part, len(query), hidden),
         _padded(key_weight.T, dim, hidden),
         _padded(weight.T, dim, hidden),
@@ -127,13 +136,7 @@ def unit_backward(
     d_key_weight, d_weight = query.new_zeros((2, threads, dim, hidden)).unbind()
     _call(
         "unit_backward",
-        len(query),
-        dim,
-        hidden,
-        offsets.long().contiguous(),
-        history.long().contiguous(),
-        _padded(items, len(items), dim),
-        _padded(query, len(query), dim),
+        *_unit_inputs(query, items, dim, hidden, history, offsets),
         _padded(key_weight, hidden, dim),
         _padded(weight, hidden, dim),
         _padded(weight.T, dim, hidden),

@@ -7,9 +7,7 @@ by step (a weight gradient a step, a node an operation) is done once at the end 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -93,15 +91,15 @@ class Recurrence(nn.Module):
                 self.hidden.weight.float(),
                 self.hidden.bias.float(),
                 None if attention is None else attention.float(),
-                layout.sizes,
+                layout,
                 self.gate,
             )
 
 
 class _Recur(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, projected, weight, bias, attention, sizes, gate):  # type: ignore[override]
-        total, dim = len(projected), weight.shape[1]
+    def forward(ctx, projected, weight, bias, attention, layout, gate):  # type: ignore[override]
+        sizes, total, dim = layout.sizes, len(projected), weight.shape[1]
         states, hidden_candidate = (projected.new_empty((total, dim)) for _ in range(2))
         gates = projected.new_empty((total, 3 * dim))  # update, reset and candidate
         state = projected.new_zeros((sizes[0] if sizes else 0, dim))
@@ -121,7 +119,7 @@ class _Recur(torch.autograd.Function):
         ctx.save_for_backward(weight, attention, states)
         # not tensors of the graph: the backward pass writes its results over them, half the memory of a step
         ctx.own = [gates, hidden_candidate]
-        ctx.sizes, ctx.gate = sizes, gate
+        ctx.layout, ctx.gate = layout, gate
         return states
 
     @staticmethod
@@ -131,7 +129,7 @@ class _Recur(torch.autograd.Function):
         if not ctx.own:
             raise RuntimeError("a recurrence can be differentiated once: its buffers are used up")
         gates, hidden_candidate = ctx.own.pop(0), ctx.own.pop(0)
-        sizes, gate, dim = ctx.sizes, ctx.gate, weight.shape[1]
+        sizes, gate, dim = ctx.layout.sizes, ctx.gate, weight.shape[1]
         first = sizes[0] if sizes else 0
         d_attention = None if attention is None else torch.zeros_like(attention)
         carry = gates.new_zeros((sizes[-1] if sizes else 0, dim))
@@ -169,20 +167,10 @@ class _Recur(torch.autograd.Function):
             end -= size
         d_projected, d_candidate = gates, hidden_candidate
         # first steps have the zero state before them, which adds nothing
-        previous = torch.cat(
-            [states[end - last : end - last + size] for end, last, size in _steps(sizes)] or [zero[:0]]
-        )
+        previous = states.index_select(0, ctx.layout.previous)
         d_weight = torch.cat([d_projected[first:, : 2 * dim].T @ previous, d_candidate[first:].T @ previous])
         d_bias = torch.cat([d_projected[:, : 2 * dim].sum(0), d_candidate.sum(0)])
         return d_projected, d_weight, d_bias, d_attention, None, None
-
-
-def _steps(sizes: list[int]) -> Iterator[tuple[int, int, int]]:
-    """For each step but the first: where it begins, the size of the step before it, and its own."""
-    begin = 0
-    for last, size in pairwise(sizes):
-        begin += last
-        yield begin, last, size
 
 
 def _effective(update: Tensor, attention: Tensor | None, gate: Gate) -> Tensor:

@@ -75,7 +75,7 @@ def test_finite_differences(gate):
     factor = torch.randn(len(values), D, generator=torch.Generator().manual_seed(1)).double()
 
     def total() -> torch.Tensor:
-        return (_Recur.apply(*inputs, layout.sizes, gate) * factor).sum()
+        return (_Recur.apply(*inputs, layout, gate) * factor).sum()
 
     leaves = [x for x in inputs if x is not None]
     for leaf, grad in zip(leaves, torch.autograd.grad(total(), leaves), strict=True):
