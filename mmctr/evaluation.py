@@ -1,4 +1,4 @@
-"""Scores of impressions, vectors of a catalog, retrieval of held-out pairs: everything that only reads a task."""
+"""Scores of impressions and vectors of a catalog: everything that only reads a task."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from mmctr.data.batches import BehaviorBatch, ItemBatch
+from mmctr.data.content import Content, ItemContent
 from mmctr.data.interactions import Impressions
-from mmctr.data.loaders import BehaviorCollator, ItemContent
-from mmctr.metrics import auc, gauc, log_loss, ranking_report, recall_at_k
+from mmctr.data.loaders import BehaviorCollator
+from mmctr.metrics import auc, gauc, log_loss, ranking_report
 from mmctr.tasks import PretrainTask, RankingTask
 
 Modality = Literal["both", "image", "text"]
@@ -39,7 +40,7 @@ def predict(
 @torch.inference_mode()
 def embed_items(
     task: PretrainTask,
-    content: ItemContent,
+    content: Content,
     rows: np.ndarray,
     device: Any,
     modality: Modality = "both",
@@ -66,7 +67,7 @@ def embed_batch(task: PretrainTask, items: ItemBatch, modality: Modality) -> tup
 
 
 def embed_rows(
-    task: PretrainTask, content: ItemContent, rows: np.ndarray, accelerator: Accelerator, modality: Modality = "both"
+    task: PretrainTask, content: Content, rows: np.ndarray, accelerator: Accelerator, modality: Modality = "both"
 ) -> tuple[np.ndarray, np.ndarray]:
     """As `embed_items`, each process encoding a part of the rows and all getting the whole."""
     number = accelerator.process_index
@@ -86,35 +87,6 @@ def embed_catalog(
     """Vectors of a whole catalog as tensors: (N, D) and the (N,) mask."""
     vectors, has = embed_rows(task, content, np.arange(num_items), accelerator)
     return torch.from_numpy(vectors), torch.from_numpy(has)
-
-
-def retrieval(task: PretrainTask, content: ItemContent, rows: np.ndarray, accelerator: Accelerator) -> dict[str, float]:
-    """R@1, 5, 10 both ways among the given items, each of which has a picture and a text."""
-    image, _ = embed_rows(task, content, rows, accelerator, "image")
-    text, _ = embed_rows(task, content, rows, accelerator, "text")
-    numbers = {f"text_to_image_{name}": value for name, value in recall_at_k(text, image).items()}
-    numbers |= {f"image_to_text_{name}": value for name, value in recall_at_k(image, text).items()}
-    return numbers | {"mean_recall": float(np.mean(list(numbers.values())))}
-
-
-def neighbour_agreement(vectors: np.ndarray, values: list[str | None], k: int = 10, chunk: int = 1024) -> float:
-    """How often an item's k nearest neighbours (inner product) share its attribute value, averaged over items that
-    have one. Neighbours without a value count as not sharing it.
-
-    Args:
-        vectors: (n, D) unit norm; values: (n,) attribute values.
-    """
-    codes = np.unique([value or "" for value in values], return_inverse=True)[1]
-    known = np.array([value is not None for value in values])
-    shares = []
-    for start in range(0, len(vectors), chunk):
-        rows = np.arange(start, min(start + chunk, len(vectors)))
-        scores = vectors[rows] @ vectors.T
-        scores[np.arange(len(rows)), rows] = -np.inf  # an item is not its own neighbour
-        nearest = np.argpartition(-scores, k, axis=1)[:, :k]
-        same = (codes[nearest] == codes[rows][:, None]) & known[nearest]
-        shares.append(same.mean(1)[known[rows]])
-    return float(np.concatenate(shares).mean())
 
 
 def quick_metrics(impressions: Impressions, scores: np.ndarray, cold: np.ndarray) -> dict[str, float]:

@@ -18,9 +18,11 @@ from mmctr.data.prepare import Dataset, open_dataset
 from mmctr.data.ranking import RankingData
 from mmctr.data.tables import as_text
 from mmctr.embeddings import write_embeddings
-from mmctr.evaluation import Modality, embed_catalog, embed_items, full_report, predict, retrieval
+from mmctr.evaluation import Modality, embed_catalog, embed_items, embed_rows, full_report, predict
 from mmctr.files import fingerprint, read_json
 from mmctr.fusion import ContentTable
+from mmctr.pretraining import PretrainData, StreamData, evaluate_pretraining, stream_content
+from mmctr.probes import retrieval_both_ways
 from mmctr.runs import DataConfig, item_content, keep_heap, open_data, pair_rows
 from mmctr.tasks import PretrainTask, RankingTask
 
@@ -37,29 +39,37 @@ def embed_run(run: str, out: str, data: str | None, modality: Modality, shard_si
     accelerator = Accelerator()
     keep_heap()
     folder = Path(run)
-    task = PretrainTask.load(folder).to(accelerator.device)
+    task = _load_encoder(folder).to(accelerator.device)
     config = _data_config(folder, data)
-    dataset = open_data(config, accelerator)
-    content = item_content(dataset, config, task, accelerator)
-    catalog = dataset.catalog
-    titles = as_text(catalog.table.column("title")).to_pylist() if "title" in catalog.table.column_names else None
+    titles = None
+    if config.stream is not None:
+        content = stream_content(config, task)
+        item_ids = content.items.item_ids()
+    else:
+        dataset = open_data(config, accelerator)
+        content, item_ids = item_content(dataset, config, task, accelerator), dataset.catalog.item_ids
+        if "title" in dataset.catalog.table.column_names:
+            titles = as_text(dataset.catalog.table.column("title")).to_pylist()
     identity = {
         "run": str(folder.resolve()),
         "data": str(Path(config.path).resolve()),
         "weights": fingerprint((folder / "model.safetensors").read_bytes()),
-        "catalog": fingerprint(catalog.item_ids.to_pylist()),
+        "catalog": fingerprint(item_ids.to_pylist()),
         "modality": modality,
         "item_vector": task.config.item_vector,
         "shard_size": shard_size,
     }
 
+    named = np.asarray(item_ids.is_valid())  # a row of a shard may lack its id
+
     def encode(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        accelerator.print(f"items {rows[0]}-{rows[-1]} of {len(catalog)}", flush=True)
-        return embed_items(task, content, rows, accelerator.device, modality)
+        accelerator.print(f"items {rows[0]}-{rows[-1]} of {len(item_ids)}", flush=True)
+        vectors, has = embed_items(task, content, rows, accelerator.device, modality)
+        return vectors, has & named[rows]
 
     write_embeddings(
         Path(out),
-        catalog.item_ids,
+        item_ids,
         titles,
         encode,
         identity,
@@ -76,7 +86,7 @@ def embed_run(run: str, out: str, data: str | None, modality: Modality, shard_si
 @torch.inference_mode()
 def query_vector(run: str, text: str | None, image: str | None) -> np.ndarray:
     """The (D,) unit vector of a text or of a picture file, in the space of a pretraining run."""
-    task = PretrainTask.load(run)
+    task = _load_encoder(Path(run))
     row = torch.zeros(1, dtype=torch.int64)
     if text is not None:
         if not text.strip():
@@ -131,12 +141,28 @@ def evaluate_run(run: str, data: str | None) -> dict[str, Any]:
 
 
 def _evaluate_pretraining(folder: Path, data: str | None, accelerator: Accelerator) -> dict[str, float]:
-    task = PretrainTask.load(folder).to(accelerator.device)
+    task = _load_encoder(folder).to(accelerator.device)
     config = _data_config(folder, data)
+    values = run_config(folder)
+    given = {"validation": values["validation"], "attributes": values["attributes"], "seed": values["seed"]}
+    if config.stream is not None and data is None:
+        return evaluate_pretraining(task, StreamData.make(config, task, **given).held_out, accelerator)
     dataset: Dataset = open_data(config, accelerator)
     content = item_content(dataset, config, task, accelerator)
-    _, held_out = pair_rows(content, 1.0 if data else run_config(folder)["validation"], config.path)
-    return retrieval(task, content, held_out, accelerator)
+    if data is not None:
+        _, rows = pair_rows(content, 1.0, config.path)
+        images, texts = (embed_rows(task, content, rows, accelerator, modality)[0] for modality in ("image", "text"))
+        return retrieval_both_ways(images, texts)
+    split: Any = TypeAdapter(SplitConfig).validate_python(values["split"])
+    held_out = PretrainData.make(dataset, content, task, split, same=[], source=config.path, **given).held_out
+    return evaluate_pretraining(task, held_out, accelerator)
+
+
+def _load_encoder(run: Path) -> PretrainTask:
+    """The task of a pretraining run, its adapters folded into the weights: it is read, not trained."""
+    task = PretrainTask.load(run)
+    task.encoder.merge_lora()
+    return task
 
 
 def _all_impressions(log: Interactions) -> Impressions:
@@ -146,4 +172,6 @@ def _all_impressions(log: Interactions) -> Impressions:
 
 def _data_config(folder: Path, data: str | None) -> DataConfig:
     values = run_config(folder)["data"]
-    return DataConfig.parse(values | ({"path": data, "items": None} if data else {}), str(folder / "config.yaml"))
+    return DataConfig.parse(
+        values | ({"path": data, "items": None, "stream": None} if data else {}), str(folder / "config.yaml")
+    )

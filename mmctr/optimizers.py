@@ -217,6 +217,8 @@ def make_optimizer(task: nn.Module, config: OptimizerConfig, max_grad_norm: floa
         max_grad_norm: the gradient of the rows of a step, all tables together, is scaled down to this norm; that of
             everything else is the caller's to clip.
 
+    Modules of the task with `lr_scales()` say what the learning rate of some of their parameters is multiplied with.
+
     Raises ValueError for a group name that is no part of the task.
     """
     parts: dict[str, list[nn.Parameter]] = task.parameter_parts()  # type: ignore[operator]
@@ -228,20 +230,26 @@ def make_optimizer(task: nn.Module, config: OptimizerConfig, max_grad_norm: floa
         for module in task.modules()
         if isinstance(module, RowTable) and module.weight.requires_grad and len(module.weight) >= config.rows_from
     ]
+    scales: dict[nn.Parameter, float] = {}
+    for module in task.modules():
+        if hasattr(module, "lr_scales"):
+            scales |= module.lr_scales()  # type: ignore[operator]
     groups = []
     by_rows = {id(table.weight) for table in tables}
     for name, parameters in parts.items():
         own = config.groups.get(name, GroupConfig())
         lr = config.lr if own.lr is None else own.lr
         decay = config.weight_decay if own.weight_decay is None else own.weight_decay
-        trained = [p for p in parameters if p.requires_grad]
-        matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
-        dense, rows = [p for p in matrices if id(p) not in by_rows], [p for p in matrices if id(p) in by_rows]
-        groups += [
-            {"params": dense, "lr": lr, "weight_decay": decay},
-            {"params": vectors, "lr": lr, "weight_decay": 0.0},
-            {"params": rows, "lr": lr, "weight_decay": decay},
-        ]
+        # the whole rate first: it is the one that is logged
+        for scale in sorted({scales.get(p, 1.0) for p in parameters}, reverse=True):
+            trained = [p for p in parameters if p.requires_grad and scales.get(p, 1.0) == scale]
+            matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
+            dense, rows = [p for p in matrices if id(p) not in by_rows], [p for p in matrices if id(p) in by_rows]
+            groups += [
+                {"params": dense, "lr": lr * scale, "weight_decay": decay},
+                {"params": vectors, "lr": lr * scale, "weight_decay": 0.0},
+                {"params": rows, "lr": lr * scale, "weight_decay": decay},
+            ]
     groups = [group | {"base_lr": group["lr"]} for group in groups if group["params"]]
     for table in tables:
         table.train_by_rows()
@@ -251,7 +259,11 @@ def make_optimizer(task: nn.Module, config: OptimizerConfig, max_grad_norm: floa
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The state of an optimiser as named tensors: `<parameter number>.<state name>`."""
     state = optimizer.state_dict()["state"]
-    return {f"{i}.{name}": value.detach().cpu().clone() for i, entry in state.items() for name, value in entry.items()}
+    return {
+        f"{i}.{name}": value.detach().to("cpu", copy=True).contiguous()
+        for i, entry in state.items()
+        for name, value in entry.items()
+    }
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
@@ -261,3 +273,8 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, 
         number, _, name = key.partition(".")
         whole["state"].setdefault(int(number), {})[name] = tensor
     optimizer.load_state_dict(whole)
+    for parameter, state in optimizer.state.items():
+        for name, tensor in state.items():
+            if tensor.shape == parameter.shape and tensor.stride() != parameter.stride():
+                # fused AdamW walks through memory and does not look at strides, which are others in channels_last
+                state[name] = torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)

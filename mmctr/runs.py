@@ -13,16 +13,29 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mmctr.config import Config
 from mmctr.data.catalog import Resize
-from mmctr.data.loaders import ItemContent
+from mmctr.data.content import ItemContent, PictureField, TextField
 from mmctr.data.prepare import Dataset, open_dataset
+from mmctr.data.tables import require_columns
 from mmctr.errors import exit_on_error
 from mmctr.files import fingerprint
+from mmctr.frozen import with_frozen_features
 from mmctr.tasks import PretrainTask
 from mmctr.training import FitConfig
+
+MAX_PICTURES = 32
+
+
+class StreamConfig(Config):
+    """Read items from shards as training goes on, instead of preparing the dataset."""
+
+    buffer_rows: int = Field(default=16_384, ge=1)
+    """rows, of consecutive groups, that are mixed; a process holds one such window, encoded"""
+    held_out: int = Field(default=2048, ge=2)
+    """held-out items that are read and evaluated, at most"""
 
 
 class DataConfig(Config):
@@ -34,10 +47,22 @@ class DataConfig(Config):
     """a `datasets` dataset to take the catalog from instead of `path/items.*`"""
     text: list[str] = Field(default=["title"], min_length=1)
     """columns joined to the text of an item"""
+    text_fields: dict[str, float] = {}
+    """columns that are texts of their own, and their weights beside `text`, which has 1; a step shows one of them"""
+    images: dict[str, float] = {"image": 1.0}
+    """columns of pictures, and their weights; a cell may hold a list. A step shows one of them"""
     image_size: int | None = Field(default=None, ge=8)
     """side of the cached pictures; None: what the encoder takes"""
     image_resize: Resize = "shortest"
     """`shortest`: centre crop (CLIP's way); `longest`: padded; `squash`: both sides"""
+    stream: StreamConfig | None = None
+    """for catalogs larger than the disk: `path` is then a folder or a glob of Parquet or tar shards"""
+
+    @model_validator(mode="after")
+    def _one_field_in_a_stream(self) -> DataConfig:
+        if self.stream is not None and (self.text_fields or self.items or self.images != {"image": 1.0}):
+            raise ValueError("stream reads one picture and one text an item: leave items, text_fields and images out")
+        return self
 
 
 def open_data(config: DataConfig, accelerator: Accelerator) -> Dataset:
@@ -47,14 +72,31 @@ def open_data(config: DataConfig, accelerator: Accelerator) -> Dataset:
 
 
 def item_content(dataset: Dataset, config: DataConfig, task: PretrainTask, accelerator: Accelerator) -> ItemContent:
-    """Pictures and tokens of the catalog for an encoder, cached; the main process builds the caches."""
-    encoder = task.encoder
+    """Pictures and tokens of the catalog for an encoder, cached; the main process builds the caches.
+
+    Frozen towers read each picture and text once: from then on their features stand in for them, which all processes
+    make together.
+    """
+    encoder, catalog = task.encoder, dataset.catalog
+    size = config.image_size or encoder.image_size
+    given = [name for name in config.images if name != "image" or "image" in catalog.table.column_names]
+    require_columns(catalog.table, [*given, *config.text_fields], "items table")
     with accelerator.main_process_first():
-        pictures = None
-        if "image" in dataset.catalog.table.column_names:
-            pictures = dataset.catalog.pictures(config.image_size or encoder.image_size, config.image_resize)
-        input_ids, has_text = dataset.catalog.tokens(config.text, encoder.tokenize, encoder.tokenizer_key)
-    return ItemContent(pictures, input_ids, has_text)
+        pictures = []
+        for name in given:
+            count = catalog.pictures_per_item(name)
+            if count > MAX_PICTURES:
+                raise ValueError(
+                    f"items table: an item has {count} pictures in {name!r}, more than {MAX_PICTURES}; shorten the list"
+                )
+            for place in range(count):
+                kept = catalog.pictures(size, config.image_resize, column=name, place=place)
+                pictures.append(PictureField(kept, config.images[name]))
+        texts = []
+        for columns, weight in ((config.text, 1.0), *(([name], weight) for name, weight in config.text_fields.items())):
+            input_ids, has_text = catalog.tokens(columns, encoder.tokenize, encoder.tokenizer_key)
+            texts.append(TextField(input_ids, has_text, weight))
+    return with_frozen_features(task.encoder, ItemContent(tuple(pictures), tuple(texts)), catalog, accelerator)
 
 
 def pair_rows(content: ItemContent, validation: float, source: str) -> tuple[np.ndarray, np.ndarray]:
@@ -63,9 +105,9 @@ def pair_rows(content: ItemContent, validation: float, source: str) -> tuple[np.
     Which are held out depends on their number alone, so that seeds are compared on the same items. Raises ValueError
     when there is nothing to hold out.
     """
-    if content.pictures is None or content.has_text is None:
+    if content.has_image is None or content.has_text is None:
         raise ValueError(f"{source}: image-text pretraining needs an `image` column in the items table")
-    pairs = np.flatnonzero((content.pictures.index >= 0) & content.has_text.numpy())
+    pairs = np.flatnonzero(content.has_image & content.has_text)
     shuffled = np.random.default_rng(len(pairs)).permutation(pairs)
     num_held_out = round(len(pairs) * validation)
     if num_held_out < 2:

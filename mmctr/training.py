@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import time
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from mmctr.chunking import ChunkedTask, chunked_backward
 from mmctr.config import Config
 from mmctr.data.loaders import TrainBatches
 from mmctr.files import fingerprint, read_json, replace_file, replace_folder, write_json
@@ -27,6 +29,9 @@ class FitConfig(Config):
     """0 trains nothing: the run folder then holds the model as it was loaded"""
     batch_size: int = Field(default=1024, ge=1)
     """rows of a step over all processes together"""
+    chunk_size: int | None = Field(default=None, ge=1)
+    """items of a process that are encoded at a time; the gradient stays that of the whole batch, for a second forward
+    pass (`mmctr.chunking`). None: all of them. For tasks with an encoder"""
     warmup: float = Field(default=0.05, ge=0, le=1)
     """fraction of the run in which the learning rate rises from 0"""
     decay: Literal["constant", "cosine", "linear"] = "cosine"
@@ -93,6 +98,9 @@ def fit(
             "fit.mixed_precision: fp16 scales the loss, which tables trained by rows do not undo; take bf16, or a "
             "fit.optimizer.rows_from above the size of the tables"
         )
+    chunked: ChunkedTask = task  # type: ignore[assignment]
+    if config.chunk_size is not None and not hasattr(task, "encode_chunk"):
+        raise ValueError("fit.chunk_size: this task encodes nothing in chunks; leave it out")
     model, optimizer = accelerator.prepare(task, optimizer)
     checkpoints = Checkpoints(run_dir / "checkpoints", identity)
     state = checkpoints.load(task, optimizer)
@@ -116,10 +124,16 @@ def fit(
         torch.manual_seed(step_seed(seed, step, accelerator.process_index))
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * lr_at(step, total, config)
-        with accelerator.autocast():
-            terms: dict[str, Tensor] = model(batch.to(accelerator.device, non_blocking=True))
-        loss = torch.stack(list(terms.values())).sum()
-        accelerator.backward(loss)
+        batch = batch.to(accelerator.device, non_blocking=True)
+        if config.chunk_size is None:
+            with accelerator.autocast():
+                terms: dict[str, Tensor] = model(batch)
+            loss = torch.stack(list(terms.values())).sum()
+            accelerator.backward(loss)
+        else:
+            seeds = functools.partial(step_seed, seed, step, accelerator.process_index)
+            terms = chunked_backward(model, chunked, batch, config.chunk_size, accelerator, seeds)
+            loss = torch.stack(list(terms.values())).sum()
         if config.max_grad_norm is not None:
             accelerator.clip_grad_norm_(task.parameters(), config.max_grad_norm)
         optimizer.step()
@@ -184,9 +198,9 @@ def _require_number(numbers: dict[str, float], primary: str, step: int) -> None:
         raise ValueError(f"step {step}: {primary} is NaN; lower fit.optimizer.lr or raise fit.warmup")
 
 
-def step_seed(seed: int, step: int, rank: int) -> int:
-    """The seed of everything random inside a step."""
-    return int(fingerprint(seed, step, rank)[:15], 16)
+def step_seed(*parts: int) -> int:
+    """The seed of everything random inside a step, or a chunk of it: from the run's seed, the step, the process."""
+    return int(fingerprint(*parts)[:15], 16)
 
 
 class Log:

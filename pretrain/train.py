@@ -1,4 +1,4 @@
-"""Pretrain item embeddings: pictures and texts of a catalog into one space.
+"""Pretrain item embeddings: pictures, texts and behaviour of a catalog into one space.
 
     accelerate launch -m pretrain.train configs/pretrain/toy.yaml [key=value ...]
 
@@ -14,23 +14,30 @@ import torch
 from pydantic import Field
 
 from mmctr.config import Config
-from mmctr.data.loaders import BatchPlan, PairCollator, TrainBatches
-from mmctr.data.tables import as_text, require_columns
-from mmctr.evaluation import embed_rows, neighbour_agreement, retrieval
+from mmctr.data.interactions import ColdItemsSplit, SplitConfig
 from mmctr.files import write_json
-from mmctr.runs import DataConfig, begin_run, item_content, make_accelerator, open_data, pair_rows, run_recipe
+from mmctr.pretraining import PretrainData, StreamData, evaluate_pretraining
+from mmctr.runs import DataConfig, begin_run, item_content, make_accelerator, open_data, run_recipe
 from mmctr.tasks import PretrainTask, PretrainTaskConfig
 from mmctr.training import FitConfig, fit
 
 
 class PretrainConfig(Config):
     data: DataConfig
+    split: SplitConfig = ColdItemsSplit()
+    """objectives on behaviour see the training part of this split alone: give the one the ranker has"""
     task: PretrainTaskConfig
     fit: FitConfig = FitConfig()
     validation: float = Field(default=0.1, gt=0, lt=1)
     """fraction of the items with picture and text held out for retrieval"""
+    same: list[str] = ["text", "image"]
+    """items that share one of these are no negatives of each other: `text` and `image` mean equal ones, other names are
+    columns of the items table"""
     attributes: list[str] = []
     """columns of the items table: how often held-out neighbours share them is reported"""
+    primary: str | None = None
+    """the held-out number that chooses the best weights; None: `coclick_recall` with an objective on behaviour, else
+    `mean_recall`"""
     run_dir: str
     seed: int = Field(default=0, ge=0)
 
@@ -40,45 +47,36 @@ def main(config: PretrainConfig) -> dict:
     accelerator = make_accelerator(config.fit, run_dir)
     identity = begin_run(config, run_dir, accelerator)
 
-    # data: items that have both a picture and a text; a seeded part is held out
+    # data: items with content, a seeded part of them held out; partners for the objectives that ask for them
     torch.manual_seed(config.seed)
     task = PretrainTask(config.task).to(accelerator.device)
-    dataset = open_data(config.data, accelerator)
-    require_columns(dataset.catalog.table, config.attributes, "items table")
-    content = item_content(dataset, config.data, task, accelerator)
-    train_rows, validation = pair_rows(content, config.validation, config.data.path)
-    skipped = len(dataset.catalog) - len(train_rows) - len(validation)
-    accelerator.print(
-        f"{config.data.path}: {len(train_rows)} items to train on, {len(validation)} held out, "
-        f"{skipped} lack picture or text"
+    given: dict = {"validation": config.validation, "attributes": config.attributes, "seed": config.seed}
+    if config.data.stream is not None:
+        data = StreamData.make(config.data, task, **given)
+    else:
+        dataset = open_data(config.data, accelerator)
+        content = item_content(dataset, config.data, task, accelerator)
+        data = PretrainData.make(
+            dataset, content, task, config.split, same=config.same, source=config.data.path, **given
+        )
+    accelerator.print(f"{config.data.path}: {data.summary()}")
+    train = data.batches(
+        config.fit.batch_size, config.fit.num_workers, accelerator.process_index, accelerator.num_processes
     )
-    assert content.pictures is not None
-    for reason, entry in content.pictures.report["rejected"].items():
-        accelerator.print(f"pictures rejected as {reason}: {entry['count']}, for example items {entry['examples']}")
-
-    plan = BatchPlan(
-        len(train_rows), config.fit.batch_size, config.seed, accelerator.process_index, accelerator.num_processes
-    )
+    task.start_bank(data.num_keys)
+    task.to(accelerator.device)
 
     def evaluate() -> dict[str, float]:
-        if not task.shares_space:
-            return {"mean_recall": 0.0}  # two spaces: nothing can be compared
-        numbers = retrieval(task, content, validation, accelerator)
-        if config.attributes:
-            vectors, _ = embed_rows(task, content, validation, accelerator)
-            for name in config.attributes:
-                values = as_text(dataset.catalog.table.column(name)).take(validation).to_pylist()
-                numbers[f"neighbours_share_{name}"] = neighbour_agreement(vectors, values)
-        return numbers
+        return evaluate_pretraining(task, data.held_out, accelerator)
 
     result = fit(
         task,
-        TrainBatches(plan, PairCollator(content, train_rows), config.fit.num_workers),
+        train,
         config.fit,
         run_dir=run_dir,
         accelerator=accelerator,
         evaluate=evaluate,
-        primary="mean_recall",
+        primary=config.primary or ("coclick_recall" if config.task.objectives.read_behavior else "mean_recall"),
         seed=config.seed,
         identity=identity,
         evaluate_first=True,
@@ -87,10 +85,9 @@ def main(config: PretrainConfig) -> dict:
     numbers = evaluate()
     if accelerator.is_main_process:
         task.save(run_dir)
-        counts = {"train_items": len(train_rows), "validation_items": len(validation), "without_pair": skipped}
         write_json(
             run_dir / "metrics.json",
-            {"validation": numbers, "untrained": result["untrained"], "training": result, **counts},
+            {"validation": numbers, "untrained": result["untrained"], "training": result, **data.counts},
         )
         for name, value in numbers.items():
             print(f"held-out {name:28} {value:.4f}   untrained {result['untrained'][name]:.4f}")

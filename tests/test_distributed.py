@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from mmctr.embeddings import EmbeddingTable
-from mmctr.losses import clip_loss, siglip_loss
+from mmctr.losses import (
+    Bank,
+    clip_loss,
+    multi_positive_loss,
+    pair_loss,
+    siglip_loss,
+    similarity_distillation_loss,
+)
 from mmctr.rankers.layers import Dice
 from tests.tiny import CLONE, finetune_values, free_port, log_lines, losses, pretrain_values, start, write_config
 
@@ -22,28 +34,17 @@ pytestmark = pytest.mark.slow
 
 WORKER = """
 import sys, torch, torch.distributed as dist, torch.nn.functional as F
-from mmctr.losses import clip_loss, siglip_loss, gather_rows
+from mmctr.losses import gather_rows
 from mmctr.rankers.layers import Dice
+from tests.test_distributed import LOSSES, loss_and_gradients
 
 dist.init_process_group("gloo")
 rank, world = dist.get_rank(), dist.get_world_size()
 given = torch.load(sys.argv[1], weights_only=True)
 result = {}
 rows = slice(rank * 5, rank * 5 + 5)
-for name in ("clip", "siglip"):
-    image, text = (given[part].clone().requires_grad_() for part in ("image", "text"))
-    scale, bias = torch.tensor(7.0, requires_grad=True), torch.tensor(-3.0, requires_grad=True)
-    pair = F.normalize(image[rows], dim=1), F.normalize(text[rows], dim=1)
-    ids = given["ids"][rows]
-    loss = clip_loss(*pair, scale, ids) if name == "clip" else siglip_loss(*pair, scale, bias, ids)
-    loss.backward()
-    # data-parallel training averages values and gradients over processes
-    bias_grad = torch.zeros(()) if bias.grad is None else bias.grad
-    for part, value in {"loss": loss.detach(), "image": image.grad, "text": text.grad, "scale": scale.grad,
-                        "bias": bias_grad}.items():
-        value = value.clone()
-        dist.all_reduce(value)
-        result[f"{name} {part}"] = value / world
+for name in LOSSES:
+    result |= {f"{name} {part}": value for part, value in loss_and_gradients(name, given, rows).items()}
 # unequal shares of the rows, none at all on the second process the second time
 for share in (3, 10):
     dice = Dice(4)
@@ -60,6 +61,49 @@ if rank == 0:
     torch.save(result, sys.argv[2])
 dist.destroy_process_group()
 """
+
+
+LOSSES = ("clip", "siglip", "pairs", "multi_positive", "distillation")
+
+
+def loss_and_gradients(name: str, given: dict[str, torch.Tensor], rows: slice) -> dict[str, torch.Tensor]:
+    """A loss on some rows and its gradients for all, averaged over processes as data-parallel training does."""
+    image, text, other = (given[part].clone().requires_grad_() for part in ("image", "text", "other"))
+    scale, bias = torch.tensor(7.0, requires_grad=True), torch.tensor(-3.0, requires_grad=True)
+    x, y, z = (F.normalize(part[rows], dim=1) for part in (image, text, other))
+    ids, valid = given["ids"][rows], given["valid"][rows]
+    kept, log_q = torch.tensor([True, True, False]), torch.tensor([0.2, 0.0, 0.0])
+    past = Bank(F.normalize(given["bank"], dim=1), torch.tensor([[100], [1], [101]]), kept, log_q)
+    if name == "clip":
+        loss = clip_loss(x, y, scale, ids, valid, past, past)
+    elif name == "siglip":
+        loss = siglip_loss(x, y, scale, bias, ids, valid, past)
+    elif name == "pairs":
+        loss = pair_loss(
+            x,
+            y,
+            scale,
+            anchor_keys=ids,
+            positive_keys=given["others"][rows],
+            valid=valid,
+            log_q=given["log_q"][rows],
+            negatives=z,
+            has_negative=given["hard"][rows],
+            bank=past,
+        )
+    elif name == "multi_positive":
+        loss = multi_positive_loss(x, scale, given["groups"][rows], ids, valid)
+    else:
+        loss = similarity_distillation_loss(x, y.detach(), scale, 5.0, ids, valid)
+    loss.backward()
+    values = {"loss": loss.detach(), "scale": scale.grad}
+    values |= {part: p.grad for part, p in (("image", image), ("text", text), ("other", other), ("bias", bias))}
+    found = {part: torch.zeros(()) if value is None else value.clone() for part, value in values.items()}
+    if dist.is_initialized():
+        for part, value in found.items():
+            dist.all_reduce(value)
+            found[part] = value / dist.get_world_size()
+    return found
 
 
 def torchrun(*arguments: object) -> None:
@@ -88,25 +132,24 @@ def check_same_run(one: Path, two: Path, count: int) -> None:
 
 def test_losses_and_dice_on_two_processes_equal_one(tmp_path):
     generator = torch.Generator().manual_seed(0)
-    given = {name: torch.randn(10, 4, generator=generator) for name in ("image", "text", "x", "w")}
+    given = {name: torch.randn(10, 4, generator=generator) for name in ("image", "text", "other", "x", "w")}
     given["ids"] = torch.tensor([0, 1, 2, 3, 4, 1, 6, 6, 8, 0])  # copies within and across processes
+    given["others"] = torch.tensor([1, 9, 9, 0, 11, 12, 4, 13, 14, 15])
+    given["groups"] = torch.tensor([0, 1, 0, 2, -1, 0, 1, 1, 2, -1])
+    given["log_q"] = torch.randn(10, generator=generator)
+    # other shares of valid rows on each process
+    given["valid"] = torch.tensor([1, 1, 1, 1, 0, 1, 0, 1, 0, 1], dtype=torch.bool)
+    given["hard"] = torch.tensor([1, 0, 1, 1, 1, 1, 0, 1, 1, 1], dtype=torch.bool)
+    given["bank"] = torch.randn(3, 4, generator=generator)
     torch.save(given, tmp_path / "given")
     (tmp_path / "worker.py").write_text(WORKER)
     torchrun(tmp_path / "worker.py", tmp_path / "given", tmp_path / "result")
     result = torch.load(tmp_path / "result", weights_only=True)
     assert result["gathered"].tolist() == given["ids"].tolist()
-    for name in ("clip", "siglip"):
-        image, text = (given[part].clone().requires_grad_() for part in ("image", "text"))
-        scale, bias = torch.tensor(7.0, requires_grad=True), torch.tensor(-3.0, requires_grad=True)
-        pair = F.normalize(image, dim=1), F.normalize(text, dim=1)
-        ids = given["ids"]
-        loss = clip_loss(*pair, scale, ids) if name == "clip" else siglip_loss(*pair, scale, bias, ids)
-        loss.backward()
-        expected = {"loss": loss.detach(), "image": image.grad, "text": text.grad, "scale": scale.grad}
-        if name == "siglip":
-            expected["bias"] = bias.grad
-        for part, value in expected.items():
+    for name in LOSSES:
+        for part, value in loss_and_gradients(name, given, slice(None)).items():
             torch.testing.assert_close(result[f"{name} {part}"], value, rtol=1e-5, atol=1e-6, msg=f"{name} {part}")
+        assert result[f"{name} scale"].abs() > 1e-3, name
     dice = Dice(4)
     torch.nn.init.constant_(dice.alpha, 0.3)
     x = given["x"].clone().requires_grad_()
@@ -183,13 +226,13 @@ def test_pretraining_with_clip_on_two_processes_equals_one(toy_folder, tmp_path)
 @pytest.fixture(scope="module")
 def pretrained(toy_folder, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("pretrained")
-    config = write_config(folder / "p.yaml", pretrain_values(toy_folder, loss={"name": "siglip"}))
+    config = write_config(folder / "p.yaml", pretrain_values(toy_folder, objectives={"siglip": {}}))
     start(folder, "pretrain.train", config, f"run_dir={folder / 'run'}").ok()
     return folder / "run"
 
 
 def test_siglip_on_two_processes_equals_one(pretrained, toy_folder, tmp_path):
-    config = write_config(tmp_path / "p.yaml", pretrain_values(toy_folder, loss={"name": "siglip"}))
+    config = write_config(tmp_path / "p.yaml", pretrain_values(toy_folder, objectives={"siglip": {}}))
     start(tmp_path, "pretrain.train", config, f"run_dir={tmp_path / 'two'}", processes=2).ok()
     check_same_run(pretrained, tmp_path / "two", count=12)
 
@@ -213,3 +256,63 @@ def test_embedding_on_two_processes_equals_one(pretrained, tmp_path):
     assert one.ids.equals(two.ids) and one.titles == two.titles and len(one) > 100
     np.testing.assert_array_equal(one.vectors, two.vectors)
     assert len(list((tmp_path / "2").glob("vectors-*"))) == 8
+
+
+EVERYTHING = {
+    "objectives": {
+        "clip": {},
+        "siglip": {"weight": 0.5},
+        "behavior": {"hard_negatives": True, "window": 2},
+        "query": {},
+        "group": {"column": "factor_shape"},
+        "distillation": {"path": "unset"},
+    },
+    "item_vector": "concat",
+    "matryoshka": [8],
+}
+
+
+@pytest.fixture(scope="module")
+def with_queries(toy_folder, pretrained, tmp_path_factory) -> tuple[Path, dict]:
+    """The toy dataset with a query for every third click, and the settings of a task with every objective."""
+    folder = tmp_path_factory.mktemp("queries")
+    shutil.copytree(toy_folder, folder / "data")
+    path = folder / "data" / "interactions.parquet"
+    log = pyarrow.parquet.read_table(path)
+    items = pyarrow.parquet.read_table(folder / "data" / "items.parquet")
+    words = [(title or "thing").split()[-1] for title in items["title"].to_pylist()]
+    word = dict(zip(items["item_id"].to_pylist(), words, strict=True))
+    queries = [word[item] if row % 3 == 0 else None for row, item in enumerate(log["item_id"].to_pylist())]
+    pyarrow.parquet.write_table(log.append_column("query", pa.array(queries, pa.string())), path)
+    start(folder, "mmctr", "embed", pretrained, "--out", folder / "teacher").ok()
+    task = json.loads(json.dumps(EVERYTHING))
+    task["objectives"]["distillation"]["path"] = str(folder / "teacher")
+    return folder / "data", task
+
+
+@pytest.mark.parametrize("bank", [None, {"size": 40, "momentum": 0.5}], ids=["", "bank"])
+def test_every_objective_on_two_processes_equals_one(with_queries, tmp_path, bank):
+    data, task = with_queries
+    values = pretrain_values(data, **task, bank=bank)
+    values["same"] = ["text", "image", "factor_colour"]
+    values["fit"] |= {"epochs": 1, "optimizer": {"lr": 1e-3}}
+    config = write_config(tmp_path / "p.yaml", values)
+    for count in (1, 2):
+        start(tmp_path, "pretrain.train", config, f"run_dir={tmp_path / str(count)}", processes=count).ok()
+    check_same_run(tmp_path / "1", tmp_path / "2", count=5)
+    for one, two in zip(*(log_lines(tmp_path / name) for name in ("1", "2")), strict=True):
+        for name in EVERYTHING["objectives"] if "loss" in one else ():
+            assert one[name] > 0.01 and one[name] == pytest.approx(two[name], abs=1e-4), name
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_encoding_in_chunks_equals_the_whole_batch(with_queries, tmp_path, processes):
+    """Gradients through the encoder a few items at a time, on one process and on two."""
+    data, task = with_queries
+    values = pretrain_values(data, **task, bank={"size": 40})
+    values["fit"] |= {"epochs": 1, "optimizer": {"lr": 1e-3}}
+    config = write_config(tmp_path / "p.yaml", values)
+    start(tmp_path, "pretrain.train", config, f"run_dir={tmp_path / 'whole'}").ok()
+    chunked = ("fit.chunk_size=7", f"run_dir={tmp_path / 'chunks'}")
+    start(tmp_path, "pretrain.train", config, *chunked, processes=processes).ok()
+    check_same_run(tmp_path / "whole", tmp_path / "chunks", count=5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mmctr.optimizers import (
@@ -59,6 +60,64 @@ def test_optimizer_tensors_round_trip():
     assert torch.equal(rest.weight, whole.weight) and torch.equal(rest.bias, whole.bias)
     forgotten, _ = trained(steps[3:], (half.state_dict(), {}))
     assert not torch.equal(forgotten.weight, whole.weight)
+
+
+class Scaled(nn.Module):
+    """A part of a task that trains some of its parameters more slowly."""
+
+    def __init__(self, scales: list[float]):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(2, 2) for _ in scales)
+        self.scales = scales
+
+    def lr_scales(self):
+        pairs = zip(self.layers, self.scales, strict=True)
+        return {p: scale for layer, scale in pairs for p in layer.parameters() if scale != 1}
+
+    def parameter_parts(self):
+        return {"layers": list(self.parameters())}
+
+
+def test_groups_by_scale_of_the_learning_rate():
+    """The whole rate first, the order of parameters within a group kept; frozen ones are in none."""
+    task = nn.ModuleDict({"inner": Scaled([0.25, 1, 0.5, 0.25])})
+    task.parameter_parts = task["inner"].parameter_parts
+    layers = task["inner"].layers
+    layers[2].weight.requires_grad_(False)
+    config = OptimizerConfig(lr=0.1, weight_decay=0.2, groups={"layers": GroupConfig(lr=0.4)})
+    groups = make_optimizer(task, config).param_groups
+    found = [(group["params"], group["base_lr"], group["lr"], group["weight_decay"]) for group in groups]
+    assert found == [
+        ([layers[1].weight], 0.4, 0.4, 0.2),
+        ([layers[1].bias], 0.4, 0.4, 0.0),
+        ([layers[2].bias], 0.2, 0.2, 0.0),
+        ([layers[0].weight, layers[3].weight], 0.1, 0.1, 0.2),
+        ([layers[0].bias, layers[3].bias], 0.1, 0.1, 0.0),
+    ]
+
+
+def test_the_state_of_an_optimiser_keeps_the_layout_of_its_parameters(tmp_path):
+    """Fused AdamW reads memory in order: a state in another layout would go to other weights."""
+
+    def trained(steps, state=None):
+        torch.manual_seed(0)
+        task = nn.Conv2d(3, 4, 3, bias=False).to(memory_format=torch.channels_last)
+        task.parameter_parts = lambda: {"all": list(task.parameters())}
+        optimizer = make_optimizer(task, OptimizerConfig(lr=0.1))
+        if state:
+            task.load_state_dict(state[0])
+            save_file(state[1], tmp_path / "optimizer")
+            load_optimizer_tensors(optimizer, load_file(tmp_path / "optimizer"))
+        for x in steps:
+            task(x.contiguous(memory_format=torch.channels_last)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return task.state_dict(), optimizer_tensors(optimizer)
+
+    steps = torch.randn(6, 2, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+    whole, _ = trained(steps)
+    rest, _ = trained(steps[3:], trained(steps[:3]))
+    assert torch.equal(rest["weight"], whole["weight"])
 
 
 class Tables(nn.Module):

@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
@@ -27,8 +29,17 @@ def done(toy_folder, tmp_path_factory) -> dict[str, tuple[Path, Path]]:
     result = {}
     joint = {"name": "encoder", "run": str(folder / "pretrain"), "history": "table", "dim": 8, "hidden": [8]}
     rows = finetune_values(toy_folder, optimizer={"lr": 1e-2, "rows_from": 0})
+    behavior = pretrain_values(
+        toy_folder,
+        objectives={"clip": {}, "behavior": {"hard_negatives": True}},
+        bank={"size": 40, "momentum": 0.5},
+        matryoshka=[8],
+    )
+    behavior["data"]["text_fields"] = {"description": 0.5}
     configs = {
         "pretrain": pretrain_values(toy_folder),
+        "behavior": behavior,
+        "stream": streamed(toy_folder, folder / "shards"),
         "id": finetune_values(toy_folder),
         "rows": rows | {"task": rows["task"] | {"ranker": {"name": "dien", "mlp": [16]}}},
         "joint": finetune_values(toy_folder, joint, epochs=1, evaluations=2),
@@ -42,8 +53,40 @@ def done(toy_folder, tmp_path_factory) -> dict[str, tuple[Path, Path]]:
     return result
 
 
+def streamed(dataset: Path, folder: Path) -> dict:
+    """The config of a run on the same items in three shards of small row groups, windows of a few of them."""
+    items = pyarrow.parquet.read_table(dataset / "items.parquet")
+    pictures = [
+        (dataset / path).read_bytes() if path and (dataset / path).is_file() else None
+        for path in items["image"].to_pylist()
+    ]
+    items = items.set_column(items.column_names.index("image"), "image", pa.array(pictures, pa.binary()))
+    folder.mkdir()
+    for number, first in enumerate(range(0, len(items), 45)):
+        pyarrow.parquet.write_table(items.slice(first, 45), folder / f"{number}.parquet", row_group_size=12)
+    values = pretrain_values(folder)
+    values["data"]["stream"] = {"buffer_rows": 30}
+    return values
+
+
+def test_a_streamed_run_embeds_all_its_shards(done, tmp_path):
+    """Vectors of every item by its id, those of the run's encoder on the prepared dataset."""
+    _, run = done["stream"]
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["items"] == 120 and "no picture" in metrics["rejected_pictures"]
+    assert {"text_to_image_R@1", "neighbours_share_factor_shape"} <= metrics["validation"].keys()
+    start(tmp_path, "mmctr", "embed", run, "--out", tmp_path / "streamed", "--shard-size", 50).ok()
+    data = json.loads(done["pretrain"][0].read_text())["data"]["path"]
+    start(tmp_path, "mmctr", "embed", run, "--out", tmp_path / "prepared", "--data", data).ok()
+    one, two = EmbeddingTable.read(tmp_path / "streamed"), EmbeddingTable.read(tmp_path / "prepared")
+    assert one.ids.equals(two.ids) and len(one) > 110
+    np.testing.assert_allclose(one.vectors, two.vectors, atol=1e-6)
+    again = start(tmp_path, "mmctr", "evaluate", run).ok()
+    assert json.loads(again)["validation"] == pytest.approx(metrics["validation"], abs=1e-6)
+
+
 def recipe(name: str) -> str:
-    return "pretrain.train" if name == "pretrain" else "finetune.train"
+    return "pretrain.train" if name in ("pretrain", "behavior", "stream") else "finetune.train"
 
 
 def check_same_files(run: Path, reference: Path) -> None:
@@ -65,7 +108,7 @@ def wait_until(condition: Callable[[], bool], run: Run) -> None:
 
 
 # the 4th rename is in the first checkpoints, the 9th amid training, the last ones at its end
-@pytest.mark.parametrize("name", ["pretrain", "id", "rows", "joint"])
+@pytest.mark.parametrize("name", ["pretrain", "behavior", "stream", "id", "rows", "joint"])
 @pytest.mark.parametrize("rename", [4, 9, 16])
 def test_a_killed_run_started_again_ends_bit_for_bit_the_same(done, tmp_path, name, rename):
     config, reference = done[name]
@@ -110,7 +153,7 @@ def test_a_run_killed_after_its_trees_were_grown_keeps_them(done, tmp_path):
     check_same_files(tmp_path / "run", reference)
 
 
-@pytest.mark.parametrize("name", ["pretrain", "joint", "trees"])
+@pytest.mark.parametrize("name", ["pretrain", "behavior", "stream", "joint", "trees"])
 def test_a_run_with_workers_killed_between_two_steps_resumes(done, tmp_path, name):
     """Processes that collate ahead change no number, and what they had ready is made again."""
     config, reference = done[name]
@@ -204,7 +247,7 @@ def test_mistakes_are_one_line(done, toy_folder, tmp_path):
         ("finetune.train", config, run_dir, "task.ranker.atention=[4]"): ("task.ranker.atention", "'attention'"),
         ("finetune.train", config, run_dir, "fit.batch_size=0"): ("fit.batch_size", "given 0"),
         ("finetune.train", tmp_path / "none.yaml"): ("none.yaml", "no such config file"),
-        ("pretrain.train", config, run_dir): ("unknown key 'split'",),
+        ("pretrain.train", config, run_dir): ("unknown key 'task.embedder'",),
     }
     for number, (command, words) in enumerate(mistakes.items()):
         if command[0] == "pretrain.train":

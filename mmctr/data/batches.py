@@ -84,9 +84,46 @@ class ItemBatch(Batch):
     """(E,) bool"""
     encode: Tensor | None = None
     """(E,) positions of the items whose pictures and texts are here; None: all of them, E = U"""
+    image_features: Tensor | None = None
+    """(E, F) what a frozen image tower makes of the pictures, instead of `image`"""
+    text_features: Tensor | None = None
+    """(E, F') what a frozen text tower makes of the texts, instead of `input_ids`"""
+    image_item: Tensor | None = None
+    """(V,) for items with several pictures: which of the E each one shows; `image` or `image_features` then have V
+    rows. None: picture i is item i's"""
+    image_weight: Tensor | None = None
+    """(V,) share of each picture in the features of its item"""
+    text_item: Tensor | None = None
+    """(V',) the same for texts"""
+    text_weight: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.row)
+
+    def only(self, modality: str) -> ItemBatch:
+        """With the pictures ("image") or the texts ("text") alone."""
+        dropped = _TEXT if modality == "image" else _IMAGE
+        return replace(self, **dict.fromkeys(dropped))
+
+    def part(self, start: int, end: int) -> ItemBatch:
+        """The items start:end, where all are encoded."""
+        changed: dict[str, Any] = {"row": self.row[start:end], "features": {}}
+        for has, values, item, weight in (_IMAGE_FIELDS, _TEXT_FIELDS):
+            of_item = getattr(self, item)
+            shown: Any = slice(start, end)
+            if of_item is not None:
+                shown = torch.nonzero((of_item >= start) & (of_item < end))[:, 0]
+                changed |= {item: of_item[shown] - start, weight: getattr(self, weight)[shown]}
+            if getattr(self, has) is not None:
+                changed[has] = getattr(self, has)[start:end]
+            changed |= {name: getattr(self, name)[shown] for name in values if getattr(self, name) is not None}
+        return replace(self, **changed)
+
+
+_IMAGE_FIELDS = ("has_image", ("image", "image_features"), "image_item", "image_weight")
+_TEXT_FIELDS = ("has_text", ("input_ids", "text_features"), "text_item", "text_weight")
+_IMAGE = ("image", "has_image", "image_features", "image_item", "image_weight")
+_TEXT = ("input_ids", "has_text", "text_features", "text_item", "text_weight")
 
 
 @dataclass(frozen=True)
@@ -111,6 +148,45 @@ class BehaviorBatch(Batch):
 
     def __len__(self) -> int:
         return len(self.label)
+
+
+@dataclass(frozen=True)
+class Partners(Batch):
+    """A partner for each anchor of a `PairBatch`."""
+
+    item: Tensor
+    """(B,) positions in `items`; the anchor itself where there is none"""
+    there: Tensor
+    """(B,) bool"""
+    log_q: Tensor | None = None
+    """(B,) how often the partner is drawn, see `mmctr.losses.pair_loss`"""
+
+
+@dataclass(frozen=True)
+class PairBatch(Batch):
+    """B items to pretrain on, and the partners that objectives ask for."""
+
+    items: ItemBatch
+    """U distinct items: the anchors and all partners"""
+    anchor: Tensor
+    """(B,) positions in `items`, each another one"""
+    keys: Tensor
+    """(U, K) what tells items apart, see `mmctr.losses`"""
+    partners: dict[str, Partners] = field(default_factory=dict)
+    query_ids: Tensor | None = None
+    """(B, T) tokens of a query for which the anchor was clicked"""
+    has_query: Tensor | None = None
+    query: Tensor | None = None
+    """(B,) number of the query: equal ones are no negatives of each other"""
+    groups: dict[str, Tensor] = field(default_factory=dict)
+    """(U,) group of each item by column, negative for none"""
+    teacher: Tensor | None = None
+    """(U, D') unit norm"""
+    has_teacher: Tensor | None = None
+    """(U,) bool"""
+
+    def __len__(self) -> int:
+        return len(self.anchor)
 
 
 def jagged_rows(start: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:

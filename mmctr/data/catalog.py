@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 Resize = Literal["shortest", "longest", "squash"]
+CACHE_FORMAT = 2
 
 
 class Pictures:
@@ -34,6 +36,8 @@ class Pictures:
         self.values = np.load(folder / "values.npy", mmap_mode="r", allow_pickle=False)
         self.index: np.ndarray = np.load(folder / "index.npy", allow_pickle=False)
         """(N,) int32 positions in `values`, -1 for items without a readable picture"""
+        self.hashes: np.ndarray = np.load(folder / "hashes.npy", allow_pickle=False)
+        """(M,) int64 of the pixels: equal for equal pictures"""
         self.report: dict[str, Any] = read_json(folder / "report.json")
 
     def __reduce__(self) -> tuple[type[Pictures], tuple[Path]]:
@@ -119,50 +123,75 @@ class Catalog:
         ids = torch.from_numpy(np.load(path, allow_pickle=False))
         return ids, torch.tensor([bool(text) for text in texts])
 
-    def pictures(self, size: int, resize: Resize, threads: int = 2) -> Pictures:
+    def pictures(self, size: int, resize: Resize, threads: int = 2, column: str = "image", place: int = 0) -> Pictures:
         """The picture cache for one size, built when it is not there yet; an interrupted build goes on.
 
         The cache is of these items: with others, or with other picture cells, it is built anew.
+
+        Args:
+            column, place: which cells; `place` is that in a column of lists.
         """
-        folder = self.folder / f"pictures-{size}-{resize}"
-        key = self._pictures_key()
+        name = "pictures" if column == "image" else f"pictures-{fingerprint(column)[:8]}"
+        folder = self.folder / f"{name}-{size}-{resize}{f'-{place}' if place else ''}"
+        sources = self._sources(column, place)
+        key = self._pictures_key(sources)
         with locked(folder):
             if not (folder / "report.json").is_file() or read_json(folder / "report.json").get("key") != key:
-                self._build_pictures(folder, size, resize, threads, key)
+                self._build_pictures(folder, size, resize, threads, key, sources)
         return Pictures(folder)
 
-    def _sources(self) -> pa.ChunkedArray:
-        if "image" in self.table.column_names:
-            return self.table.column("image")
-        return pa.chunked_array([pa.nulls(len(self), pa.string())])
+    def pictures_per_item(self, column: str) -> int:
+        """How many pictures the longest cell of a column holds; 1 for a column that is not of lists."""
+        cells = self.table.column(column)
+        if not _is_list(cells.type):
+            return 1
+        return max(1, pc.max(pc.list_value_length(cells)).as_py() or 0)  # type: ignore[attr-defined]
 
-    def _pictures_key(self) -> str:
+    def _sources(self, column: str, place: int) -> pa.ChunkedArray:
+        if column not in self.table.column_names:
+            return pa.chunked_array([pa.nulls(len(self), pa.string())])
+        cells = self.table.column(column)
+        if _is_list(cells.type):
+            long_enough = pc.greater(pc.list_value_length(cells), place)  # type: ignore[attr-defined]
+            there = np.flatnonzero(np.asarray(pc.fill_null(long_enough, False)))  # type: ignore[attr-defined]
+            picked = one_array(pc.list_element(cells.take(pa.array(there)), place))  # type: ignore[attr-defined]
+            index = np.zeros(len(self), np.int64)
+            index[there] = np.arange(len(there))
+            mask = np.ones(len(self), bool)
+            mask[there] = False
+            cells = pa.chunked_array([picked.take(pa.array(index, mask=mask))])
+        return picture_sources(cells, "items table", column)
+
+    def _pictures_key(self, cells: pa.ChunkedArray) -> str:
         """Changes with the ids and the picture cells; of encoded pictures it looks at the sizes, not at all bytes."""
-        cells = self._sources()
         if not pa.types.is_string(cells.type):
             cells = pc.binary_length(cells)  # type: ignore[attr-defined]
         digests = [fingerprint(str(part.to_pylist()).encode()) for part in (*cells.chunks, self.item_ids)]
-        return fingerprint(digests)
+        return fingerprint(CACHE_FORMAT, digests)
 
-    def _build_pictures(self, folder: Path, size: int, resize: Resize, threads: int, key: str) -> None:
+    def _build_pictures(
+        self, folder: Path, size: int, resize: Resize, threads: int, key: str, sources: pa.ChunkedArray
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "report.json").unlink(missing_ok=True)
-        sources = self._sources()
         wanted = np.flatnonzero(np.asarray(sources.is_valid()))
         values_path, progress_path = folder / "values.npy", folder / "progress.json"
         progress = read_json(progress_path) if progress_path.is_file() else {}
         shape = (len(wanted), 3, size, size)
-        if progress.get("key") == key and values_path.is_file():
-            values = open_memmap(values_path, mode="r+")
+        hashes_path = folder / "hashes.npy"
+        if progress.get("key") == key and values_path.is_file() and hashes_path.is_file():
+            values, hashes = open_memmap(values_path, mode="r+"), np.load(hashes_path, allow_pickle=False)
         else:
             progress_path.unlink(missing_ok=True)
             progress = {"key": key, "done": 0, "rejected": []}
-            values = _reserve(values_path, shape)
+            values, hashes = _reserve(values_path, shape), np.zeros(len(wanted), np.int64)
 
         def decode(position: int) -> str | None:
             source = sources[int(wanted[position])].as_py()
             try:
-                values[position] = decode_picture(read_picture(source, self.root), size, resize).numpy()
+                pixels = decode_picture(read_picture(source, self.root), size, resize).numpy()
+                values[position] = pixels
+                hashes[position] = int.from_bytes(blake2b(pixels.tobytes(), digest_size=8).digest(), signed=True)
             except PictureError as error:
                 return error.reason
             return None
@@ -178,7 +207,9 @@ class Catalog:
                 if isinstance(values, np.memmap):
                     values.flush()
                 progress["done"] = positions.stop
+                np.save(hashes_path, hashes, allow_pickle=False)
                 write_json(progress_path, progress)
+        np.save(hashes_path, hashes, allow_pickle=False)
         index = np.full(len(self), -1, np.int32)
         index[wanted] = np.arange(len(wanted))
         rejected = [int(wanted[position]) for position, _ in progress["rejected"]]
@@ -208,6 +239,27 @@ class Catalog:
         table, _ = clean_items(dataset_table(dataset), "dataset")
         folder.mkdir(parents=True, exist_ok=True)
         return cls(table, folder, root)
+
+
+def picture_sources(column: pa.ChunkedArray, source: Any, name: str = "image") -> pa.ChunkedArray:
+    """Relative paths (string) or encoded pictures (binary); a struct of both, as `datasets` has it, becomes bytes."""
+    kind = column.type
+    if pa.types.is_struct(kind):
+        data, path = pc.struct_field(column, "bytes"), pc.struct_field(column, "path")  # type: ignore[attr-defined]
+        if not pc.any(pc.and_(pc.is_null(data), pc.is_valid(path))).as_py():  # type: ignore[attr-defined]
+            return data.cast(pa.large_binary())
+        if data.null_count == len(data):
+            return path.cast(pa.string())
+        raise ValueError(f"{source}: column {name!r} mixes paths and bytes; use one of them for all items")
+    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+        return column.cast(pa.large_binary())
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind):
+        return column.cast(pa.string())
+    raise ValueError(f"{source}: column {name!r} has type {kind}; it holds relative paths, bytes or nulls")
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
 
 
 def _reserve(path: Path, shape: tuple[int, ...]) -> np.ndarray:

@@ -14,3 +14,13 @@ def splitmix64(x: np.ndarray) -> np.ndarray:
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         return x ^ (x >> np.uint64(31))
+
+
+def hashed_uniform(seed: int, step: int, keys: np.ndarray) -> np.ndarray:
+    """(n,) numbers in [0, 1) that depend on (seed, step, key) alone: the same draw in every process and worker."""
+    with np.errstate(over="ignore"):
+        x = keys.astype(np.uint64) + np.uint64(seed) * GOLDEN
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9) + np.uint64(step)
+    # twice: neighbouring steps and keys must not look alike
+    x = splitmix64(splitmix64(x))
+    return (x >> np.uint64(11)) * 2.0**-53

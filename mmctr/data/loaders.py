@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from mmctr.data.batches import BehaviorBatch, Features, ItemBatch, jagged_rows
-from mmctr.data.catalog import Pictures
+from mmctr.data.content import ItemContent
 from mmctr.data.features import BehaviorView, FeatureColumns
-from mmctr.data.hashing import GOLDEN, splitmix64
+from mmctr.data.hashing import hashed_uniform
 from mmctr.data.interactions import Impressions
 
 BatchT = TypeVar("BatchT")
@@ -108,53 +108,6 @@ class _Steps(TorchDataset):
         if epoch != self._epoch:
             self._epoch, self._order = epoch, self.plan.order(epoch)
         return self.collate(self.plan.rows(step, self._order), step)
-
-
-def hashed_uniform(seed: int, step: int, keys: np.ndarray) -> np.ndarray:
-    """(n,) numbers in [0, 1) that depend on (seed, step, key) alone: the same draw in every process and worker."""
-    with np.errstate(over="ignore"):
-        x = keys.astype(np.uint64) + np.uint64(seed) * GOLDEN
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9) + np.uint64(step)
-    # twice: neighbouring steps and keys must not look alike
-    x = splitmix64(splitmix64(x))
-    return (x >> np.uint64(11)) * 2.0**-53
-
-
-@dataclass(frozen=True)
-class ItemContent:
-    """Pictures and tokens of a catalog, for batches whose items are to be encoded."""
-
-    pictures: Pictures | None
-    input_ids: Tensor | None
-    """(N, T) int32"""
-    has_text: Tensor | None
-    """(N,) bool"""
-
-    def batch(self, rows: Tensor, features: Features | None = None, encode: Tensor | None = None) -> ItemBatch:
-        """The ItemBatch of the given catalog rows, with the content of all of them or of the positions `encode`."""
-        picked = rows if encode is None else rows[encode]
-        image, has_image = self.pictures.take(picked) if self.pictures else (None, None)
-        return ItemBatch(
-            row=rows,
-            features=features or {},
-            image=image,
-            has_image=has_image,
-            input_ids=self.input_ids[picked].long() if self.input_ids is not None else None,
-            has_text=self.has_text[picked] if self.has_text is not None else None,
-            encode=encode,
-        )
-
-
-@dataclass(frozen=True)
-class PairCollator:
-    """Training rows -> ItemBatch with picture and text of each."""
-
-    content: ItemContent
-    catalog_rows: np.ndarray
-    """catalog row of each training row"""
-
-    def __call__(self, rows: np.ndarray, step: int = 0) -> ItemBatch:
-        return self.content.batch(torch.from_numpy(self.catalog_rows[rows]))
 
 
 class NegativeSampler:

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
 
-from mmctr.data.catalog import Catalog, dataset_table
+from mmctr.data.catalog import Catalog, dataset_table, picture_sources
 from mmctr.data.interactions import Interactions
 from mmctr.data.tables import (
     as_ids,
@@ -34,7 +34,7 @@ from mmctr.files import cache_folder, fingerprint, locked, read_json, replace_fo
 
 FORMAT = 1
 _WRITTEN = ("prepared.json", "report.json", "items.parquet", "interactions", "context.parquet", "users.parquet")
-_CACHES = ("pictures-", "tokens-")
+_CACHES = ("pictures-", "tokens-", "features-")
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,10 @@ class Dataset:
     folder: Path
     catalog: Catalog
     report: dict[str, Any]
+
+    @property
+    def has_interactions(self) -> bool:
+        return (self.folder / "interactions").exists()
 
     @cached_property
     def interactions(self) -> Interactions:
@@ -201,7 +205,7 @@ def clean_items(table: pa.Table, name: str) -> tuple[pa.Table, dict[str, Any]]:
         if column_name == "item_id":
             continue
         column = kept.column(column_name)
-        columns[column_name] = _picture_sources(column, name) if column_name == "image" else column
+        columns[column_name] = picture_sources(column, name) if column_name == "image" else column
     report: dict[str, Any] = {
         "rows": len(ids),
         "kept": int(first.sum()),
@@ -215,23 +219,6 @@ def clean_items(table: pa.Table, name: str) -> tuple[pa.Table, dict[str, Any]]:
         columns["title"] = titles
         report["without title"] = titles.null_count
     return pa.table(columns), report
-
-
-def _picture_sources(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
-    """Relative paths (string) or encoded pictures (binary); a struct of both, as `datasets` has it, becomes bytes."""
-    kind = column.type
-    if pa.types.is_struct(kind):
-        data, path = pc.struct_field(column, "bytes"), pc.struct_field(column, "path")  # type: ignore[attr-defined]
-        if not pc.any(pc.and_(pc.is_null(data), pc.is_valid(path))).as_py():  # type: ignore[attr-defined]
-            return data.cast(pa.large_binary())
-        if data.null_count == len(data):
-            return path.cast(pa.string())
-        raise ValueError(f"{name}: column 'image' mixes paths and bytes; use one of them for all items")
-    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
-        return column.cast(pa.large_binary())
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind):
-        return column.cast(pa.string())
-    raise ValueError(f"{name}: column 'image' has type {kind}; it holds relative paths, bytes or nulls")
 
 
 def _write_log(log: pa.Table, log_path: Path, users_path: Path | None, items: pa.Table, folder: Path) -> dict[str, Any]:

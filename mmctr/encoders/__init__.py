@@ -4,8 +4,9 @@ from typing import Annotated
 
 from pydantic import Field
 
-from mmctr.encoders.hf import HFEncoderConfig, TowersEncoderConfig
+from mmctr.encoders.hf import HFEncoderConfig
 from mmctr.encoders.openclip import OpenClipEncoderConfig
+from mmctr.encoders.towers import TowersEncoderConfig
 
 EncoderConfig = Annotated[
     OpenClipEncoderConfig | HFEncoderConfig | TowersEncoderConfig,

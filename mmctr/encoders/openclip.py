@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import logging
 import tempfile
@@ -10,14 +11,13 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from mmctr.config import Config
-from mmctr.encoders.base import AugmentConfig, EncoderBase, TowerMode
+from mmctr.encoders.base import EncoderBase, EncoderOptions, TowerMode
 from mmctr.files import write_json
 
 CONFIG_NAME = "open_clip_config.json"
 
 
-class OpenClipEncoderConfig(Config):
+class OpenClipEncoderConfig(EncoderOptions):
     name: Literal["openclip"] = "openclip"
     model: str | None = None
     """open_clip's name ("ViT-B-32"), or "hf-hub:org/name", or "local-dir:path"; None when `architecture` is given"""
@@ -27,7 +27,10 @@ class OpenClipEncoderConfig(Config):
     """an open_clip model config (embed_dim, vision_cfg, text_cfg), or a JSON file of one: a small model from scratch"""
     image: TowerMode = "full"
     text: TowerMode = "full"
-    augment: AugmentConfig = AugmentConfig()
+
+    @property
+    def modes(self) -> dict[str, TowerMode]:
+        return {"image": self.image, "text": self.text}
 
     def build(self, folder: Path | None = None) -> OpenClipEncoder:
         """From names and weights; or, given the folder `save` wrote, the same architecture with fresh weights."""
@@ -47,11 +50,11 @@ class OpenClipEncoder(EncoderBase):
         else:
             raise ValueError("encoder: give `model` (an open_clip name) or `architecture` (a small model's config)")
         preprocess = _open_clip().get_model_preprocess_cfg(model)
-        super().__init__(tuple(preprocess["mean"]), tuple(preprocess["std"]), config.augment)
+        super().__init__(tuple(preprocess["mean"]), tuple(preprocess["std"]), config)
         self.model = model
         size = preprocess["size"]
         self.image_size = size if isinstance(size, int) else size[0]
-        self.dim = int(self._architecture["embed_dim"])
+        self.image_dim = self.text_dim = int(self._architecture["embed_dim"])
         # the task owns temperature and bias; a second pair here would be parameters without a gradient
         if folder is None and (config.pretrained or (config.model or "").startswith(("hf-hub:", "local-dir:"))):
             self.logit_scale = float(model.logit_scale)
@@ -60,20 +63,23 @@ class OpenClipEncoder(EncoderBase):
         if getattr(model, "logit_bias", None) is not None:
             model.logit_bias.requires_grad_(False)
         self.tokenizer_key = f"openclip {json.dumps(self._architecture.get('text_cfg'), sort_keys=True)}"
-        self.set_modes(config.image, config.text)
+        self.set_up(folder)
 
     def tower(self, name: str) -> list[nn.Module]:
         if name == "image":
             return [self.model.visual]
         if hasattr(self.model, "text"):
             return [self.model.text]
-        return [self.model.transformer, self.model.token_embedding, self.model.ln_final]
+        modules = [self.model.transformer, self.model.token_embedding, self.model.ln_final]
+        projection = self.model.text_projection
+        return [*modules, projection] if isinstance(projection, nn.Module) else modules
 
-    def set_modes(self, image: TowerMode, text: TowerMode) -> None:
-        super().set_modes(image, text)
-        if text == "frozen" and not hasattr(self.model, "text"):
-            self.model.positional_embedding.requires_grad_(False)
-            self.model.text_projection.requires_grad_(False)  # a parameter or a layer: both have it
+    def tower_parameters(self, name: str) -> list[nn.Parameter]:
+        parameters = super().tower_parameters(name)
+        if name == "text" and not hasattr(self.model, "text"):
+            outside = (self.model.positional_embedding, self.model.text_projection)
+            parameters += [p for p in outside if isinstance(p, nn.Parameter)]
+        return parameters
 
     def encode_image(self, image: Tensor) -> Tensor:
         with self.gradient("image"):
@@ -90,6 +96,7 @@ class OpenClipEncoder(EncoderBase):
         folder.mkdir(parents=True, exist_ok=True)
         preprocess = _open_clip().get_model_preprocess_cfg(self.model)
         write_json(folder / CONFIG_NAME, {"model_cfg": self._architecture, "preprocess_cfg": preprocess})
+        self.save_adapters(folder)
         hf = getattr(self._tokenizer, "tokenizer", None)
         if hf is not None and hasattr(hf, "save_pretrained"):
             hf.save_pretrained(folder)
@@ -136,11 +143,10 @@ def _from_name(name: str, pretrained: str | None) -> tuple[Any, Any, dict[str, A
     try:
         architecture = open_clip.get_model_config(name)
         if architecture is None:
-            close = (
-                ", ".join(n for n in open_clip.list_models() if n.lower()[:5] == name.lower()[:5][:5])
-                or "open_clip.list_models()"
-            )
-            raise ValueError(f"encoder.model: open_clip has no model {name!r}; for example {close}")
+            known = {model.lower(): model for model in open_clip.list_models()}
+            close = [known[match] for match in difflib.get_close_matches(name.lower(), known, n=3)]
+            hint = f"did you mean {' or '.join(close)}?" if close else "open_clip.list_models() names them"
+            raise ValueError(f"encoder.model: open_clip has no model {name!r}; {hint}")
         load = pretrained is not None or ":" in name
         model = open_clip.create_model(name, pretrained=pretrained, load_weights=load)
         return model, open_clip.get_tokenizer(name), architecture

@@ -10,16 +10,15 @@ import torch
 from torch import Tensor
 
 from mmctr.data.batches import BehaviorBatch, Jagged
+from mmctr.data.content import ItemContent, PictureField, TextField
 from mmctr.data.crosses import CrossFeature, cross_features
 from mmctr.data.features import FeatureColumns
 from mmctr.data.interactions import ColdItemsSplit, Impressions, split_interactions
 from mmctr.data.loaders import (
     BatchPlan,
     BehaviorCollator,
-    ItemContent,
     NegativeSampler,
     TrainBatches,
-    hashed_uniform,
 )
 from mmctr.data.prepare import prepare
 from tests.worlds import picture, random_log, write_dataset
@@ -81,35 +80,6 @@ def test_a_batch_that_does_not_fit(args, expected):
 
 
 # Random numbers -----------------------------------------------------------------------------------
-
-
-def test_hashed_uniform_is_uniform():
-    n, bins = 200_000, 100
-    for seed, step in ((0, 0), (0, 1), (7, 123_456), (2**31, 2**40)):
-        for keys in (np.arange(n), np.arange(n) * 1024, np.arange(n) + 2**40):
-            draws = hashed_uniform(seed, step, keys)
-            assert draws.min() >= 0 and draws.max() < 1
-            counts = np.bincount((draws * bins).astype(int), minlength=bins)
-            chi_square = ((counts - n / bins) ** 2 / (n / bins)).sum()
-            assert 40 < chi_square < 180  # of mean 99 and deviation 14
-            assert abs(np.corrcoef(draws[1:], draws[:-1])[0, 1]) < 0.012
-
-
-def test_hashed_uniform_of_other_seeds_and_steps_is_unrelated():
-    keys = np.arange(50_000)
-    draws = [hashed_uniform(seed, step, keys) for seed in range(3) for step in (0, 1, 2, 1000)]
-    correlation = np.corrcoef(draws) - np.eye(len(draws))
-    assert np.abs(correlation).max() < 0.025
-    one_key = np.array([hashed_uniform(0, step, np.array([5]))[0] for step in range(3000)])
-    assert abs(one_key.mean() - 0.5) < 0.03 and abs(one_key.std() - 12**-0.5) < 0.02
-
-
-def test_hashed_uniform_depends_on_the_key_alone():
-    keys = np.random.default_rng(0).permutation(1000)
-    draws = dict(zip(keys.tolist(), hashed_uniform(3, 9, keys).tolist(), strict=True))
-    assert hashed_uniform(3, 9, keys[::-1][:50]).tolist() == [draws[key] for key in keys[::-1][:50].tolist()]
-    assert hashed_uniform(3, 9, keys[:5].astype(np.int32)).tolist() == [draws[key] for key in keys[:5].tolist()]
-    assert hashed_uniform(3, 9, keys[:0]).tolist() == []
 
 
 # Collation ----------------------------------------------------------------------------------------
@@ -228,7 +198,7 @@ def test_content_of_targets_and_histories(tmp_path):
     folder = write_dataset(tmp_path / "d", {"item_id": list(range(NUM_ITEMS)), "image": pa.array(images, pa.binary())})
     pictures = prepare(folder, tmp_path / "out").catalog.pictures(8, "squash")
     tokens = torch.arange(NUM_ITEMS * 3, dtype=torch.int32).reshape(-1, 3)
-    content = ItemContent(pictures, tokens, torch.arange(NUM_ITEMS) % 5 > 0)
+    content = ItemContent((PictureField(pictures),), (TextField(tokens, torch.arange(NUM_ITEMS) % 5 > 0),))
     part = impressions()
     rows = np.arange(0, len(part), 40)
     whole = collator(part, content=content)(rows)

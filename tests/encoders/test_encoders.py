@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import pytest
 import torch
@@ -43,7 +44,6 @@ ENCODERS = {
             | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
             "context_length": 12,
         },
-        "dim": 8,
     },
 }
 
@@ -51,6 +51,13 @@ ENCODERS = {
 def build(name: str, **values) -> EncoderBase:
     torch.manual_seed(0)
     return TypeAdapter(EncoderConfig).validate_python(ENCODERS[name] | values).build()
+
+
+def with_modes(name: str, image: str = "full", text: str = "full") -> dict[str, Any]:
+    """The values of `build` for towers of these modes."""
+    if name != "towers":
+        return {"image": image, "text": text}
+    return {part: ENCODERS[name][part] | {"mode": mode} for part, mode in (("image", image), ("text", text))}
 
 
 def pixels(n=3, size=32) -> torch.Tensor:
@@ -68,7 +75,7 @@ def test_padding_does_not_reach_the_features_of_a_text():
     with torch.no_grad():
         ids = encoder.tokenize(["red"]).long()
         hidden = encoder.text_backbone(input_ids=ids[:, :3]).last_hidden_state  # start, red, end
-        torch.testing.assert_close(encoder.text_backbone_features(ids), hidden.mean(1), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(encoder.encode_text(ids), hidden.mean(1), rtol=1e-4, atol=1e-5)
 
 
 def test_pixels_are_scaled_normalised_and_resized():
@@ -99,10 +106,7 @@ def test_augmentation():
 @pytest.mark.parametrize("tower", ["image", "text"])
 @pytest.mark.parametrize("name", ENCODERS)
 def test_a_frozen_tower_gets_no_gradient_and_stays_in_evaluation(name, tower):
-    if name == "towers":
-        encoder = build(name, **{tower: ENCODERS["towers"][tower] | {"mode": "frozen"}})
-    else:
-        encoder = build(name, **{tower: "frozen"})
+    encoder = build(name, **with_modes(name, **{tower: "frozen"}))
     encoder.train()
     assert all(not module.training for part in encoder.tower(tower) for module in part.modules())
     other = "text" if tower == "image" else "image"
@@ -119,7 +123,8 @@ def test_mistakes_are_explained():
     cases = {
         "give `model`": {"name": "openclip"},
         "not both": {"name": "openclip", "model": "ViT-B-32", "architecture": ARCHITECTURE},
-        "no model 'ViT-B-33'": {"name": "openclip", "model": "ViT-B-33"},
+        "no model 'vit-b-33'; did you mean ViT-B-32 or": {"name": "openclip", "model": "vit-b-33"},
+        "no model 'something'; open_clip.list_models": {"name": "openclip", "model": "something"},
         "'text_cfg' is missing": {
             "name": "openclip",
             "architecture": {"embed_dim": 8, "vision_cfg": ARCHITECTURE["vision_cfg"]},

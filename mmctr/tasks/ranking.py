@@ -1,10 +1,8 @@
-"""PretrainTask and RankingTask: `batch -> named, weighted loss terms`; saved folders describe themselves."""
+"""RankingTask: ItemEmbedder, user and context features and a ranker."""
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
-from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -16,128 +14,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mmctr.config import Config
-from mmctr.data.batches import BehaviorBatch, ItemBatch
+from mmctr.data.batches import BehaviorBatch
 from mmctr.data.ranking import FeatureConfigs, RankingVocabulary
 from mmctr.data.tables import as_ids, read_table, rows_of
-from mmctr.encoders import EncoderConfig
 from mmctr.files import read_json, replace_file, write_json
 from mmctr.fusion import ContentEncoder, FeatureEmbedder, ItemEmbedder, ItemEmbedderConfig, initial_std
-from mmctr.losses import clip_loss, siglip_loss
 from mmctr.optimizers import RowTable, share_of_processes
 from mmctr.rankers import RankerConfig
 from mmctr.rankers.din import DINConfig
 from mmctr.rankers.layers import RankerInput
-from mmctr.training import save_weights
-
-
-class ClipLossConfig(Config):
-    name: Literal["clip"] = "clip"
-    weight: float = Field(default=1.0, gt=0)
-
-
-class SigLipLossConfig(Config):
-    name: Literal["siglip"] = "siglip"
-    weight: float = Field(default=1.0, gt=0)
-
-
-class PretrainTaskConfig(Config):
-    encoder: EncoderConfig
-    loss: Annotated[ClipLossConfig | SigLipLossConfig, Field(discriminator="name")] = ClipLossConfig()
-    item_vector: Literal["mean", "concat"] = "mean"
-    """the embedding of an item: the mean of its unit-norm picture and text features, or both side by side; a missing
-    one is stood in for by the other, and the result has unit norm"""
-
-
-class PretrainTask(nn.Module):
-    """Image-text contrastive pretraining, and the item embeddings that come of it."""
-
-    def __init__(self, config: PretrainTaskConfig, folder: Path | None = None):
-        super().__init__()
-        self.config = config
-        self.encoder = config.encoder.build(folder)
-        sigmoid = config.loss.name == "siglip"
-        scale, bias = self.encoder.logit_scale, self.encoder.logit_bias
-        if scale is None:
-            scale = math.log(10) if sigmoid else math.log(1 / 0.07)
-        self.logit_scale = nn.Parameter(torch.tensor(float(scale)))
-        self.logit_bias = nn.Parameter(torch.tensor(-10.0 if bias is None else bias)) if sigmoid else None
-
-    @property
-    def embedding_dim(self) -> int:
-        return self.encoder.dim * (2 if self.config.item_vector == "concat" else 1)
-
-    def image_features(self, items: ItemBatch) -> Tensor:
-        """(E, dim) unit norm; rows without a picture mean nothing."""
-        return F.normalize(self.encoder.encode_image(items.image).float(), dim=-1)  # type: ignore[arg-type]
-
-    def text_features(self, items: ItemBatch) -> Tensor:
-        """(E, dim) unit norm; rows without text mean nothing."""
-        return F.normalize(self.encoder.encode_text(items.input_ids).float(), dim=-1)  # type: ignore[arg-type]
-
-    @property
-    def shares_space(self) -> bool:
-        """Whether pictures and texts can be compared: not when separate towers give their raw features."""
-        return getattr(self.config.encoder, "dim", 1) is not None
-
-    def _require_shared_space(self) -> None:
-        if not self.shares_space:
-            raise ValueError(
-                "encoder.dim is null: the towers share no space; export one modality (`mmctr embed --modality image`), "
-                "or set encoder.dim to train projections"
-            )
-
-    def forward(self, batch: ItemBatch) -> dict[str, Tensor]:
-        """Every item of the batch has both picture and text; `row` says which rows are the same item."""
-        self._require_shared_space()
-        image, text = self.image_features(batch), self.text_features(batch)
-        scale, weight = self.logit_scale.exp(), self.config.loss.weight
-        if self.logit_bias is None:
-            return {"clip": weight * clip_loss(image, text, scale, batch.row)}
-        return {"siglip": weight * siglip_loss(image, text, scale, self.logit_bias, batch.row)}
-
-    def embed(self, items: ItemBatch) -> tuple[Tensor, Tensor]:
-        """Item embeddings: (E, embedding_dim) unit norm, and the (E,) mask of items with a picture or a text."""
-        self._require_shared_space()
-        some = items.has_image if items.has_image is not None else items.has_text
-        assert some is not None, "embed needs pictures or texts"
-        none = torch.zeros_like(some)
-        has_image = none if items.has_image is None else items.has_image
-        has_text = none if items.has_text is None else items.has_text
-        image = text = some.new_zeros((len(some), self.encoder.dim), dtype=torch.float32)
-        if items.image is not None:
-            image = torch.where(has_image[:, None], self.image_features(items), 0.0)
-        if items.input_ids is not None:
-            text = torch.where(has_text[:, None], self.text_features(items), 0.0)
-        if self.config.item_vector == "mean":
-            vectors = image + text
-        else:
-            vectors = torch.cat(
-                [torch.where(has_image[:, None], image, text), torch.where(has_text[:, None], text, image)], 1
-            )
-        return F.normalize(vectors, dim=-1), has_image | has_text
-
-    def parameter_parts(self) -> dict[str, list[nn.Parameter]]:
-        heads = [self.logit_scale] if self.logit_bias is None else [self.logit_scale, self.logit_bias]
-        return {"encoder": list(self.encoder.parameters()), "heads": heads}
-
-    @torch.no_grad()
-    def after_step(self) -> None:
-        """Keep the temperature within [1/100, 1], as CLIP did."""
-        self.logit_scale.clamp_(0, math.log(100))
-
-    def save(self, folder: Path) -> None:
-        """`task.json`, `encoder/` (architecture, tokenizer) and `model.safetensors`."""
-        self.encoder.save(folder / "encoder")
-        _save_task(self, folder)
-
-    @classmethod
-    def load(cls, folder: str | Path) -> PretrainTask:
-        """From a run folder. Raises ValueError when it is not one of a pretraining run."""
-        folder = Path(folder)
-        config = PretrainTaskConfig.parse(_task_config(folder, "pretrain"), source=str(folder / "task.json"))
-        task = cls(config, folder / "encoder")
-        task.load_state_dict(_weights(folder))
-        return task.eval()
+from mmctr.tasks.folder import save_task, task_config, task_weights
+from mmctr.tasks.pretrain import PretrainTask, PretrainTaskConfig
 
 
 class RankingTaskConfig(Config):
@@ -185,7 +72,7 @@ class RankingTask(nn.Module):
             config.ranker.weight_dim,
         )
         if encoder is not None:
-            # temperature and bias take part in no ranking loss: parameters without a gradient stop many processes
+            # temperatures take part in no ranking loss: parameters without a gradient stop many processes
             for parameter in encoder.parameter_parts()["heads"]:
                 parameter.requires_grad_(False)
         std = initial_std(config.embedder, config.ranker.weight_dim)
@@ -269,8 +156,8 @@ class RankingTask(nn.Module):
             if name.startswith(("embedder.ids.", "users.")):
                 parts["id"].append(parameter)
             elif name.startswith("embedder.encoder."):
-                # the temperature takes part in no ranking loss
-                if not name.startswith(("embedder.encoder.logit_",)):
+                # temperatures take part in no ranking loss
+                if not name.startswith("embedder.encoder.objectives."):
                     parts["encoder"].append(parameter)
             else:
                 parts["content" if name.startswith("embedder.adapter.") else "ranker"].append(parameter)
@@ -291,7 +178,7 @@ class RankingTask(nn.Module):
         if self.catalog_ids is not None:
             ids = pa.table({"item_id": self.catalog_ids})
             replace_file(folder / "catalog.parquet", lambda path: pyarrow.parquet.write_table(ids, path))
-        _save_task(self, folder)
+        save_task(self, "ranking", folder)
 
     def bind(self, item_ids: pa.Array) -> None:
         """Put the kept content vectors in the order of another catalog; items they lack count as without content."""
@@ -306,9 +193,9 @@ class RankingTask(nn.Module):
     def load(cls, folder: str | Path) -> RankingTask:
         """From a run folder; content vectors are in the order of the catalog it was trained with (see `bind`)."""
         folder = Path(folder)
-        config = RankingTaskConfig.parse(_task_config(folder, "ranking"), source=str(folder / "task.json"))
+        config = RankingTaskConfig.parse(task_config(folder, "ranking"), source=str(folder / "task.json"))
         vocabulary = RankingVocabulary.load(folder / "vocabulary")
-        weights = _weights(folder)
+        weights = task_weights(folder)
         table = encoder = None
         if isinstance(config.embedder.content, ContentEncoder):
             pretrain = PretrainTaskConfig.parse(read_json(folder / "encoder" / "pretrain.json"))
@@ -323,27 +210,3 @@ class RankingTask(nn.Module):
         task = cls(config, vocabulary, table, encoder, ids)
         task.load_state_dict(weights)
         return task.eval()
-
-
-def _save_task(task: nn.Module, folder: Path) -> None:
-    kind = "pretrain" if isinstance(task, PretrainTask) else "ranking"
-    config: Config = task.config  # type: ignore[assignment]
-    replace_file(folder / "model.safetensors", lambda path: save_weights(task, path))
-    write_json(folder / "task.json", {"kind": kind, "config": config.model_dump(mode="json")})
-
-
-def _task_config(folder: Path, kind: str) -> dict[str, Any]:
-    if not (folder / "task.json").is_file():
-        raise ValueError(f"{folder}: not the folder of a finished run (no task.json)")
-    saved = read_json(folder / "task.json")
-    if saved["kind"] != kind:
-        recipe = {"pretrain": "pretrain.train", "ranking": "finetune.train"}
-        raise ValueError(f"{folder}: a {saved['kind']} run; this needs a run of {recipe[kind]}")
-    return saved["config"]
-
-
-def _weights(folder: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(folder / "model.safetensors")
-    except Exception as error:
-        raise ValueError(f"{folder / 'model.safetensors'}: cannot be read ({error}); train the run again") from None

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -9,140 +8,17 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from mmctr.data.batches import ItemBatch
+from mmctr.data.content import ItemContent, PictureField, TextField
 from mmctr.data.interactions import ColdItemsSplit, split_interactions
-from mmctr.data.loaders import ItemContent, NegativeSampler
+from mmctr.data.loaders import NegativeSampler
 from mmctr.data.prepare import open_dataset
 from mmctr.data.ranking import RankingData, RankingVocabulary
 from mmctr.evaluation import embed_catalog
 from mmctr.fusion import ContentEncoder, ContentTable, ItemEmbedderConfig
 from mmctr.optimizers import OptimizerConfig, make_optimizer
 from mmctr.rankers import DINConfig, LRConfig, LSPLMConfig
-from mmctr.tasks import PretrainTask, PretrainTaskConfig, RankingTask, RankingTaskConfig
-from tests.encoders.test_encoders import ENCODERS
-from tests.tiny import ARCHITECTURE
-
-OPENCLIP = {"name": "openclip", "architecture": ARCHITECTURE}
-
-
-def pretrain_task(encoder=OPENCLIP, **values) -> PretrainTask:
-    torch.manual_seed(0)
-    return PretrainTask(PretrainTaskConfig.parse({"encoder": encoder, **values}))
-
-
-def item_batch(task: PretrainTask, n=5) -> ItemBatch:
-    size = task.encoder.image_size
-    g = torch.Generator().manual_seed(0)
-    return ItemBatch(
-        row=torch.arange(n),
-        image=torch.randint(0, 256, (n, 3, size, size), generator=g, dtype=torch.uint8),
-        has_image=torch.tensor([True, False, True, False, True])[:n],
-        input_ids=task.encoder.tokenize(["a red circle", "blue", "", "", "green star"][:n]).long(),
-        has_text=torch.tensor([True, True, False, False, True])[:n],
-    )
-
-
-@torch.no_grad()
-def test_item_vectors_by_hand():
-    """Both: mean or side by side; one alone stands in for the other; none: zeros and False. All of unit norm."""
-    for item_vector in ("mean", "concat"):
-        task = pretrain_task(item_vector=item_vector).eval()
-        batch = item_batch(task)
-        image, text = task.image_features(batch), task.text_features(batch)
-        for features in (image, text):
-            torch.testing.assert_close(features.norm(dim=1), torch.ones(5))
-        vectors, has = task.embed(batch)
-        assert has.tolist() == [True, True, True, False, True] and vectors.shape == (5, task.embedding_dim)
-        for row, (i, t) in enumerate(
-            [(image[0], text[0]), (text[1], text[1]), (image[2], image[2]), (None, None), (image[4], text[4])]
-        ):
-            if i is None:
-                assert vectors[row].eq(0).all()
-                continue
-            whole = i + t if item_vector == "mean" else torch.cat([i, t])
-            torch.testing.assert_close(vectors[row], whole / whole.norm())
-
-
-@torch.no_grad()
-def test_items_of_one_modality():
-    task = pretrain_task().eval()
-    batch = item_batch(task)
-    texts = replace(batch, image=None, has_image=None)
-    vectors, has = task.embed(texts)
-    assert has.tolist() == batch.has_text.tolist()
-    torch.testing.assert_close(vectors[0], task.text_features(batch)[0])
-    vectors, has = task.embed(replace(batch, input_ids=None, has_text=None))
-    assert has.tolist() == batch.has_image.tolist()
-    torch.testing.assert_close(vectors[0], task.image_features(batch)[0])
-
-
-def test_terms_are_weighted_and_named_after_the_loss():
-    for name in ("clip", "siglip"):
-        one, three = (pretrain_task(loss={"name": name, "weight": w}).eval() for w in (1, 3))
-        batch = item_batch(one)
-        terms, tripled = one(batch), three(batch)
-        assert list(terms) == [name]
-        torch.testing.assert_close(tripled[name], 3 * terms[name])
-    assert pretrain_task().logit_scale.exp().item() == pytest.approx(1 / 0.07)
-    siglip = pretrain_task(loss={"name": "siglip"})
-    assert siglip.logit_scale.exp().item() == pytest.approx(10) and siglip.logit_bias.item() == -10
-
-
-def test_the_temperature_stays_within_its_bounds():
-    task = pretrain_task()
-    for given, kept in ((-3.0, 1.0), (9.0, 100.0), (2.0, 7.389056)):
-        task.logit_scale.data.fill_(given)
-        task.after_step()
-        assert task.logit_scale.exp().item() == pytest.approx(kept)
-
-
-def test_parts_cover_every_trained_parameter_once():
-    task = pretrain_task(loss={"name": "siglip"})
-    parts = [p for part in task.parameter_parts().values() for p in part]
-    assert {id(p) for p in parts} >= {id(p) for p in task.parameters() if p.requires_grad}
-    assert len(parts) == len({id(p) for p in parts})
-
-
-@pytest.mark.parametrize("item_vector", ["mean", "concat"])
-@pytest.mark.parametrize("encoder", ENCODERS.values(), ids=ENCODERS.keys())
-def test_a_saved_pretraining_task_loads_equal(encoder, item_vector, tmp_path):
-    task = pretrain_task(encoder, item_vector=item_vector, loss={"name": "siglip"}).eval()
-    with torch.no_grad():
-        task.logit_scale += 0.5
-    task.save(tmp_path / "run")
-    torch.manual_seed(99)
-    again = PretrainTask.load(tmp_path / "run")
-    assert not again.training and again.config == task.config
-    batch = item_batch(task)
-    torch.testing.assert_close(
-        again.encoder.tokenize(["a red circle", ""]), task.encoder.tokenize(["a red circle", ""])
-    )
-    with torch.no_grad():
-        assert torch.equal(again.embed(batch)[0], task.embed(batch)[0])
-        assert torch.equal(again(batch)["siglip"], task(batch)["siglip"])
-    assert not list((tmp_path / "run").rglob("*.bin")) and not list((tmp_path / "run").rglob("*.pt"))
-
-
-def test_what_is_no_run_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="not the folder of a finished run"):
-        PretrainTask.load(tmp_path)
-    task = pretrain_task()
-    task.save(tmp_path)
-    with pytest.raises(ValueError, match="a pretrain run; this needs a run of finetune"):
-        RankingTask.load(tmp_path)
-    (tmp_path / "model.safetensors").write_bytes(b"broken")
-    with pytest.raises(ValueError, match=r"model\.safetensors: cannot be read"):
-        PretrainTask.load(tmp_path)
-
-
-def test_towers_without_a_shared_space_are_not_compared():
-    task = pretrain_task(ENCODERS["towers"] | {"dim": None})
-    for call in (task, task.embed):
-        with pytest.raises(ValueError, match=r"encoder\.dim is null"):
-            call(item_batch(task))
-
-
-# Ranking ------------------------------------------------------------------------------------------
+from mmctr.tasks import RankingTask, RankingTaskConfig
+from tests.tasks.test_pretrain import pretrain_task
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +30,8 @@ def world(toy_folder):
     data = RankingData(dataset, vocabulary, config.features, max_history=10)
     encoder = pretrain_task().eval()
     input_ids, has_text = dataset.catalog.tokens(["title"], encoder.encoder.tokenize, encoder.encoder.tokenizer_key)
-    content = ItemContent(dataset.catalog.pictures(32, "shortest"), input_ids, has_text)
+    pictures = PictureField(dataset.catalog.pictures(32, "shortest"))
+    content = ItemContent((pictures,), (TextField(input_ids, has_text),))
     table = embed_catalog(encoder, content, len(dataset.catalog), Accelerator(cpu=True))
     return dataset, splits, vocabulary, data, content, table
 

