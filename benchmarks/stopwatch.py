@@ -28,7 +28,7 @@ class Stopwatch:
         self.batch_size, self.skipped = batch_size, skipped
         self.ends: list[float] = []
         self._hook = register_optimizer_step_post_hook(lambda *_: self.ends.append(time.perf_counter()))
-        self._memory = _Memory()
+        self._memory = Memory()
         self.started, self.foreign = time.perf_counter(), _cpu_seconds() - _own_seconds()
 
     def report(self, num_eval: int, evaluate: Callable[[], float], **more: Any) -> None:
@@ -79,7 +79,7 @@ def _children() -> dict[str, list[str]]:
     return found
 
 
-class _Memory(threading.Thread):
+class Memory(threading.Thread):
     """Largest memory of this process and its living children seen, a few times a second; pages they share count once
     (PSS)."""
 

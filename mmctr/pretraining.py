@@ -338,19 +338,21 @@ def evaluate_pretraining(task: PretrainTask, held_out: HeldOut, accelerator: Acc
     user clicks next is among the 10 nearest of the last one, and the chance that it is nearer than another one, for
     warm items among warm and cold items among cold ones.
     """
-    if not task.shares_space:
-        return {"mean_recall": 0.0}  # two spaces: nothing can be compared
+    together = task.shares_space or task.config.item_vector == "concat"
+    if not together:
+        return {"mean_recall": 0.0}  # two spaces, and no vector of both
     content, rows = held_out.content, held_out.rows
     images, _ = embed_rows(task, content, rows, accelerator, "image")
     texts, _ = embed_rows(task, content, rows, accelerator, "text")
     items, _ = embed_rows(task, content, rows, accelerator)
-    numbers = retrieval_both_ways(images, texts)
-    numbers |= {"alignment": alignment(images, texts), "modality_gap": modality_gap(images, texts)}
+    numbers = retrieval_both_ways(images, texts) if task.shares_space else {"mean_recall": 0.0}
+    if task.shares_space:
+        numbers |= {"alignment": alignment(images, texts), "modality_gap": modality_gap(images, texts)}
     numbers["uniformity"] = uniformity(items)
     for name, values in held_out.attributes.items():
         numbers[f"neighbours_share_{name}"] = neighbour_agreement(items, values)
         prompts, labels = _prompts(values)
-        if len(prompts) > 1:
+        if len(prompts) > 1 and task.shares_space:
             numbers[f"zero_shot_{name}"] = zero_shot_accuracy(images, _text_vectors(task, prompts, accelerator), labels)
     if held_out.coclicks is not None:
         clicks = held_out.coclicks

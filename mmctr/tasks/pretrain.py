@@ -21,12 +21,16 @@ from mmctr.tasks.folder import save_task, task_config, task_weights
 
 
 class ProjectionConfig(Config):
-    """Trained layers behind each tower, into the space where pictures and texts meet."""
+    """Trained layers behind each tower."""
 
     dim: int = Field(default=128, ge=1)
+    """size of the space where pictures and texts meet"""
     hidden: list[int] = []
     """hidden sizes; none: one linear layer"""
     dropout: float = Field(default=0.0, ge=0, lt=1)
+    residual: bool = False
+    """instead of a space of `dim`: the layers give a change of the unit-norm features, none at first, and the features
+    keep their size (CLIP-Adapter: Gao et al. 2021). Towers that share no space then still share none"""
 
 
 class BankConfig(Config):
@@ -83,31 +87,39 @@ class PretrainTask(nn.Module):
         self.text_projection = _projection(config.projection, self.encoder.text_dim)
         self.objectives = config.objectives.build(self.encoder.logit_scale, self.encoder.logit_bias)
         self.bank: MemoryBank | None = None
-        too_long = [size for size in config.matryoshka if size >= self.dim]
+        smallest = min(self.dims)
+        too_long = [size for size in config.matryoshka if size >= smallest]
         if too_long:
             raise ValueError(
-                f"task.matryoshka: {too_long[0]} is not less than the {self.dim} dimensions of the features"
+                f"task.matryoshka: {too_long[0]} is not less than the {smallest} dimensions of the features"
             )
 
     @property
-    def dim(self) -> int:
-        """Size of the features of one modality; of the pictures' where they share no space."""
-        return self.config.projection.dim if self.config.projection else self.encoder.image_dim
+    def dims(self) -> tuple[int, int]:
+        """Sizes of the features of pictures and of texts, the same where they share a space."""
+        projection = self.config.projection
+        if projection is not None and not projection.residual:
+            return projection.dim, projection.dim
+        return self.encoder.image_dim, self.encoder.text_dim
 
     @property
     def embedding_dim(self) -> int:
-        return self.dim * (2 if self.config.item_vector == "concat" else 1)
+        return sum(self.dims) if self.config.item_vector == "concat" else self.dims[0]
 
     @property
     def shares_space(self) -> bool:
-        """Whether pictures and texts can be compared: not when separate towers give their raw features."""
-        return self.encoder.shares_space or self.config.projection is not None
+        """Whether pictures and texts can be compared: not when separate towers give features of their own."""
+        projection = self.config.projection
+        return self.encoder.shares_space or (projection is not None and not projection.residual)
 
-    def _require_shared_space(self) -> None:
-        if not self.shares_space:
+    def _require_space(self, objectives: bool) -> None:
+        """Raises ValueError where towers that share no space would be compared or averaged."""
+        compared = sorted({"clip", "siglip", "query"} & set(self.config.objectives.given)) if objectives else []
+        if not self.shares_space and (compared or self.config.item_vector == "mean"):
+            what = f"task.objectives.{compared[0]}" if compared else "task.item_vector: mean"
             raise ValueError(
-                "the towers share no space: set task.projection to train one, or export one modality "
-                "(`mmctr embed --modality image`)"
+                f"{what}: the towers share no space; set task.projection to train one, or take `item_vector: concat` "
+                f"and objectives on items, or export one modality (`mmctr embed --modality image`)"
             )
 
     def encode(self, items: ItemBatch | None, query_ids: Tensor | None = None) -> ItemFeatures:
@@ -141,12 +153,13 @@ class PretrainTask(nn.Module):
             None if x is None else _unit(x[:, :size]) for x in (features.image, features.text, features.query)
         )
         side_by_side = self.config.item_vector == "concat"
+        dims = self.dims if size is None else (size, size)
         return Views(
             image=image,
             has_image=has_image,
             text=text,
             has_text=has_text,
-            item=_item_vectors(image, has_image, text, has_text, side_by_side),
+            item=_item_vectors(image, has_image, text, has_text, side_by_side, dims),
             has_item=has_image | has_text,
             query_item=None
             if query is None
@@ -160,7 +173,7 @@ class PretrainTask(nn.Module):
 
     def terms(self, features: ItemFeatures, batch: PairBatch) -> dict[str, Tensor]:
         """The weighted objectives, each the mean over the Matryoshka sizes."""
-        self._require_shared_space()
+        self._require_space(objectives=True)
         has_image, has_text = _masks(batch.items)
         terms: dict[str, Tensor] = {}
         sizes = [None, *self.config.matryoshka]
@@ -202,7 +215,7 @@ class PretrainTask(nn.Module):
         Args:
             size: from the first so many dimensions of the features alone, see `matryoshka`.
         """
-        self._require_shared_space()
+        self._require_space(objectives=False)
         views = self.views(self.encode(items), *_masks(items), size)
         return views.item, views.has_item
 
@@ -258,8 +271,8 @@ class MemoryBank(nn.Module):
     def __init__(self, task: PretrainTask, config: BankConfig, num_keys: int):
         super().__init__()
         self.config = config
-        for name in ("image", "text"):
-            self.register_buffer(name, torch.zeros(config.size, task.dim))
+        for name, dim in zip(("image", "text"), task.dims, strict=True):
+            self.register_buffer(name, torch.zeros(config.size, dim))
             self.register_buffer(f"has_{name}", torch.zeros(config.size, dtype=torch.bool))
         self.register_buffer("keys", torch.full((config.size, num_keys), torch.iinfo(torch.int64).min))
         self.register_buffer("place", torch.zeros((), dtype=torch.int64))
@@ -279,8 +292,10 @@ class MemoryBank(nn.Module):
             features = self._follow(task, batch)
         anchor = batch.anchor
         has_image, has_text = (mask[anchor] for mask in _masks(batch.items))
-        none = self.image.new_zeros((len(anchor), self.image.shape[1]))
-        image, text = (none if x is None else x.detach()[anchor].float() for x in (features.image, features.text))
+        image, text = (
+            kept.new_zeros((len(anchor), kept.shape[1])) if x is None else x.detach()[anchor].float()
+            for x, kept in ((features.image, self.image), (features.text, self.text))
+        )
         self._held = tuple(gather_rows(x) for x in (image, text, has_image, has_text, batch.keys[anchor]))
 
     def _follow(self, task: PretrainTask, batch: PairBatch) -> ItemFeatures:
@@ -320,10 +335,27 @@ def _projection(config: ProjectionConfig | None, dim: int) -> nn.Module:
     if config is None:
         return nn.Identity()
     layers: list[nn.Module] = []
+    width = dim
     for hidden in config.hidden:
-        layers += [nn.Linear(dim, hidden), nn.GELU(), nn.Dropout(config.dropout)]
-        dim = hidden
-    return nn.Sequential(*layers, nn.Linear(dim, config.dim, bias=False))
+        layers += [nn.Linear(width, hidden), nn.GELU(), nn.Dropout(config.dropout)]
+        width = hidden
+    if not config.residual:
+        return nn.Sequential(*layers, nn.Linear(width, config.dim, bias=False))
+    last = nn.Linear(width, dim, bias=False)
+    nn.init.zeros_(last.weight)
+    return _Residual(nn.Sequential(*layers, last))
+
+
+class _Residual(nn.Module):
+    """Unit-norm features plus a change of them, which reads them scaled to the size linear layers are made for."""
+
+    def __init__(self, change: nn.Module):
+        super().__init__()
+        self.change = change
+
+    def forward(self, features: Tensor) -> Tensor:
+        features = _unit(features)
+        return features + self.change(features * features.shape[1] ** 0.5)
 
 
 def _of_items(features: Tensor, item: Tensor | None, weight: Tensor | None, has: Tensor | None) -> Tensor:
@@ -349,14 +381,23 @@ def _masks(items: ItemBatch) -> tuple[Tensor, Tensor]:
 
 
 def _item_vectors(
-    image: Tensor | None, has_image: Tensor, text: Tensor | None, has_text: Tensor, side_by_side: bool
+    image: Tensor | None,
+    has_image: Tensor,
+    text: Tensor | None,
+    has_text: Tensor,
+    side_by_side: bool,
+    dims: tuple[int, int],
 ) -> Tensor:
-    """(E, D) or (E, 2 D): zero rows where an item has neither."""
-    some = image if image is not None else text
-    assert some is not None
-    image = torch.zeros_like(some) if image is None else torch.where(has_image[:, None], image, 0.0)
-    text = torch.zeros_like(some) if text is None else torch.where(has_text[:, None], text, 0.0)
+    """(E, D) or (E, D + D'): zero rows where an item has neither. Side by side, a missing one is stood in for by the
+    other where both have one size."""
+    rows = has_image[:, None]
+    image = (
+        rows.new_zeros((len(rows), dims[0]), dtype=torch.float32) if image is None else torch.where(rows, image, 0.0)
+    )
+    rows = has_text[:, None]
+    text = rows.new_zeros((len(rows), dims[1]), dtype=torch.float32) if text is None else torch.where(rows, text, 0.0)
     if not side_by_side:
         return F.normalize(image + text, dim=-1)
-    both = [torch.where(has_image[:, None], image, text), torch.where(has_text[:, None], text, image)]
-    return F.normalize(torch.cat(both, 1), dim=-1)
+    if image.shape[1] == text.shape[1]:
+        image, text = torch.where(has_image[:, None], image, text), torch.where(has_text[:, None], text, image)
+    return F.normalize(torch.cat([image, text], 1), dim=-1)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
 
@@ -357,6 +358,48 @@ def test_towers_without_a_shared_space_are_not_compared():
     for call in (lambda: task(pair_batch(task)), lambda: task.embed(item_batch(task))):
         with pytest.raises(ValueError, match=r"set task\.projection"):
             call()
+    side_by_side = pretrain_task(ENCODERS["towers"], item_vector="concat")
+    with pytest.raises(ValueError, match=r"task\.objectives\.clip: the towers share no space"):
+        side_by_side(pair_batch(side_by_side))
+
+
+def test_towers_without_a_shared_space_side_by_side():
+    """Behaviour needs no space shared by pictures and texts; a missing one leaves zeros, the sizes being others."""
+    towers = copy.deepcopy(ENCODERS["towers"])
+    towers["text"]["architecture"]["hidden_size"] = 8
+    task = pretrain_task(towers, item_vector="concat", objectives={"behavior": {}}, bank={"size": 8}).train()
+    task.start_bank(num_keys=2)
+    batch = pair_batch(task)
+    vectors, has = task.embed(batch.items)
+    assert vectors.shape == (8, task.embedding_dim) == (8, 16 + 8) and has.tolist() == [i != 3 for i in range(8)]
+    image, text = task.image_features(batch.items), task.text_features(batch.items)
+    torch.testing.assert_close(vectors[0], torch.cat([image[0], text[0]]) / math.sqrt(2))
+    torch.testing.assert_close(vectors[1], torch.cat([torch.zeros(16), text[1]]))
+    torch.testing.assert_close(vectors[2], torch.cat([image[2], torch.zeros(8)]))
+    texts, _ = task.embed(batch.items.only("text"))
+    torch.testing.assert_close(texts[0], torch.cat([torch.zeros(16), text[0]]))
+    task(batch)["behavior"].backward()
+    task.after_step()
+    assert task.image_features(batch.items).shape == (8, 16) and task.bank.text.shape == (8, 8)
+
+
+def test_a_residual_projection_starts_as_none():
+    plain = pretrain_task(ENCODERS["towers"], item_vector="concat", objectives={"behavior": {}}).eval()
+    projection = {"residual": True, "hidden": [5], "dropout": 0.5}
+    task = pretrain_task(
+        ENCODERS["towers"], item_vector="concat", objectives={"behavior": {}}, projection=projection
+    ).eval()
+    batch = pair_batch(task)
+    torch.testing.assert_close(task.embed(batch.items)[0], plain.embed(batch.items)[0])
+    assert task.dims == plain.dims and not task.shares_space
+    task(batch)["behavior"].backward()
+    last = task.image_projection.change[-1]
+    assert last.weight.grad.abs().sum() > 0
+    with torch.no_grad():
+        last.weight.add_(0.1)
+    features = F.normalize(task.encoder.encode_image(batch.items.image), dim=1)
+    expected = F.normalize(features + task.image_projection.change(features * 4), dim=1)  # the root of 16
+    torch.testing.assert_close(task.image_features(batch.items), expected)
 
 
 def test_pictures_against_texts_need_both():
