@@ -12,7 +12,8 @@ from accelerate import Accelerator
 from mmctr.data.catalog import Catalog
 from mmctr.data.content import ItemContent, PictureField, TextField
 from mmctr.embeddings import EmbeddingTable, write_embeddings
-from mmctr.encoders.base import AugmentConfig, EncoderBase
+from mmctr.encoders.augment import AugmentConfig
+from mmctr.encoders.base import EncoderBase
 from mmctr.files import fingerprint
 
 

@@ -256,22 +256,52 @@ def make_optimizer(task: nn.Module, config: OptimizerConfig, max_grad_norm: floa
     return RowAdamW(groups, config, tables, max_grad_norm)
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The state of an optimiser as named tensors: `<parameter number>.<state name>`."""
-    state = optimizer.state_dict()["state"]
-    return {
-        f"{i}.{name}": value.detach().to("cpu", copy=True).contiguous()
-        for i, entry in state.items()
-        for name, value in entry.items()
-    }
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """All of a tensor that is spread over processes, which all take part; another one as it is."""
+    return tensor.full_tensor() if _is_spread(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def spread_like(tensor: Tensor, other: Tensor) -> Tensor:
+    """A whole tensor spread as `other` is, if it is; all processes take part."""
+    if tensor.numel() == other.numel() == 1:
+        tensor = tensor.reshape(other.shape)  # a scalar is spread as a vector
+    if _is_spread(other) and tensor.shape == other.shape:
+        from torch.distributed.tensor import distribute_tensor
+
+        return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements)  # type: ignore[attr-defined]
+    return tensor
+
+
+def _is_spread(tensor: Tensor) -> bool:
+    """Whether it is a DTensor; importing that takes a third of a second, which plain runs need not spend."""
+    return hasattr(tensor, "full_tensor")
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, keep: bool = True) -> dict[str, Tensor]:
+    """The state of an optimiser as named tensors: `<parameter number>.<state name>`.
+
+    Args:
+        keep: False for a process that only takes part in putting together what is spread; it gets nothing.
+    """
+    tensors = {}
+    for i, entry in optimizer.state_dict()["state"].items():
+        for name, value in entry.items():
+            whole = whole_tensor(value.detach())
+            if keep:
+                tensors[f"{i}.{name}"] = whole.to("cpu", copy=True).contiguous()
+    return tensors
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     whole = optimizer.state_dict()
     whole["state"] = {}
+    parameters = getattr(optimizer, "parameters", None) or [
+        p for group in optimizer.param_groups for p in group["params"]
+    ]
     for key, tensor in tensors.items():
         number, _, name = key.partition(".")
-        whole["state"].setdefault(int(number), {})[name] = tensor
+        value = tensor if name == "step" else spread_like(tensor, parameters[int(number)])
+        whole["state"].setdefault(int(number), {})[name] = value
     optimizer.load_state_dict(whole)
     for parameter, state in optimizer.state.items():
         for name, tensor in state.items():

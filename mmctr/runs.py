@@ -23,6 +23,7 @@ from mmctr.data.tables import require_columns
 from mmctr.errors import exit_on_error
 from mmctr.files import fingerprint
 from mmctr.frozen import with_frozen_features
+from mmctr.sharding import set_up_sharding
 from mmctr.tasks import PretrainTask
 from mmctr.training import FitConfig
 
@@ -123,6 +124,7 @@ def make_accelerator(config: FitConfig, run_dir: Path) -> Accelerator:
         project_config=ProjectConfiguration(project_dir=str(run_dir), logging_dir=str(run_dir / "tracker")),
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
+    set_up_sharding(accelerator)
     keep_heap()
     if accelerator.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // accelerator.num_processes))

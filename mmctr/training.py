@@ -7,6 +7,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +22,8 @@ from mmctr.chunking import ChunkedTask, chunked_backward
 from mmctr.config import Config
 from mmctr.data.loaders import TrainBatches
 from mmctr.files import fingerprint, read_json, replace_file, replace_folder, write_json
-from mmctr.optimizers import OptimizerConfig, load_optimizer_tensors, make_optimizer, optimizer_tensors
+from mmctr.optimizers import OptimizerConfig, load_optimizer_tensors, make_optimizer, optimizer_tensors, spread_like
+from mmctr.sharding import Sharding
 
 
 class FitConfig(Config):
@@ -92,6 +94,7 @@ def fit(
     """
     total = round(config.epochs * train.steps_per_epoch)
     eval_every = max(1, round(train.steps_per_epoch / config.evaluations))
+    sharding = Sharding(task, accelerator, config.batch_size, config.chunk_size, config.max_grad_norm)
     optimizer = make_optimizer(task, config.optimizer, config.max_grad_norm)
     if accelerator.mixed_precision == "fp16" and optimizer.row_tables:
         raise ValueError(
@@ -101,18 +104,18 @@ def fit(
     chunked: ChunkedTask = task  # type: ignore[assignment]
     if config.chunk_size is not None and not hasattr(task, "encode_chunk"):
         raise ValueError("fit.chunk_size: this task encodes nothing in chunks; leave it out")
-    model, optimizer = accelerator.prepare(task, optimizer)
-    checkpoints = Checkpoints(run_dir / "checkpoints", identity)
+    model, optimizer = sharding.prepare(optimizer)
+    checkpoints = Checkpoints(run_dir / "checkpoints", identity, sharding)
     state = checkpoints.load(task, optimizer)
     if state is None:
         state = {"step": 0, "best": None, "best_step": 0, "waited": 0, "stopped": False, "untrained": {}}
         if evaluate_first or not total:
-            task.eval()
-            state["untrained"] = evaluate()
+            with sharding.whole():
+                task.eval()
+                state["untrained"] = evaluate()
             _require_number(state["untrained"], primary, 0)
             state["best"] = state["untrained"][primary]
-            if accelerator.is_main_process:
-                checkpoints.save_best(task)
+            checkpoints.save_best(task)
     log = Log(run_dir / "log.jsonl", state["step"], accelerator)
     bar = tqdm(total=total, initial=state["step"], disable=not accelerator.is_main_process or None, unit="step")
     sums: dict[str, Tensor] = {}
@@ -138,7 +141,7 @@ def fit(
             accelerator.clip_grad_norm_(task.parameters(), config.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        task.after_step()  # type: ignore[operator]
+        sharding.after_step()
         done = state["step"] = step + 1
         bar.update()
 
@@ -160,28 +163,27 @@ def fit(
 
         # once in a while: evaluate on the validation rows (all processes take part)
         if done % eval_every == 0 or done == total:
-            task.eval()
-            numbers = evaluate()
+            with sharding.whole():
+                task.eval()
+                numbers = evaluate()
             task.train()
             log.write({"step": done, "epoch": round(done / train.steps_per_epoch, 4), "validation": numbers})
             bar.write(f"step {done}: " + "  ".join(f"{name} {value:.4f}" for name, value in numbers.items()))
             _require_number(numbers, primary, done)
             if state["best"] is None or numbers[primary] > state["best"]:
                 state |= {"best": numbers[primary], "best_step": done, "waited": 0}
-                if accelerator.is_main_process:
-                    checkpoints.save_best(task)
+                checkpoints.save_best(task)
             else:
                 state["waited"] += 1
             state["stopped"] = config.patience is not None and state["waited"] >= config.patience
             started = time.perf_counter()
-        if accelerator.is_main_process and (
-            done % config.checkpoint_every == 0 or done % eval_every == 0 or done == total
-        ):
+        if done % config.checkpoint_every == 0 or done % eval_every == 0 or done == total:
             checkpoints.save(task, optimizer, state)
         if state["stopped"]:
             break
     bar.close()
     accelerator.wait_for_everyone()
+    sharding.make_whole()
     checkpoints.load_best(task)
     task.eval()
     return {name: state[name] for name in ("best_step", "best", "untrained")} | {"steps": state["step"]}
@@ -233,15 +235,24 @@ def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 class Checkpoints:
-    """`checkpoints/step-N/` (weights, optimiser, state) and `checkpoints/best.safetensors`. No pickle."""
+    """`checkpoints/step-N/` (weights, optimiser, state) and `checkpoints/best.safetensors`. No pickle.
 
-    def __init__(self, folder: Path, identity: str):
-        self.folder, self.identity = folder, identity
+    All processes save, and the main one writes.
+    """
+
+    def __init__(self, folder: Path, identity: str, sharding: Sharding | None = None):
+        self.folder, self.identity, self.sharding = folder, identity, sharding
 
     def save(self, task: nn.Module, optimizer: Any, state: dict[str, Any]) -> None:
+        with self._writing() as writes:
+            moments = optimizer_tensors(optimizer, keep=writes)
+            if writes:
+                self._write(task, moments, state)
+
+    def _write(self, task: nn.Module, moments: dict[str, Tensor], state: dict[str, Any]) -> None:
         def write(folder: Path) -> None:
             save_weights(task, folder / "task.safetensors")
-            save_file(optimizer_tensors(optimizer), folder / "optimizer.safetensors")
+            save_file(moments, folder / "optimizer.safetensors")
             write_json(folder / "state.json", state | {"identity": self.identity})
 
         path = self.folder / f"step-{state['step']:09d}"
@@ -269,15 +280,22 @@ class Checkpoints:
                 f"{finished[-1]}: this checkpoint belongs to another config or dataset; choose another run_dir, or "
                 f"delete {self.folder.parent} to start anew"
             )
-        task.load_state_dict(load_file(finished[-1] / "task.safetensors"))
+        own = task.state_dict()
+        weights = load_file(finished[-1] / "task.safetensors").items()
+        task.load_state_dict({name: spread_like(x, own[name]) if name in own else x for name, x in weights})
         load_optimizer_tensors(optimizer, load_file(finished[-1] / "optimizer.safetensors"))
         return state
 
     def save_best(self, task: nn.Module) -> None:
-        replace_file(self.folder / "best.safetensors", lambda path: save_weights(task, path))
+        with self._writing() as writes:
+            if writes:
+                replace_file(self.folder / "best.safetensors", lambda path: save_weights(task, path))
 
     def load_best(self, task: nn.Module) -> None:
         task.load_state_dict(load_file(self.folder / "best.safetensors"))
+
+    def _writing(self) -> AbstractContextManager[bool]:
+        return nullcontext(True) if self.sharding is None else self.sharding.writing()
 
     def _finished(self) -> list[Path]:
         return sorted(path for path in self.folder.glob("step-*") if (path / "state.json").is_file())

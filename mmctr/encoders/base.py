@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from mmctr.config import Config
+from mmctr.encoders.augment import AugmentConfig, augmented
 from mmctr.encoders.layers import Trace, checkpointing, find_layers, trace
 from mmctr.encoders.lora import LoraConfig, adaptable, add_adapters, choose, merge_adapters, require_peft
 from mmctr.files import read_json, write_json
@@ -58,17 +59,6 @@ class Encoder(Protocol):
     def save(self, folder: Path) -> None:
         """Write what is needed to build the same architecture and tokenizer again, without weights."""
         ...
-
-
-class AugmentConfig(Config):
-    """Augmentation of training batches, on the device. Off by default: product photos are not snapshots."""
-
-    crop: float = Field(default=1.0, gt=0, le=1)
-    """smallest side of a random crop, as a fraction of the picture"""
-    flip: float = Field(default=0.0, ge=0, le=1)
-    """chance of a mirrored picture; leave at 0 where pictures hold writing"""
-    brightness: float = Field(default=0.0, ge=0, lt=1)
-    """largest relative change of brightness"""
 
 
 class EncoderOptions(Config):
@@ -313,23 +303,6 @@ class EncoderBase(nn.Module):
             return pixels.contiguous(memory_format=torch.channels_last) if self.options.channels_last else pixels
 
         return apply
-
-
-def augmented(pixels: Tensor, config: AugmentConfig) -> Tensor:
-    """Random crop, flip and brightness for each picture of a batch: (U, 3, S, S) in [0, 1] -> the same."""
-    n = len(pixels)
-    if config.crop < 1 or config.flip > 0:
-        scale = 1 - torch.rand(n, device=pixels.device) * (1 - config.crop)
-        shift = (torch.rand(n, 2, device=pixels.device) * 2 - 1) * (1 - scale)[:, None]
-        mirror = 1 - 2 * (torch.rand(n, device=pixels.device) < config.flip).float()
-        theta = torch.zeros(n, 2, 3, device=pixels.device)
-        theta[:, 0, 0], theta[:, 1, 1], theta[:, :, 2] = scale * mirror, scale, shift
-        grid = F.affine_grid(theta, list(pixels.shape), align_corners=False)
-        pixels = F.grid_sample(pixels, grid, padding_mode="reflection", align_corners=False)
-    if config.brightness:
-        factor = 1 + (torch.rand(n, 1, 1, 1, device=pixels.device) * 2 - 1) * config.brightness
-        pixels = (pixels * factor).clamp(0, 1)
-    return pixels
 
 
 def _require_compiler() -> None:
