@@ -2,45 +2,29 @@
 
 from __future__ import annotations
 
-import copy
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, field_validator
+from pydantic import field_validator
 from torch import Tensor, nn
 
 from mmctr.config import Config
 from mmctr.data.batches import ItemBatch, PairBatch
 from mmctr.encoders import EncoderConfig
-from mmctr.losses import gather_rows
 from mmctr.objectives import BankViews, ClipConfig, Objective, ObjectivesConfig, Views
+from mmctr.tasks.bank import BankConfig, MemoryBank
+from mmctr.tasks.features import (
+    ItemFeatures,
+    ProjectionConfig,
+    content_masks,
+    features_of_items,
+    item_vectors,
+    make_projection,
+    unit,
+)
 from mmctr.tasks.folder import save_task, task_config, task_weights
-
-
-class ProjectionConfig(Config):
-    """Trained layers behind each tower."""
-
-    dim: int = Field(default=128, ge=1)
-    """size of the space where pictures and texts meet"""
-    hidden: list[int] = []
-    """hidden sizes; none: one linear layer"""
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    residual: bool = False
-    """instead of a space of `dim`: the layers give a change of the unit-norm features, none at first, and the features
-    keep their size (CLIP-Adapter: Gao et al. 2021). Towers that share no space then still share none"""
-
-
-class BankConfig(Config):
-    """Candidates of earlier steps, so that a small batch has many negatives (MoCo: He et al. 2020)."""
-
-    size: int = Field(default=4096, ge=1)
-    """items kept; a multiple of fit.batch_size"""
-    momentum: float = Field(default=0.0, ge=0, lt=1)
-    """0: features as the encoder gave them when they were in a batch (cross-batch memory: Wang et al. 2020). Above: a
-    second encoder, whose weights follow the first ones this slowly, makes them, which costs another pass"""
 
 
 class PretrainTaskConfig(Config):
@@ -64,18 +48,6 @@ class PretrainTaskConfig(Config):
         return sizes
 
 
-@dataclass(frozen=True)
-class ItemFeatures:
-    """What the towers give, before it is scaled to unit norm; None for a modality that is not there."""
-
-    image: Tensor | None
-    """(E, dim)"""
-    text: Tensor | None
-    """(E, dim)"""
-    query: Tensor | None = None
-    """(B, dim) text features of queries"""
-
-
 class PretrainTask(nn.Module):
     """Contrastive pretraining, and the item embeddings that come of it."""
 
@@ -83,8 +55,8 @@ class PretrainTask(nn.Module):
         super().__init__()
         self.config = config
         self.encoder = config.encoder.build(folder)
-        self.image_projection = _projection(config.projection, self.encoder.image_dim)
-        self.text_projection = _projection(config.projection, self.encoder.text_dim)
+        self.image_projection = make_projection(config.projection, self.encoder.image_dim)
+        self.text_projection = make_projection(config.projection, self.encoder.text_dim)
         self.objectives = config.objectives.build(self.encoder.logit_scale, self.encoder.logit_bias)
         self.bank: MemoryBank | None = None
         smallest = min(self.dims)
@@ -132,25 +104,27 @@ class PretrainTask(nn.Module):
             if text is None and items.input_ids is not None:
                 text = self.encoder.encode_text(items.input_ids)
             if image is not None:
-                image = _of_items(self.image_projection(image), items.image_item, items.image_weight, items.has_image)
+                image = features_of_items(
+                    self.image_projection(image), items.image_item, items.image_weight, items.has_image
+                )
             if text is not None:
-                text = _of_items(self.text_projection(text), items.text_item, items.text_weight, items.has_text)
+                text = features_of_items(self.text_projection(text), items.text_item, items.text_weight, items.has_text)
         if query_ids is not None:
             query = self.text_projection(self.encoder.encode_text(query_ids))
         return ItemFeatures(image, text, query)
 
     def image_features(self, items: ItemBatch) -> Tensor:
         """(E, dim) unit norm; rows without a picture mean nothing."""
-        return _unit(self.encode(items.only("image")).image)
+        return unit(self.encode(items.only("image")).image)
 
     def text_features(self, items: ItemBatch) -> Tensor:
         """(E, dim) unit norm; rows without text mean nothing."""
-        return _unit(self.encode(items.only("text")).text)
+        return unit(self.encode(items.only("text")).text)
 
     def views(self, features: ItemFeatures, has_image: Tensor, has_text: Tensor, size: int | None = None) -> Views:
         """What objectives read, from the first `size` dimensions of the features."""
         image, text, query = (
-            None if x is None else _unit(x[:, :size]) for x in (features.image, features.text, features.query)
+            None if x is None else unit(x[:, :size]) for x in (features.image, features.text, features.query)
         )
         side_by_side = self.config.item_vector == "concat"
         dims = self.dims if size is None else (size, size)
@@ -159,7 +133,7 @@ class PretrainTask(nn.Module):
             has_image=has_image,
             text=text,
             has_text=has_text,
-            item=_item_vectors(image, has_image, text, has_text, side_by_side, dims),
+            item=item_vectors(image, has_image, text, has_text, side_by_side, dims),
             has_item=has_image | has_text,
             query_item=None
             if query is None
@@ -174,7 +148,7 @@ class PretrainTask(nn.Module):
     def terms(self, features: ItemFeatures, batch: PairBatch) -> dict[str, Tensor]:
         """The weighted objectives, each the mean over the Matryoshka sizes."""
         self._require_space(objectives=True)
-        has_image, has_text = _masks(batch.items)
+        has_image, has_text = content_masks(batch.items)
         terms: dict[str, Tensor] = {}
         sizes = [None, *self.config.matryoshka]
         for size in sizes:
@@ -216,7 +190,7 @@ class PretrainTask(nn.Module):
             size: from the first so many dimensions of the features alone, see `matryoshka`.
         """
         self._require_space(objectives=False)
-        views = self.views(self.encode(items), *_masks(items), size)
+        views = self.views(self.encode(items), *content_masks(items), size)
         return views.item, views.has_item
 
     def parameter_parts(self) -> dict[str, list[nn.Parameter]]:
@@ -255,149 +229,3 @@ class PretrainTask(nn.Module):
         task = cls(config, folder / "encoder")
         task.load_state_dict(task_weights(folder))
         return task.eval()
-
-
-class MemoryBank(nn.Module):
-    """Features of the latest items, (M, dim) of each modality before scaling, and their keys; the same in every
-    process. Empty places have neither picture nor text."""
-
-    image: Tensor
-    text: Tensor
-    has_image: Tensor
-    has_text: Tensor
-    keys: Tensor
-    place: Tensor
-
-    def __init__(self, task: PretrainTask, config: BankConfig, num_keys: int):
-        super().__init__()
-        self.config = config
-        for name, dim in zip(("image", "text"), task.dims, strict=True):
-            self.register_buffer(name, torch.zeros(config.size, dim))
-            self.register_buffer(f"has_{name}", torch.zeros(config.size, dtype=torch.bool))
-        self.register_buffer("keys", torch.full((config.size, num_keys), torch.iinfo(torch.int64).min))
-        self.register_buffer("place", torch.zeros((), dtype=torch.int64))
-        self.follower: nn.ModuleDict | None = None
-        if config.momentum:
-            self.follower = nn.ModuleDict({name: copy.deepcopy(getattr(task, name)) for name in _TRAINED})
-            self.follower.requires_grad_(False)
-        self._held: tuple[Tensor, ...] | None = None
-
-    def read(self) -> tuple[ItemFeatures, Tensor, Tensor]:
-        return ItemFeatures(self.image, self.text), self.has_image, self.has_text
-
-    @torch.no_grad()
-    def hold(self, task: PretrainTask, features: ItemFeatures, batch: PairBatch) -> None:
-        """Keep a step's anchors until `after_step`: their own step must not meet them."""
-        if self.follower is not None:
-            features = self._follow(task, batch)
-        anchor = batch.anchor
-        has_image, has_text = (mask[anchor] for mask in _masks(batch.items))
-        image, text = (
-            kept.new_zeros((len(anchor), kept.shape[1])) if x is None else x.detach()[anchor].float()
-            for x, kept in ((features.image, self.image), (features.text, self.text))
-        )
-        self._held = tuple(gather_rows(x) for x in (image, text, has_image, has_text, batch.keys[anchor]))
-
-    def _follow(self, task: PretrainTask, batch: PairBatch) -> ItemFeatures:
-        """The features as the following encoder gives them."""
-        assert self.follower is not None
-        own = {name: getattr(task, name) for name in _TRAINED}
-        try:
-            for name in _TRAINED:
-                setattr(task, name, self.follower[name])
-            return task.encode(batch.items)
-        finally:
-            for name, module in own.items():
-                setattr(task, name, module)
-
-    @torch.no_grad()
-    def after_step(self, task: PretrainTask) -> None:
-        if self._held is not None:
-            count = len(self._held[0])
-            places = (self.place + torch.arange(count, device=self.place.device)) % len(self.keys)
-            for buffer, values in zip(
-                (self.image, self.text, self.has_image, self.has_text, self.keys), self._held, strict=True
-            ):
-                buffer[places] = values.to(buffer.dtype)
-            self.place.copy_((self.place + count) % len(self.keys))
-            self._held = None
-        if self.follower is not None:
-            for name in _TRAINED:
-                pairs = zip(self.follower[name].parameters(), getattr(task, name).parameters(), strict=True)
-                for slow, fast in pairs:
-                    slow.lerp_(fast, 1 - self.config.momentum)
-
-
-_TRAINED = ("encoder", "image_projection", "text_projection")
-
-
-def _projection(config: ProjectionConfig | None, dim: int) -> nn.Module:
-    if config is None:
-        return nn.Identity()
-    layers: list[nn.Module] = []
-    width = dim
-    for hidden in config.hidden:
-        layers += [nn.Linear(width, hidden), nn.GELU(), nn.Dropout(config.dropout)]
-        width = hidden
-    if not config.residual:
-        return nn.Sequential(*layers, nn.Linear(width, config.dim, bias=False))
-    last = nn.Linear(width, dim, bias=False)
-    nn.init.zeros_(last.weight)
-    return _Residual(nn.Sequential(*layers, last))
-
-
-class _Residual(nn.Module):
-    """Unit-norm features plus a change of them, which reads them scaled to the size linear layers are made for."""
-
-    def __init__(self, change: nn.Module):
-        super().__init__()
-        self.change = change
-
-    def forward(self, features: Tensor) -> Tensor:
-        features = _unit(features)
-        return features + self.change(features * features.shape[1] ** 0.5)
-
-
-def _of_items(features: Tensor, item: Tensor | None, weight: Tensor | None, has: Tensor | None) -> Tensor:
-    """(E, dim) features of items: the weighted sums of the (V, dim) ones of their pictures or texts, of unit norm."""
-    if item is None:
-        return features
-    assert weight is not None and has is not None
-    weighted = _unit(features) * weight[:, None]
-    return weighted.new_zeros((len(has), features.shape[1])).index_add(0, item, weighted)
-
-
-def _unit(x: Tensor | None) -> Tensor:
-    assert x is not None
-    return F.normalize(x.float(), dim=-1)
-
-
-def _masks(items: ItemBatch) -> tuple[Tensor, Tensor]:
-    """(E,) which items have a picture, and which have a text."""
-    some = items.has_image if items.has_image is not None else items.has_text
-    assert some is not None, "a batch to encode has pictures or texts"
-    none = torch.zeros_like(some)
-    return (none if mask is None else mask for mask in (items.has_image, items.has_text))  # type: ignore[return-value]
-
-
-def _item_vectors(
-    image: Tensor | None,
-    has_image: Tensor,
-    text: Tensor | None,
-    has_text: Tensor,
-    side_by_side: bool,
-    dims: tuple[int, int],
-) -> Tensor:
-    """(E, D) or (E, D + D'): zero rows where an item has neither. Side by side, a missing one is stood in for by the
-    other where both have one size."""
-    rows = has_image[:, None]
-    image = (
-        rows.new_zeros((len(rows), dims[0]), dtype=torch.float32) if image is None else torch.where(rows, image, 0.0)
-    )
-    rows = has_text[:, None]
-    text = rows.new_zeros((len(rows), dims[1]), dtype=torch.float32) if text is None else torch.where(rows, text, 0.0)
-    if not side_by_side:
-        return F.normalize(image + text, dim=-1)
-    if image.shape[1] == text.shape[1]:
-        image, text = torch.where(has_image[:, None], image, text), torch.where(has_text[:, None], text, image)
-    return F.normalize(torch.cat([image, text], 1), dim=-1)
