@@ -108,8 +108,14 @@ def wait_until(condition: Callable[[], bool], run: Run) -> None:
 
 
 # the 4th rename is in the first checkpoints, the 9th amid training, the last ones at its end
-@pytest.mark.parametrize("name", ["pretrain", "behavior", "stream", "id", "rows", "joint"])
-@pytest.mark.parametrize("rename", [4, 9, 16])
+@pytest.mark.parametrize(
+    ("name", "rename"),
+    [
+        *((name, rename) for name in ("pretrain", "id", "rows", "joint") for rename in (4, 9, 16)),
+        ("behavior", 9),
+        ("stream", 9),
+    ],
+)
 def test_a_killed_run_started_again_ends_bit_for_bit_the_same(done, tmp_path, name, rename):
     config, reference = done[name]
     arguments = (recipe(name), config, f"run_dir={tmp_path / 'run'}")
