@@ -102,10 +102,25 @@ def ours(options: argparse.Namespace, **fit_values: Any) -> tuple[Any, ...]:
     return task, data, config, folder, accelerator
 
 
-def run_loop(options: argparse.Namespace) -> None:
-    """`fit` on the catalog: from disk, or with batches that are there already."""
+def train_on(task: Any, train: Any, config: Any, folder: Path, accelerator: Any) -> None:
+    """`fit` without evaluation."""
     from mmctr.training import fit
 
+    fit(
+        task,
+        train,
+        config,
+        run_dir=folder,
+        accelerator=accelerator,
+        evaluate=lambda: {"none": 0.0},
+        primary="none",
+        seed=0,
+        identity="",
+    )
+
+
+def run_loop(options: argparse.Namespace) -> None:
+    """`fit` on the catalog: from disk, or with batches that are there already."""
     task, data, config, folder, accelerator = ours(options, num_workers=options.workers)
     train = data.batches(config.batch_size, config.num_workers, 0, 1)
     if options.contestant == "mmctr, from memory":
@@ -115,24 +130,12 @@ def run_loop(options: argparse.Namespace) -> None:
         ]
         train.iterate = lambda start, stop: ((step, ready[step % 8]) for step in range(start, stop))
     clock = Stopwatch(config.batch_size)
-    fit(
-        task,
-        train,
-        config,
-        run_dir=folder,
-        accelerator=accelerator,
-        evaluate=lambda: {"none": 0.0},
-        primary="none",
-        seed=0,
-        identity="",
-    )
+    train_on(task, train, config, folder, accelerator)
     clock.report(1, lambda: 0.0, contestant=options.contestant)
 
 
 def run_chunks(options: argparse.Namespace) -> None:
     """Peak memory of a few steps beyond that before the first."""
-    from mmctr.training import fit
-
     chunk = options.chunk_size or None
     task, data, config, folder, accelerator = ours(options, chunk_size=chunk)
     train = data.batches(config.batch_size, 0, 0, 1)
@@ -140,17 +143,7 @@ def run_chunks(options: argparse.Namespace) -> None:
     memory = Memory()
     time.sleep(1)
     before = memory.peak_mb
-    fit(
-        task,
-        train,
-        config,
-        run_dir=folder,
-        accelerator=accelerator,
-        evaluate=lambda: {"none": 0.0},
-        primary="none",
-        seed=0,
-        identity="",
-    )
+    train_on(task, train, config, folder, accelerator)
     print(
         json.dumps({"batch_size": config.batch_size, "chunk_size": chunk, "memory_mb": round(memory.peak_mb - before)})
     )

@@ -50,7 +50,7 @@ def chunked_backward(
     Batch normalisation sees a chunk at a time, and takes its statistics into account once.
     """
     chunks = task.chunks(batch, size)
-    with _no_sync(accelerator, model):
+    with accelerator.no_sync(model):  # data-parallel hooks must not average each chunk by itself
         with torch.no_grad(), accelerator.autocast(), _statistics_kept(task):
             parts = [_seeded(task, chunk, seed(number)) for number, chunk in enumerate(chunks)]
         leaves = {
@@ -83,13 +83,6 @@ def chunked_backward(
 def _seeded(task: ChunkedTask, chunk: Any, seed: int) -> dict[str, Tensor]:
     torch.manual_seed(seed)
     return task.encode_chunk(chunk)
-
-
-@contextmanager
-def _no_sync(accelerator: Accelerator, model: Any) -> Iterator[None]:
-    """Data-parallel hooks must not average each chunk by itself."""
-    with accelerator.no_sync(model):
-        yield
 
 
 @contextmanager

@@ -113,6 +113,12 @@ class _Candidates:
             keys = None if keys is None else torch.cat([keys, bank.keys])
         return cls(vectors, keys, valid, own)
 
+    def logits(self, rows: Tensor, scale: Tensor, *row_keys: Tensor | None) -> Tensor:
+        """(B, C) scaled products, minus infinity for columns that are no negatives of a row."""
+        logits = scale * rows @ self.vectors.T
+        excluded = self.excluded(*row_keys)
+        return logits if excluded is None else logits.masked_fill(excluded, -torch.inf)
+
     def excluded(self, *row_keys: Tensor | None) -> Tensor | None:
         """(B, C) True for columns that are no negatives of a row; a row's own column never is."""
         mask = None if self.valid is None else ~self.valid[None, :].expand(len(self.own), -1)
@@ -161,10 +167,7 @@ def clip_loss(
         (text_features, image_features, image_bank),
     ):
         candidates = _Candidates.gather(columns, keys, valid, bank)
-        logits = logit_scale.float() * rows @ candidates.vectors.T  # (B, C)
-        excluded = candidates.excluded(keys)
-        if excluded is not None:
-            logits = logits.masked_fill(excluded, -torch.inf)
+        logits = candidates.logits(rows, logit_scale.float(), keys)
         losses.append(F.cross_entropy(logits, candidates.own, reduction="none"))
     return mean_over_processes((losses[0] + losses[1]) / 2, valid)
 
@@ -232,16 +235,13 @@ def pair_loss(
     anchors, positives = anchors.float(), positives.float()
     anchor_keys, positive_keys, scale = _keys(anchor_keys), _keys(positive_keys), logit_scale.float()
     candidates = _Candidates.gather(positives, positive_keys, valid, bank)
-    logits = scale * anchors @ candidates.vectors.T
+    logits = candidates.logits(anchors, scale, positive_keys, anchor_keys)
     if log_q is not None:
         correction = gather_rows(log_q.float())
         if bank is not None:
             assert bank.log_q is not None, "a bank beside log_q needs its own"
             correction = torch.cat([correction, bank.log_q.float()])
         logits = logits - correction
-    excluded = candidates.excluded(positive_keys, anchor_keys)
-    if excluded is not None:
-        logits = logits.masked_fill(excluded, -torch.inf)
     if negatives is not None:
         hard = scale * (anchors * negatives.float()).sum(1)
         if has_negative is not None:
@@ -250,10 +250,7 @@ def pair_loss(
     losses = F.cross_entropy(logits, candidates.own, reduction="none")
     if symmetric:
         candidates = _Candidates.gather(anchors, anchor_keys, valid, None)
-        logits = scale * positives @ candidates.vectors.T
-        excluded = candidates.excluded(anchor_keys, positive_keys)
-        if excluded is not None:
-            logits = logits.masked_fill(excluded, -torch.inf)
+        logits = candidates.logits(positives, scale, anchor_keys, positive_keys)
         losses = (losses + F.cross_entropy(logits, candidates.own, reduction="none")) / 2
     return mean_over_processes(losses, valid)
 

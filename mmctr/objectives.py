@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -41,8 +40,6 @@ class Views:
     item: Tensor
     """(U, D or 2 D) the item's vector"""
     has_item: Tensor
-    query: Tensor | None = None
-    """(B, D) text features of the queries"""
     query_item: Tensor | None = None
     """(B, D or 2 D) the vectors of items that have nothing but the query as their text"""
 
@@ -53,11 +50,11 @@ class BankViews:
 
     views: Views
     keys: Tensor
-    log_q: Tensor | None
 
     def bank(self, vectors: Tensor | None, valid: Tensor) -> Bank:
         assert vectors is not None
-        return Bank(vectors, self.keys, valid, self.log_q)
+        # they were anchors, which are all drawn alike
+        return Bank(vectors, self.keys, valid, log_q=vectors.new_zeros(len(vectors)))
 
 
 class ObjectiveConfig(Config):
@@ -70,9 +67,6 @@ class Objective(nn.Module):
     Args:
         logit_scale: the logarithm of the factor to start from; None: that of temperature 0.07.
     """
-
-    partners: tuple[str, ...] = ()
-    """names of the partners the batches must bring"""
 
     def __init__(self, logit_scale: float | None = None):
         super().__init__()
@@ -149,7 +143,6 @@ class Behavior(Objective):
     def __init__(self, config: BehaviorConfig):
         super().__init__()
         self.config = config
-        self.partners = ("clicked", "shown") if config.hard_negatives else ("clicked",)
 
     def forward(self, views: Views, batch: PairBatch, bank: BankViews | None) -> Tensor:
         clicked = batch.partners["clicked"]
@@ -186,14 +179,14 @@ class Query(Objective):
 
     def forward(self, views: Views, batch: PairBatch, bank: BankViews | None) -> Tensor:
         assert views.query_item is not None and batch.has_query is not None and batch.query is not None
-        own = batch.keys[batch.anchor]
-        # the key of a row is its query: the same query asked for two items makes neither a negative of the other
+        # the query is a key: the same one asked for two items makes neither a negative of the other
+        keys = torch.cat([batch.keys[batch.anchor], batch.query[:, None]], 1)
         return pair_loss(
             views.query_item,
             views.item[batch.anchor],
             self.logit_scale.exp(),
-            anchor_keys=torch.cat([own, batch.query[:, None]], 1),
-            positive_keys=torch.cat([own, batch.query[:, None]], 1),
+            anchor_keys=keys,
+            positive_keys=keys,
             valid=batch.has_query & views.has_item[batch.anchor],
         )
 
@@ -209,7 +202,6 @@ class Group(Objective):
     def __init__(self, config: GroupConfig):
         super().__init__()
         self.config = config
-        self.partners = ("group",)
 
     def forward(self, views: Views, batch: PairBatch, bank: BankViews | None) -> Tensor:
         mate = batch.partners["group"]
@@ -290,6 +282,3 @@ class ObjectivesConfig(Config):
                 case DistillationConfig():
                     made[name] = Distillation(config)
         return nn.ModuleDict(made)
-
-
-FalseNegatives = Literal["text", "image"]

@@ -13,8 +13,9 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from mmctr.data.batches import ItemBatch, PairBatch
-from mmctr.data.catalog import Catalog
+from mmctr.data.catalog import Catalog, tokenized
 from mmctr.data.content import Content, ItemContent
+from mmctr.data.hashing import row_hashes
 from mmctr.data.interactions import SplitConfig, Splits, split_interactions
 from mmctr.data.loaders import BatchPlan, TrainBatches
 from mmctr.data.pairs import ClickedQueries, CoClicks, GroupMates, PairCollator, PartnerSampler, ShownNotClicked
@@ -137,14 +138,11 @@ class PretrainData:
 
         samplers: dict[str, PartnerSampler] = {}
         queries = splits = None
-        if dataset.has_interactions:
-            try:
-                splits = split_interactions(dataset.interactions, num_items, split)
-            except ValueError:  # a log too small to cut: only an objective on behaviour needs it
-                if objectives.read_behavior:
-                    raise
-        elif objectives.read_behavior:
-            splits = split_interactions(dataset.interactions, num_items, split)  # says that there are none
+        try:
+            splits = split_interactions(dataset.interactions, num_items, split)
+        except ValueError:  # no log, or one too small to cut: only an objective on behaviour needs it
+            if objectives.read_behavior:
+                raise
         if objectives.behavior is not None and splits is not None:
             behavior = objectives.behavior
             clicked = CoClicks(
@@ -162,7 +160,7 @@ class PretrainData:
         groups: dict[str, Tensor] = {}
         if objectives.group is not None:
             column = objectives.group.column
-            codes = _codes(catalog, column)
+            codes = _codes(catalog.table, column, "items table")[0]
             groups[column] = torch.from_numpy(codes)
             samplers["group"] = GroupMates(codes, allowed, seed)
         teacher = None
@@ -299,34 +297,31 @@ def item_keys(catalog: Catalog, content: ItemContent, same: Sequence[str]) -> Te
                 columns.append(np.where(index >= 0, codes, alone))
         elif name == "text":
             for text in content.texts:
-                codes = np.unique(text.input_ids.numpy(), axis=0, return_inverse=True)[1].reshape(-1)
-                columns.append(np.where(text.has, codes, alone))
+                columns.append(np.where(text.has, row_hashes(text.input_ids.numpy()), alone))
         else:
-            codes = _codes(catalog, name)
+            codes = _codes(catalog.table, name, "items table")[0]
             columns.append(np.where(codes >= 0, codes, alone))
     return torch.from_numpy(np.stack(columns, axis=1).astype(np.int64))
 
 
-def _codes(catalog: Catalog, column: str) -> np.ndarray:
-    """(N,) int64 number of each item's value in a column, -1 for none."""
-    require_columns(catalog.table, [column], "items table")
-    encoded = one_array(as_text(catalog.table.column(column))).dictionary_encode()
-    return encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+def _codes(table: pa.Table, column: str, source: str) -> tuple[np.ndarray, list[str]]:
+    """(N,) int64 number of each row's value in a column, -1 for none, and the values by number."""
+    require_columns(table, [column], source)
+    encoded = one_array(as_text(table.column(column))).dictionary_encode()
+    codes = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+    return codes, encoded.dictionary.to_pylist()
 
 
 def _queries(
     dataset: Dataset, splits: Splits, column: str, task: PretrainTask, num_items: int, seed: int
 ) -> ClickedQueries:
-    require_columns(dataset.context, [column], "interactions table")
-    encoded = one_array(as_text(dataset.context.column(column))).dictionary_encode()
-    words = encoded.dictionary.to_pylist()
-    number = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
-    blank = np.array([not word.strip() for word in words], bool)
-    number = np.where((number >= 0) & ~blank[np.maximum(number, 0)] if len(words) else False, number, -1)
+    number, words = _codes(dataset.context, column, "interactions table")
+    # one place more for -1, which has no words
+    blank = np.array([*(not word.strip() for word in words), True])
+    number = np.where(blank[number], -1, number)
     if not (number[splits.train.source[splits.train.label == 1]] >= 0).any():
         raise ValueError(f"interactions table: no training click has a text in column {column!r}")
-    starts = range(0, len(words), 4096)
-    input_ids = torch.cat([task.encoder.tokenize(words[start : start + 4096]).to(torch.int32) for start in starts])
+    input_ids = tokenized(words, task.encoder.tokenize)
     return ClickedQueries(splits.train, num_items, number, input_ids, seed)
 
 
@@ -338,13 +333,14 @@ def evaluate_pretraining(task: PretrainTask, held_out: HeldOut, accelerator: Acc
     user clicks next is among the 10 nearest of the last one, and the chance that it is nearer than another one, for
     warm items among warm and cold items among cold ones.
     """
-    together = task.shares_space or task.config.item_vector == "concat"
-    if not together:
+    if not (task.shares_space or task.config.item_vector == "concat"):
         return {"mean_recall": 0.0}  # two spaces, and no vector of both
     content, rows = held_out.content, held_out.rows
-    images, _ = embed_rows(task, content, rows, accelerator, "image")
+    images, has = embed_rows(task, content, rows, accelerator, "image")
     texts, _ = embed_rows(task, content, rows, accelerator, "text")
-    items, _ = embed_rows(task, content, rows, accelerator)
+    pair = torch.from_numpy(images), torch.from_numpy(texts)
+    both = torch.from_numpy(has)  # all of them have
+    items = task.item_vectors(pair[0], both, pair[1], both).numpy()
     numbers = retrieval_both_ways(images, texts) if task.shares_space else {"mean_recall": 0.0}
     if task.shares_space:
         numbers |= {"alignment": alignment(images, texts), "modality_gap": modality_gap(images, texts)}

@@ -102,13 +102,13 @@ class ItemBatch(Batch):
 
     def only(self, modality: str) -> ItemBatch:
         """With the pictures ("image") or the texts ("text") alone."""
-        dropped = _TEXT if modality == "image" else _IMAGE
-        return replace(self, **dict.fromkeys(dropped))
+        has, values, item, weight = _TEXT if modality == "image" else _IMAGE
+        return replace(self, **dict.fromkeys((has, *values, item, weight)))
 
     def part(self, start: int, end: int) -> ItemBatch:
         """The items start:end, where all are encoded."""
         changed: dict[str, Any] = {"row": self.row[start:end], "features": {}}
-        for has, values, item, weight in (_IMAGE_FIELDS, _TEXT_FIELDS):
+        for has, values, item, weight in (_IMAGE, _TEXT):
             of_item = getattr(self, item)
             shown: Any = slice(start, end)
             if of_item is not None:
@@ -120,10 +120,8 @@ class ItemBatch(Batch):
         return replace(self, **changed)
 
 
-_IMAGE_FIELDS = ("has_image", ("image", "image_features"), "image_item", "image_weight")
-_TEXT_FIELDS = ("has_text", ("input_ids", "text_features"), "text_item", "text_weight")
-_IMAGE = ("image", "has_image", "image_features", "image_item", "image_weight")
-_TEXT = ("input_ids", "has_text", "text_features", "text_item", "text_weight")
+_IMAGE = ("has_image", ("image", "image_features"), "image_item", "image_weight")
+_TEXT = ("has_text", ("input_ids", "text_features"), "text_item", "text_weight")
 
 
 @dataclass(frozen=True)

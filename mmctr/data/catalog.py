@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
 from pathlib import Path
@@ -99,7 +99,7 @@ class Catalog:
         if not columns:
             return [""] * len(self)
         fields = [as_text(self.table.column(name)).to_pylist() for name in columns]
-        return [". ".join(part for part in parts if part) for parts in zip(*fields, strict=True)]
+        return [joined_text(parts) for parts in zip(*fields, strict=True)]
 
     def tokens(
         self, columns: Sequence[str], tokenize: Callable[[list[str]], Tensor], key: str
@@ -111,9 +111,7 @@ class Catalog:
         texts = self.texts(columns)
         path = self.folder / f"tokens-{fingerprint(key, chr(0).join(texts).encode())}.npy"
         if not path.is_file():
-            starts = range(0, max(len(texts), 1), 4096)  # no items: a call tells how long a row is
-            chunks = [tokenize(texts[start : start + 4096]).to(torch.int32) for start in starts]
-            ids = torch.cat(chunks).numpy()
+            ids = tokenized(texts, tokenize).numpy()
 
             def write(temporary: Path) -> None:
                 with open(temporary, "wb") as handle:
@@ -180,11 +178,11 @@ class Catalog:
         shape = (len(wanted), 3, size, size)
         hashes_path = folder / "hashes.npy"
         if progress.get("key") == key and values_path.is_file() and hashes_path.is_file():
-            values, hashes = open_memmap(values_path, mode="r+"), np.load(hashes_path, allow_pickle=False)
+            values, hashes = open_memmap(values_path, mode="r+"), open_memmap(hashes_path, mode="r+")
         else:
             progress_path.unlink(missing_ok=True)
             progress = {"key": key, "done": 0, "rejected": []}
-            values, hashes = _reserve(values_path, shape), np.zeros(len(wanted), np.int64)
+            values, hashes = _reserve(values_path, shape), _reserve(hashes_path, shape[:1], np.int64)
 
         def decode(position: int) -> str | None:
             source = sources[int(wanted[position])].as_py()
@@ -204,12 +202,11 @@ class Catalog:
                 progress["rejected"] += [
                     [int(p), reason] for p, reason in zip(positions, reasons, strict=True) if reason
                 ]
-                if isinstance(values, np.memmap):
-                    values.flush()
+                for mapped in (values, hashes):
+                    if isinstance(mapped, np.memmap):
+                        mapped.flush()
                 progress["done"] = positions.stop
-                np.save(hashes_path, hashes, allow_pickle=False)
                 write_json(progress_path, progress)
-        np.save(hashes_path, hashes, allow_pickle=False)
         index = np.full(len(self), -1, np.int32)
         index[wanted] = np.arange(len(wanted))
         rejected = [int(wanted[position]) for position, _ in progress["rejected"]]
@@ -241,6 +238,17 @@ class Catalog:
         return cls(table, folder, root)
 
 
+def tokenized(texts: list[str], tokenize: Callable[[list[str]], Tensor]) -> Tensor:
+    """(n, T) int32 token ids of many texts, a part of them at a time."""
+    starts = range(0, max(len(texts), 1), 4096)  # no texts: a call tells how long a row is
+    return torch.cat([tokenize(texts[start : start + 4096]).to(torch.int32) for start in starts])
+
+
+def joined_text(parts: Iterable[str | None]) -> str:
+    """The text of an item from its fields: those that are not empty, joined by ". "."""
+    return ". ".join(part for part in parts if part)
+
+
 def picture_sources(column: pa.ChunkedArray, source: Any, name: str = "image") -> pa.ChunkedArray:
     """Relative paths (string) or encoded pictures (binary); a struct of both, as `datasets` has it, becomes bytes."""
     kind = column.type
@@ -262,21 +270,22 @@ def _is_list(kind: pa.DataType) -> bool:
     return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
 
 
-def _reserve(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """A new mapped uint8 array on disk. Raises OSError now if the disk has no room: later it would kill the process."""
+def _reserve(path: Path, shape: tuple[int, ...], dtype: type[np.integer] = np.uint8) -> np.ndarray:
+    """A new mapped array on disk. Raises OSError now if the disk has no room: later it would kill the process."""
     try:
         if not np.prod(shape):  # an empty file cannot be mapped
-            np.save(path, np.zeros(shape, np.uint8), allow_pickle=False)
-            return np.zeros(shape, np.uint8)
-        values = open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
+            np.save(path, np.zeros(shape, dtype), allow_pickle=False)
+            return np.zeros(shape, dtype)
+        values = open_memmap(path, mode="w+", dtype=dtype, shape=shape)
         if hasattr(os, "posix_fallocate"):
             with open(path, "r+b") as handle:
                 os.posix_fallocate(handle.fileno(), 0, path.stat().st_size)
         return values
     except OSError as error:
         path.unlink(missing_ok=True)
+        num_bytes = np.prod(shape, dtype=np.int64) * np.dtype(dtype).itemsize
         raise OSError(
-            f"cannot write {path} of {np.prod(shape, dtype=np.int64):,} bytes: {error}. Free some space, keep the "
+            f"cannot write {path} of {num_bytes:,} bytes: {error}. Free some space, keep the "
             f"dataset elsewhere ($MMCTR_CACHE, or `mmctr prepare --out`), or take smaller pictures"
         ) from error
 

@@ -24,3 +24,13 @@ def hashed_uniform(seed: int, step: int, keys: np.ndarray) -> np.ndarray:
     # twice: neighbouring steps and keys must not look alike
     x = splitmix64(splitmix64(x))
     return (x >> np.uint64(11)) * 2.0**-53
+
+
+def row_hashes(values: np.ndarray) -> np.ndarray:
+    """(n, ...) -> (n,) int64, not negative: sums of the bytes in words of eight, each times an odd number."""
+    flat = np.ascontiguousarray(values.reshape(len(values), -1)).view(np.uint8)
+    flat = np.pad(flat, ((0, 0), (0, -flat.shape[1] % 8))).view(np.uint64)
+    factors = splitmix64(np.arange(flat.shape[1], dtype=np.uint64)) | np.uint64(1)
+    with np.errstate(over="ignore"):
+        sums = splitmix64(flat @ factors)
+    return (sums >> np.uint64(1)).astype(np.int64)

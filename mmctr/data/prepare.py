@@ -45,10 +45,6 @@ class Dataset:
     catalog: Catalog
     report: dict[str, Any]
 
-    @property
-    def has_interactions(self) -> bool:
-        return (self.folder / "interactions").exists()
-
     @cached_property
     def interactions(self) -> Interactions:
         """Raises ValueError when the dataset has no log."""

@@ -19,7 +19,8 @@ import pyarrow as pa
 import torch
 
 from mmctr.data.batches import ItemBatch, PairBatch
-from mmctr.data.hashing import hashed_uniform, splitmix64
+from mmctr.data.catalog import joined_text
+from mmctr.data.hashing import hashed_uniform, row_hashes
 from mmctr.data.images import PictureError, Resize, decode_picture, read_picture
 from mmctr.data.loaders import BatchPlan, TrainBatches
 from mmctr.data.shards import PROBLEM, ShardedItems
@@ -177,7 +178,7 @@ class StreamContent:
         problems: Problems = []
         for (row, _, cells), reason in zip(samples, reasons, strict=True):
             problems += [(row, what, cells["item_id"]) for what in (reason, cells[PROBLEM]) if what]
-        texts = [". ".join(filter(None, (cells[name] for name in self.text))) for *_, cells in samples]
+        texts = [joined_text(cells[name] for name in self.text) for *_, cells in samples]
         row, has_text = torch.tensor([row for row, *_ in samples]), torch.tensor([text != "" for text in texts])
         has_image, input_ids = torch.tensor([reason is None for reason in reasons]), self.tokenize(texts).long()
         image = torch.from_numpy(pixels)
@@ -258,15 +259,5 @@ def content_keys(items: ItemBatch) -> torch.Tensor:
     columns = [items.row]
     for values, has in ((items.input_ids, items.has_text), (items.image, items.has_image)):
         assert values is not None and has is not None
-        columns.append(torch.where(has, _row_hashes(values), alone))
+        columns.append(torch.where(has, torch.from_numpy(row_hashes(values.numpy())), alone))
     return torch.stack(columns, dim=1)
-
-
-def _row_hashes(values: torch.Tensor) -> torch.Tensor:
-    """(n, ...) -> (n,) int64, not negative: sums of the bytes in words of eight, each times an odd number."""
-    flat = values.flatten(1).contiguous().numpy().view(np.uint8)
-    flat = np.pad(flat, ((0, 0), (0, -flat.shape[1] % 8))).view(np.uint64)
-    factors = splitmix64(np.arange(flat.shape[1], dtype=np.uint64)) | np.uint64(1)
-    with np.errstate(over="ignore"):
-        sums = splitmix64(flat @ factors)
-    return torch.from_numpy((sums >> np.uint64(1)).astype(np.int64))

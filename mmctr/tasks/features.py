@@ -30,9 +30,9 @@ class ProjectionConfig(Config):
 class ItemFeatures:
     """What the towers give, before it is scaled to unit norm; None for a modality that is not there."""
 
-    image: Tensor | None
+    image: Tensor | None = None
     """(E, dim)"""
-    text: Tensor | None
+    text: Tensor | None = None
     """(E, dim)"""
     query: Tensor | None = None
     """(B, dim) text features of queries"""

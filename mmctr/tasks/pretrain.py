@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import field_validator
 from torch import Tensor, nn
 
@@ -126,21 +125,26 @@ class PretrainTask(nn.Module):
         image, text, query = (
             None if x is None else unit(x[:, :size]) for x in (features.image, features.text, features.query)
         )
-        side_by_side = self.config.item_vector == "concat"
-        dims = self.dims if size is None else (size, size)
+        query_item = None
+        if query is not None:
+            asked = torch.ones(len(query), dtype=torch.bool, device=query.device)
+            query_item = self.item_vectors(None, ~asked, query, asked, size)
         return Views(
             image=image,
             has_image=has_image,
             text=text,
             has_text=has_text,
-            item=item_vectors(image, has_image, text, has_text, side_by_side, dims),
+            item=self.item_vectors(image, has_image, text, has_text, size),
             has_item=has_image | has_text,
-            query_item=None
-            if query is None
-            else F.normalize(torch.cat([query, query], 1), dim=1)
-            if side_by_side
-            else query,
+            query_item=query_item,
         )
+
+    def item_vectors(
+        self, image: Tensor | None, has_image: Tensor, text: Tensor | None, has_text: Tensor, size: int | None = None
+    ) -> Tensor:
+        """(E, embedding_dim) vectors of items from unit-norm features of `size` dimensions."""
+        dims = self.dims if size is None else (size, size)
+        return item_vectors(image, has_image, text, has_text, self.config.item_vector == "concat", dims)
 
     def forward(self, batch: PairBatch) -> dict[str, Tensor]:
         return self.terms(self.encode(batch.items, batch.query_ids), batch)
@@ -157,7 +161,7 @@ class PretrainTask(nn.Module):
             if self.bank is not None:
                 kept, kept_image, kept_text = self.bank.read()
                 past = self.views(kept, kept_image, kept_text, size)
-                bank = BankViews(past, self.bank.keys, torch.zeros(len(self.bank.keys), device=has_image.device))
+                bank = BankViews(past, self.bank.keys)
             for name, config in self.config.objectives.given.items():
                 term = config.weight / len(sizes) * self.objectives[name](views, batch, bank)
                 terms[name] = terms[name] + term if name in terms else term
@@ -176,12 +180,10 @@ class PretrainTask(nn.Module):
         return [*((part, None) for part in items), *((None, part) for part in queries)]
 
     def encode_chunk(self, chunk: tuple[ItemBatch | None, Tensor | None]) -> dict[str, Tensor]:
-        features = self.encode(*chunk)
-        pairs = {"image": features.image, "text": features.text, "query": features.query}
-        return {name: values for name, values in pairs.items() if values is not None}
+        return {name: values for name, values in vars(self.encode(*chunk)).items() if values is not None}
 
     def terms_of(self, features: dict[str, Tensor], batch: PairBatch) -> dict[str, Tensor]:
-        return self.terms(ItemFeatures(features.get("image"), features.get("text"), features.get("query")), batch)
+        return self.terms(ItemFeatures(**features), batch)
 
     def embed(self, items: ItemBatch, size: int | None = None) -> tuple[Tensor, Tensor]:
         """Item embeddings: (E, embedding_dim) unit norm, and the (E,) mask of items with a picture or a text.
