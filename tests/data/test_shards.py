@@ -13,7 +13,7 @@ import torch
 from mmctr.data import shards as module
 from mmctr.data.shards import ShardedItems
 from mmctr.data.stream import StreamBatches
-from tests.data.test_stream import (
+from tests.data.streams import (
     batches_of,
     colour,
     equal,

@@ -1,106 +1,31 @@
 from __future__ import annotations
 
-import io
-import json
-import re
-import tarfile
 import weakref
-from itertools import pairwise
-from pathlib import Path
-from typing import Any
 
 import datasets
-import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 
 from mmctr.data.batches import ItemBatch
 from mmctr.data.images import decode_picture
 from mmctr.data.loaders import TrainBatches
-from mmctr.data.shards import ShardedItems
-from mmctr.data.stream import StreamBatches, StreamContent, StreamPlan, content_keys
+from mmctr.data.stream import content_keys
+from tests.data.streams import (
+    batches_of,
+    colour,
+    equal,
+    held_out,
+    items_of,
+    numbers,
+    refused,
+    taken,
+    tokenize,
+    world,
+    write_shard,
+    write_shards,
+)
 from tests.worlds import picture
-
-SIZES = [(7, 7, 3), (10,), (4, 6, 1, 9)]  # rows of the groups of three shards
-NUM_ROWS = 47
-
-
-def colour(row: int) -> tuple[int, int, int]:
-    return row * 5 % 256, row * 3 % 256, row
-
-
-def world(num_rows: int = NUM_ROWS) -> dict[str, list]:
-    """Every eleventh item has no title, every seventh no picture, every thirteenth a broken one."""
-    images = [None if i % 7 == 6 else picture(colour(i), 8)[: 45 if i % 13 == 12 else None] for i in range(num_rows)]
-    return {
-        "item_id": list(range(1000, 1000 + num_rows)),
-        "title": [None if i % 11 == 10 else f"item {i}" for i in range(num_rows)],
-        "brand": [f"brand {i % 3}" for i in range(num_rows)],
-        "image": images,
-    }
-
-
-def write_shard(path: Path, columns: dict[str, list], sizes=(1 << 20,)) -> Path:
-    """A Parquet file with groups of the given sizes."""
-    types = {"image": pa.binary()} if any(isinstance(cell, bytes) for cell in columns["image"]) else {}
-    table = pa.table({name: pa.array(cells, types.get(name)) for name, cells in columns.items()})
-    with pq.ParquetWriter(path, table.schema) as writer:
-        start = 0
-        for size in sizes:
-            writer.write_table(table.slice(start, size), row_group_size=1 << 20)
-            start += size
-    return path
-
-
-def write_shards(folder: Path, columns: dict[str, list] | None = None, sizes=SIZES) -> Path:
-    columns = columns or world()
-    folder.mkdir(parents=True, exist_ok=True)
-    start = 0
-    for number, groups in enumerate(sizes):
-        part = {name: cells[start : start + sum(groups)] for name, cells in columns.items()}
-        write_shard(folder / f"part-{number:03}.parquet", part, groups)
-        start += sum(groups)
-    return folder
-
-
-def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
-
-
-def members_of(columns: dict[str, list], first: int = 0, stop: int | None = None) -> list[tuple[str, bytes]]:
-    """WebDataset members of columns: the title and the id as json, the picture as it is."""
-    members: list[tuple[str, bytes]] = []
-    for i in range(first, len(columns["image"]) if stop is None else stop):
-        fields = {name: columns[name][i] for name in columns if name != "image" and columns[name][i] is not None}
-        if columns["image"][i] is not None:
-            members.append((f"{i:06}.png", columns["image"][i]))
-        members.append((f"{i:06}.json", json.dumps(fields).encode()))
-    return members
-
-
-def tokenize(texts: list[str]) -> torch.Tensor:
-    return torch.tensor([[len(text), sum(map(ord, text)), int(text[:1] == "i")] for text in texts], dtype=torch.int32)
-
-
-def batches_of(folder: Path | str, columns=("title", "brand"), size=8, num_workers=0, **options) -> StreamBatches:
-    items = ShardedItems(folder, columns, Path(folder).parent / "cache")
-    plan = StreamPlan(items.group_rows, **{"batch_size": 6, "seed": 3, "buffer_rows": 12} | options)
-    return StreamBatches(StreamContent(items, columns, tokenize, size, "squash"), plan, num_workers)
-
-
-def items_of(batches: StreamBatches, start: int, stop: int):
-    """The items of the batches; every one of them is an anchor."""
-    for step, batch in batches.iterate(start, stop):
-        assert batch.anchor.equal(torch.arange(len(batch.items))) and batch.keys[:, 0].equal(batch.items.row)
-        yield step, batch.items
 
 
 def test_content_by_row(tmp_path):
@@ -130,165 +55,6 @@ def test_keys_of_a_batch_tell_equal_texts_and_pictures():
     assert keys[:, 0].equal(items.row)
     same = [(a, b, c) for c in (1, 2) for a in range(5) for b in range(a) if keys[a, c] == keys[b, c]]
     assert same == [(2, 0, 1), (3, 1, 2)]
-
-
-def equal(a, b) -> bool:
-    tensors = ("row", "image", "has_image", "input_ids", "has_text")
-    return all(getattr(a, name).equal(getattr(b, name)) for name in tensors)
-
-
-def numbers(plan: StreamPlan, step: int) -> np.ndarray:
-    """The row numbers of a step."""
-    order = plan.order(step // plan.steps_per_epoch)
-    return np.concatenate([plan.shuffled(window)[places] for window, places in plan.rows(step, order)])
-
-
-def epoch_of(plan: StreamPlan, epoch: int) -> np.ndarray:
-    steps = plan.steps_per_epoch
-    return np.concatenate([numbers(plan, epoch * steps + step) for step in range(steps)])
-
-
-def taken(batches: StreamBatches, start: int, stop: int) -> list[tuple[int, Any]]:
-    return list(items_of(batches, start, stop))
-
-
-def held_out(batches: StreamBatches, limit: int) -> tuple[pa.Table, Any]:
-    return batches.held_out(limit)
-
-
-def refused(text: str):
-    return pytest.raises(ValueError, match=re.escape(text))
-
-
-def shards_at(folder: Path, columns=()) -> ShardedItems:
-    return ShardedItems(folder, columns, folder / "cache")
-
-
-# Plan ---------------------------------------------------------------------------------------------
-
-
-def plans(group_rows, world_size: int, **options) -> list[StreamPlan]:
-    options = {"batch_size": 5 * world_size, "seed": 1, "buffer_rows": 40} | options
-    return [StreamPlan(tuple(group_rows), rank=rank, world_size=world_size, **options) for rank in range(world_size)]
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
-@pytest.mark.parametrize("validation", [0.0, 0.2])
-def test_ranks_share_the_rows_of_an_epoch(world_size, validation):
-    sizes = np.random.default_rng(world_size).integers(1, 30, 40)
-    ranks = plans(sizes, world_size, validation=validation)
-    assert len({plan.steps_per_epoch for plan in ranks}) == 1
-    train = int(ranks[0].train_rows.sum())
-    seen: set[int] = set()
-    for epoch in range(12):
-        rows = [epoch_of(plan, epoch) for plan in ranks]
-        assert {len(part) for part in rows} == {5 * ranks[0].steps_per_epoch}  # every batch is full
-        every = np.concatenate(rows)
-        assert len(set(every.tolist())) == len(every) and every.min() >= 0 and every.max() < sizes.sum()
-        # what falls out: at most a batch, and a group for each further rank
-        assert train - len(every) < 5 * world_size + (world_size - 1) * sizes.max() + world_size
-        groups = [{g for window in plan.order(epoch) for g in window.groups} for plan in ranks]
-        assert sum(map(len, groups)) == len(set().union(*groups)) == np.count_nonzero(ranks[0].train_rows)
-        seen |= set(every.tolist())
-    assert len(seen) == train  # other rows fall out of other epochs
-
-
-def test_all_rows_of_an_epoch_where_they_fit():
-    plan = StreamPlan((7, 0, 13, 20), batch_size=10, seed=0, buffer_rows=15)
-    assert plan.steps_per_epoch == 4
-    epochs = [epoch_of(plan, epoch).tolist() for epoch in range(3)]
-    assert all(sorted(rows) == list(range(40)) for rows in epochs)
-    assert epochs[0] != epochs[1] != epochs[2]
-    assert epoch_of(StreamPlan((7, 0, 13, 20), 10, seed=0, buffer_rows=15), 1).tolist() == epochs[1]
-    assert epoch_of(StreamPlan((7, 0, 13, 20), 10, seed=1, buffer_rows=15), 1).tolist() != epochs[1]
-
-
-@pytest.mark.parametrize("world_size", [2, 3, 7])
-def test_the_steps_of_an_epoch_fit_the_worst_deal(world_size):
-    rng = np.random.default_rng(world_size)
-    for trial in range(30):
-        sizes = np.maximum(1, rng.pareto(0.9, world_size * 6).clip(0, 40) * 10).astype(int)
-        try:
-            ranks = plans(sizes, world_size, batch_size=world_size, seed=trial)
-        except ValueError:
-            continue
-        for epoch in range(4):
-            for plan in ranks:
-                have = sum(int(plan.train_rows[window.groups].sum()) for window in plan.order(epoch))
-                assert have >= plan.steps_per_epoch
-    ranks = plans([10] * 6, 2, batch_size=2)  # equal groups: nothing but one group is given away
-    assert ranks[0].steps_per_epoch == 25
-
-
-def test_windows_are_as_large_as_asked_and_no_larger():
-    sizes = np.random.default_rng(0).integers(1, 30, 60)
-    for plan in plans(sizes, 2, buffer_rows=64):
-        windows = plan.order(2)
-        for window, following in pairwise(windows):
-            rows = plan.shuffled(window)
-            assert 64 <= len(rows) == following.start - window.start < 64 + max(sizes)
-            groups = np.searchsorted(plan.first_row, rows, side="right") - 1
-            assert set(groups.tolist()) == set(window.groups)
-            assert (np.diff(groups) != 0).sum() > 2 * len(window.groups)  # mixed, not one group after another
-        assert [window.start for window in windows] == sorted({window.start for window in windows})
-
-
-def test_each_window_is_mixed_in_its_own_way():
-    places = []
-    for plan in plans([50] * 8, 2, buffer_rows=100):
-        for window in plan.order(0):
-            rows = np.concatenate([plan.rows_of(group) for group in window.groups]).tolist()
-            places.append([rows.index(row) for row in plan.shuffled(window)])
-    assert len(places) == 4 and all(one != other for i, one in enumerate(places) for other in places[:i])
-
-
-def test_a_step_is_a_slice_of_the_windows():
-    for plan in plans(np.random.default_rng(4).integers(1, 20, 50), 2, batch_size=28, buffer_rows=6):
-        spans = 0
-        for epoch in range(2):
-            sequence = np.concatenate([plan.shuffled(window) for window in plan.order(epoch)])
-            for step in range(plan.steps_per_epoch):
-                run_step = epoch * plan.steps_per_epoch + step
-                assert (numbers(plan, run_step) == sequence[step * 14 : step * 14 + 14]).all()
-                pieces = plan.rows(run_step, plan.order(epoch))
-                assert all(len(plan.shuffled(window)[places]) for window, places in pieces)
-                spans = max(spans, len(pieces))
-        assert spans > 2  # a batch over several windows
-
-
-def test_rows_are_held_out_by_their_number_alone():
-    sizes = (500,) * 20
-    plan = StreamPlan(sizes, 10, seed=0, validation=0.1)
-    held_out = np.concatenate([plan.rows_of(group, held_out=True) for group in range(20)])
-    assert abs(len(held_out) - 1000) < 120  # deviation 30
-    other = StreamPlan((*(250,) * 40, 777), 6, seed=9, world_size=2, rank=1, validation=0.1)
-    same = np.concatenate([other.rows_of(group, held_out=True) for group in range(40)])
-    assert held_out.tolist() == same.tolist()
-    trained = epoch_of(plan, 0)
-    assert len(np.intersect1d(trained, held_out)) == 0 and len(trained) + len(held_out) > 9990
-    assert plan.train_rows.sum() + len(held_out) == 10_000
-    assert not len(StreamPlan(sizes, 10, seed=0).rows_of(0, held_out=True))
-
-
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        ({"batch_size": 0}, "batch_size=0"),
-        ({"batch_size": 31}, "batch_size=31 is more than the 30 training rows; lower it"),
-        ({"batch_size": 3, "world_size": 2}, "batch_size=3 is not a multiple of the 2 processes"),
-        ({"buffer_rows": 0}, "buffer_rows=0"),
-        ({"validation": 1.0}, "validation=1.0"),
-        ({"validation": -0.1}, "validation=-0.1"),
-        ({"world_size": 4}, "3 groups of up to 10 rows for 4 processes: too few.*write smaller row groups"),
-        ({"world_size": 2, "batch_size": 24}, "too few for batch_size=24; lower it"),
-    ],
-)
-def test_a_plan_that_does_not_fit(options, expected):
-    with pytest.raises(ValueError, match=expected):
-        StreamPlan((10, 10, 10), **{"batch_size": 4, "seed": 0} | options)
-
-
-# Batches ------------------------------------------------------------------------------------------
 
 
 def test_a_batch_is_what_loading_everything_gives(tmp_path):
