@@ -21,7 +21,8 @@ from mmctr.embeddings import write_embeddings
 from mmctr.evaluation import Modality, embed_catalog, embed_items, embed_rows, full_report, predict
 from mmctr.files import fingerprint, read_json
 from mmctr.fusion import ContentTable
-from mmctr.pretraining import PretrainData, StreamData, evaluate_pretraining, stream_content
+from mmctr.held_out import evaluate_pretraining
+from mmctr.pretraining import PretrainData, StreamData, stream_content
 from mmctr.probes import retrieval_both_ways
 from mmctr.runs import DataConfig, item_content, keep_heap, open_data, pair_rows
 from mmctr.tasks import PretrainTask, RankingTask

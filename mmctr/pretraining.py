@@ -1,4 +1,4 @@
-"""What `pretrain.train` reads and is judged by: training items and their partners, held-out items and clicks."""
+"""What `pretrain.train` reads: training items and their partners, from a prepared dataset or from shards."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
-from mmctr.data.batches import ItemBatch, PairBatch
+from mmctr.data.batches import PairBatch
 from mmctr.data.catalog import Catalog, tokenized
-from mmctr.data.content import Content, ItemContent
+from mmctr.data.content import ItemContent
 from mmctr.data.hashing import row_hashes
 from mmctr.data.interactions import SplitConfig, Splits, split_interactions
 from mmctr.data.loaders import BatchPlan, TrainBatches
@@ -24,71 +23,59 @@ from mmctr.data.shards import ShardedItems
 from mmctr.data.stream import HeldItems, StreamBatches, StreamContent, StreamPlan
 from mmctr.data.tables import as_text, one_array, require_columns
 from mmctr.embeddings import read_tables
-from mmctr.evaluation import embed_rows
 from mmctr.files import cache_folder, fingerprint
-from mmctr.probes import (
-    alignment,
-    coclick_auc,
-    coclick_recall,
-    modality_gap,
-    neighbour_agreement,
-    retrieval_both_ways,
-    uniformity,
-    zero_shot_accuracy,
-)
+from mmctr.held_out import HeldOut, HeldOutCoClicks
 from mmctr.runs import DataConfig, pair_rows
 from mmctr.tasks import PretrainTask
 
-MAX_COCLICKS = 5000
-"""held-out pairs of clicks that are ranked"""
-MAX_CANDIDATES = 20_000
-"""items they are ranked among"""
-MAX_PROMPTS = 256
-"""values of an attribute told apart without training, the commonest"""
-
 
 @dataclass(frozen=True)
-class HeldOutCoClicks:
-    """Pairs of the validation part of the log: the item a user clicked last, and the one clicked then."""
+class Partners:
+    """What objectives ask for beyond pictures and texts: partners of items, queries, groups, a table to distil from."""
 
-    rows: np.ndarray
-    """(n,) catalog rows of the candidates, among which are all anchors and targets"""
-    anchors: np.ndarray
-    """(P,) positions in `rows`"""
-    targets: np.ndarray
-    cold: np.ndarray
-    """(P,) bool: the target has no training click"""
+    samplers: dict[str, PartnerSampler] = field(default_factory=dict)
+    queries: ClickedQueries | None = None
+    groups: dict[str, Tensor] = field(default_factory=dict)
+    teacher: tuple[Tensor, Tensor] | None = None
 
     @classmethod
-    def make(cls, splits: Splits, has_content: np.ndarray) -> HeldOutCoClicks | None:
-        """None when there are no such pairs. Which are taken does not depend on the training seed."""
-        part = splits.validation
-        rows = np.flatnonzero((part.label == 1) & (part.history_end > part.history_start))
-        anchor, target = part.history[part.history_end[rows] - 1], part.item[rows]
-        usable = has_content[anchor] & has_content[target] & (anchor != target)
-        anchor, target = anchor[usable].astype(np.int64), target[usable].astype(np.int64)
-        if not len(anchor):
-            return None
-        rng = np.random.default_rng(len(anchor))
-        picked = np.sort(rng.permutation(len(anchor))[:MAX_COCLICKS])
-        anchor, target = anchor[picked], target[picked]
-        needed = np.unique(np.concatenate([anchor, target]))
-        others = rng.permutation(np.setdiff1d(np.flatnonzero(has_content), needed))
-        candidates = np.sort(np.concatenate([needed, others[: max(0, MAX_CANDIDATES - len(needed))]]))
-        at_anchor, at_target = np.searchsorted(candidates, anchor), np.searchsorted(candidates, target)
-        return cls(candidates, at_anchor, at_target, splits.seen[target] == 0)
+    def make(
+        cls, dataset: Dataset, splits: Splits | None, task: PretrainTask, allowed: np.ndarray, source: str, seed: int
+    ) -> Partners:
+        """Raises ValueError when the dataset lacks what an objective reads.
 
-
-@dataclass(frozen=True)
-class HeldOut:
-    """What the embeddings are judged by."""
-
-    content: Content
-    rows: np.ndarray
-    """(m,) items with picture and text that training does not see"""
-    attributes: dict[str, list[str | None]]
-    """values of each"""
-    coclicks: HeldOutCoClicks | None = None
+        Args:
+            splits: not None where an objective reads behaviour.
+            allowed: (N,) bool, the items that may be partners.
+        """
+        objectives, catalog, num_items = task.config.objectives, dataset.catalog, len(dataset.catalog)
+        samplers: dict[str, PartnerSampler] = {}
+        queries, groups, teacher = None, {}, None
+        if objectives.behavior is not None and splits is not None:
+            behavior = objectives.behavior
+            clicked = CoClicks(
+                splits.train, dataset.interactions, num_items, behavior.window, behavior.max_gap, seed, allowed
+            )
+            if not clicked.num_pairs:
+                raise ValueError(
+                    f"{source}: no user has two training clicks near each other: there are no pairs of items"
+                )
+            samplers["clicked"] = clicked
+            if behavior.hard_negatives:
+                samplers["shown"] = ShownNotClicked(splits.train, num_items, behavior.shown_window, seed, allowed)
+        if objectives.query is not None and splits is not None:
+            queries = _queries(dataset, splits, objectives.query.column, task, num_items, seed)
+        if objectives.group is not None:
+            column = objectives.group.column
+            codes = _codes(catalog.table, column, "items table")[0]
+            groups[column] = torch.from_numpy(codes)
+            samplers["group"] = GroupMates(codes, allowed, seed)
+        if objectives.distillation is not None:
+            vectors, there = read_tables(objectives.distillation.path, catalog.item_ids)
+            if not there.any():
+                raise ValueError(f"{objectives.distillation.path}: holds none of the items of {source}")
+            teacher = torch.nn.functional.normalize(vectors, dim=1), there
+        return cls(samplers, queries, groups, teacher)
 
 
 @dataclass(frozen=True)
@@ -101,10 +88,7 @@ class PretrainData:
     held_out: HeldOut
     keys: Tensor
     """(N, K) int64, what tells items apart"""
-    samplers: dict[str, PartnerSampler] = field(default_factory=dict)
-    queries: ClickedQueries | None = None
-    groups: dict[str, Tensor] = field(default_factory=dict)
-    teacher: tuple[Tensor, Tensor] | None = None
+    partners: Partners = Partners()
     counts: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
 
@@ -126,71 +110,41 @@ class PretrainData:
         objectives, catalog = task.config.objectives, dataset.catalog
         require_columns(catalog.table, list(attributes), "items table")
         pairs, validation_rows = pair_rows(content, validation, source)
-        num_items = len(catalog)
-        held_out = np.zeros(num_items, bool)
+        held_out = np.zeros(len(catalog), bool)
         held_out[validation_rows] = True
         assert content.has_image is not None and content.has_text is not None
         has_content = content.has_image | content.has_text
+        allowed = ~held_out & has_content
         # where pictures are only compared with texts, an item that lacks one says nothing
         both = set(objectives.given) <= {"clip", "siglip"}
-        train_rows = pairs if both else np.flatnonzero(has_content & ~held_out)
-        allowed = ~held_out & has_content
 
-        samplers: dict[str, PartnerSampler] = {}
-        queries = splits = None
+        splits = None
         try:
-            splits = split_interactions(dataset.interactions, num_items, split)
+            splits = split_interactions(dataset.interactions, len(catalog), split)
         except ValueError:  # no log, or one too small to cut: only an objective on behaviour needs it
             if objectives.read_behavior:
                 raise
-        if objectives.behavior is not None and splits is not None:
-            behavior = objectives.behavior
-            clicked = CoClicks(
-                splits.train, dataset.interactions, num_items, behavior.window, behavior.max_gap, seed, allowed
-            )
-            if not clicked.num_pairs:
-                raise ValueError(
-                    f"{source}: no user has two training clicks near each other: there are no pairs of items"
-                )
-            samplers["clicked"] = clicked
-            if behavior.hard_negatives:
-                samplers["shown"] = ShownNotClicked(splits.train, num_items, behavior.shown_window, seed, allowed)
-        if objectives.query is not None and splits is not None:
-            queries = _queries(dataset, splits, objectives.query.column, task, num_items, seed)
-        groups: dict[str, Tensor] = {}
-        if objectives.group is not None:
-            column = objectives.group.column
-            codes = _codes(catalog.table, column, "items table")[0]
-            groups[column] = torch.from_numpy(codes)
-            samplers["group"] = GroupMates(codes, allowed, seed)
-        teacher = None
-        if objectives.distillation is not None:
-            vectors, there = read_tables(objectives.distillation.path, catalog.item_ids)
-            if not there.any():
-                raise ValueError(f"{objectives.distillation.path}: holds none of the items of {source}")
-            teacher = torch.nn.functional.normalize(vectors, dim=1), there
-        counts: dict[str, Any] = {
-            "train_items": len(train_rows),
-            "validation_items": len(validation_rows),
-            "without_content": int((~has_content).sum()),
-            "without_pair": num_items - len(pairs) - len(validation_rows),
-        }
-        for number, picture in enumerate(content.pictures):
-            rejected = {reason: entry["count"] for reason, entry in picture.pictures.report["rejected"].items()}
-            counts[f"rejected_pictures{f'_{number}' if number else ''}"] = rejected
         values = {
             name: as_text(catalog.table.column(name)).take(pa.array(validation_rows)).to_pylist() for name in attributes
         }
         coclicks = None if splits is None else HeldOutCoClicks.make(splits, has_content)
+        train_rows = pairs if both else np.flatnonzero(allowed)
+        counts: dict[str, Any] = {
+            "train_items": len(train_rows),
+            "validation_items": len(validation_rows),
+            "without_content": int((~has_content).sum()),
+            "without_pair": len(catalog) - len(pairs) - len(validation_rows),
+            "items_set_aside": dataset.report["items"]["set aside"],
+        }
+        for number, picture in enumerate(content.pictures):
+            rejected = {reason: entry["count"] for reason, entry in picture.pictures.report["rejected"].items()}
+            counts[f"rejected_pictures{f'_{number}' if number else ''}"] = rejected
         return cls(
             content=content,
             train_rows=train_rows,
             held_out=HeldOut(content, validation_rows, values, coclicks),
             keys=item_keys(catalog, content, same),
-            samplers=samplers,
-            queries=queries,
-            groups=groups,
-            teacher=teacher,
+            partners=Partners.make(dataset, splits, task, allowed, source, seed),
             counts=counts,
             seed=seed,
         )
@@ -204,8 +158,9 @@ class PretrainData:
         return TrainBatches(plan, self.collator(), num_workers)
 
     def collator(self) -> PairCollator:
+        p = self.partners
         return PairCollator(
-            self.content, self.train_rows, self.keys, self.samplers, self.queries, self.groups, self.teacher, self.seed
+            self.content, self.train_rows, self.keys, p.samplers, p.queries, p.groups, p.teacher, self.seed
         )
 
     def summary(self) -> str:
@@ -214,6 +169,10 @@ class PretrainData:
             f"{self.counts['train_items']} items to train on, {self.counts['validation_items']} held out, "
             f"{self.counts['without_pair']} lack picture or text"
         ]
+        for reason, entry in self.counts["items_set_aside"].items():
+            found = entry if isinstance(entry, int) else entry["count"]
+            if found:
+                lines.append(f"items set aside: {found}, {reason}")
         for picture in self.content.pictures:
             for reason, entry in picture.pictures.report["rejected"].items():
                 lines.append(f"pictures rejected as {reason}: {entry['count']}, for example items {entry['examples']}")
@@ -323,61 +282,3 @@ def _queries(
         raise ValueError(f"interactions table: no training click has a text in column {column!r}")
     input_ids = tokenized(words, task.encoder.tokenize)
     return ClickedQueries(splits.train, num_items, number, input_ids, seed)
-
-
-def evaluate_pretraining(task: PretrainTask, held_out: HeldOut, accelerator: Accelerator) -> dict[str, float]:
-    """Numbers on held-out items and clicks, all processes taking part:
-
-    retrieval both ways; for each attribute how often neighbours share it, and the accuracy of naming it from the
-    picture without training; `alignment`, `uniformity`, `modality_gap`; and, where there is a log, how often the item a
-    user clicks next is among the 10 nearest of the last one, and the chance that it is nearer than another one, for
-    warm items among warm and cold items among cold ones.
-    """
-    if not (task.shares_space or task.config.item_vector == "concat"):
-        return {"mean_recall": 0.0}  # two spaces, and no vector of both
-    content, rows = held_out.content, held_out.rows
-    images, has = embed_rows(task, content, rows, accelerator, "image")
-    texts, _ = embed_rows(task, content, rows, accelerator, "text")
-    pair = torch.from_numpy(images), torch.from_numpy(texts)
-    both = torch.from_numpy(has)  # all of them have
-    items = task.item_vectors(pair[0], both, pair[1], both).numpy()
-    numbers = retrieval_both_ways(images, texts) if task.shares_space else {"mean_recall": 0.0}
-    if task.shares_space:
-        numbers |= {"alignment": alignment(images, texts), "modality_gap": modality_gap(images, texts)}
-    numbers["uniformity"] = uniformity(items)
-    for name, values in held_out.attributes.items():
-        numbers[f"neighbours_share_{name}"] = neighbour_agreement(items, values)
-        prompts, labels = _prompts(values)
-        if len(prompts) > 1 and task.shares_space:
-            numbers[f"zero_shot_{name}"] = zero_shot_accuracy(images, _text_vectors(task, prompts, accelerator), labels)
-    if held_out.coclicks is not None:
-        clicks = held_out.coclicks
-        vectors, _ = embed_rows(task, content, clicks.rows, accelerator)
-        hit = coclick_recall(vectors, clicks.anchors, clicks.targets)
-        numbers["coclick_recall"] = float(hit.mean())
-        # cold items among cold ones: beside those that training pulled together, all cold ones stand back
-        for name, mask in (("warm", ~clicks.cold), ("cold", clicks.cold)):
-            of_kind = np.unique(clicks.targets[mask])
-            if len(of_kind) > 1:
-                anchors, targets = clicks.anchors[mask], clicks.targets[mask]
-                numbers[f"coclick_auc_{name}"] = coclick_auc(vectors, anchors, targets, of_kind)
-    return numbers
-
-
-def _prompts(values: list[str | None]) -> tuple[list[str], np.ndarray]:
-    """The commonest values as prompts, and the (n,) prompt of each item, -1 for none."""
-    known = [value for value in values if value]
-    names, counts = np.unique(known, return_counts=True) if known else (np.empty(0, str), np.empty(0, int))
-    kept = [str(name) for name in names[np.argsort(-counts, kind="stable")[:MAX_PROMPTS]]]
-    place = {name: number for number, name in enumerate(kept)}
-    return kept, np.array([place.get(value or "", -1) for value in values])
-
-
-@torch.inference_mode()
-def _text_vectors(task: PretrainTask, texts: list[str], accelerator: Accelerator) -> np.ndarray:
-    items = ItemBatch(
-        row=torch.zeros(len(texts), dtype=torch.int64),
-        input_ids=task.encoder.tokenize(texts).long(),
-        has_text=torch.ones(len(texts), dtype=torch.bool),
-    )
-    return task.text_features(items.to(accelerator.device)).cpu().numpy()

@@ -16,7 +16,8 @@ from pydantic import Field
 from mmctr.config import Config
 from mmctr.data.interactions import ColdItemsSplit, SplitConfig
 from mmctr.files import write_json
-from mmctr.pretraining import PretrainData, StreamData, evaluate_pretraining
+from mmctr.held_out import evaluate_pretraining
+from mmctr.pretraining import PretrainData, StreamData
 from mmctr.runs import DataConfig, begin_run, item_content, make_accelerator, open_data, run_recipe
 from mmctr.tasks import PretrainTask, PretrainTaskConfig
 from mmctr.training import FitConfig, fit

@@ -8,7 +8,8 @@ from accelerate import Accelerator
 
 from mmctr.data.interactions import ColdItemsSplit, split_interactions
 from mmctr.data.prepare import open_dataset
-from mmctr.pretraining import HeldOutCoClicks, PretrainData, evaluate_pretraining, item_keys
+from mmctr.held_out import HeldOutCoClicks, evaluate_pretraining
+from mmctr.pretraining import PretrainData, item_keys
 from mmctr.probes import coclick_auc, coclick_recall, neighbour_agreement, retrieval_both_ways, zero_shot_accuracy
 from mmctr.runs import DataConfig, item_content
 from tests.tasks.test_pretrain import pretrain_task
@@ -46,7 +47,7 @@ def test_items_to_train_on(toy_folder):
         assert set(data.train_rows).isdisjoint(data.held_out.rows) and len(data.held_out.rows) > 10
     assert pairs.held_out.rows.tolist() == behavior.held_out.rows.tolist()
     assert data_of(toy_folder, pretrain_task(), seed=5).held_out.rows.tolist() == pairs.held_out.rows.tolist()
-    assert pairs.counts["train_items"] == len(pairs.train_rows) and not pairs.samplers
+    assert pairs.counts["train_items"] == len(pairs.train_rows) and not pairs.partners.samplers
 
 
 def test_partners_come_from_training_clicks_alone(toy_folder):
@@ -155,7 +156,7 @@ def test_numbers_are_those_of_the_vectors(toy_folder):
 def test_what_the_dataset_lacks_is_said(toy_folder, objectives, message):
     task = pretrain_task(objectives=objectives)
     if message is None:
-        assert data_of(toy_folder, task).queries is not None  # numbers are words too
+        assert data_of(toy_folder, task).partners.queries is not None  # numbers are words too
         return
     with pytest.raises(ValueError, match=message):
         data_of(toy_folder, task)
