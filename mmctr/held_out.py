@@ -7,11 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from mmctr.data.batches import ItemBatch
 from mmctr.data.content import Content
 from mmctr.data.interactions import Splits
 from mmctr.evaluation import embed_rows
+from mmctr.heads import VariationalHead
 from mmctr.probes import (
     alignment,
     coclick_auc,
@@ -82,19 +84,25 @@ def evaluate_pretraining(task: PretrainTask, held_out: HeldOut, accelerator: Acc
     retrieval both ways; for each attribute how often neighbours share it, and the accuracy of naming it from the
     picture without training; `alignment`, `uniformity`, `modality_gap`; and, where there is a log, how often the item a
     user clicks next is among the 10 nearest of the last one, and the chance that it is nearer than another one, for
-    warm items among warm and cold items among cold ones.
+    warm items among warm and cold items among cold ones. With a head `head_...`: see `VariationalHead.numbers`; items
+    are then near by the directions of their latents.
     """
-    if not (task.shares_space or task.config.item_vector == "concat"):
+    if not (task.shares_space or task.config.item_vector == "concat" or task.head is not None):
         return {"mean_recall": 0.0}  # two spaces, and no vector of both
     content, rows = held_out.content, held_out.rows
     images, has = embed_rows(task, content, rows, accelerator, "image")
     texts, _ = embed_rows(task, content, rows, accelerator, "text")
     pair = torch.from_numpy(images), torch.from_numpy(texts)
     both = torch.from_numpy(has)  # all of them have
-    items = task.item_vectors(pair[0], both, pair[1], both).numpy()
+    if task.head is None:
+        items = task.item_vectors(pair[0], both, pair[1], both).numpy()
+    else:
+        items, in_nats = _head_numbers(task.head, *pair, accelerator)
     numbers = retrieval_both_ways(images, texts) if task.shares_space else {"mean_recall": 0.0}
     if task.shares_space:
         numbers |= {"alignment": alignment(images, texts), "modality_gap": modality_gap(images, texts)}
+    if task.head is not None:
+        numbers |= in_nats
     numbers["uniformity"] = uniformity(items)
     for name, values in held_out.attributes.items():
         numbers[f"neighbours_share_{name}"] = neighbour_agreement(items, values)
@@ -103,7 +111,7 @@ def evaluate_pretraining(task: PretrainTask, held_out: HeldOut, accelerator: Acc
             numbers[f"zero_shot_{name}"] = zero_shot_accuracy(images, _text_vectors(task, prompts, accelerator), labels)
     if held_out.coclicks is not None:
         clicks = held_out.coclicks
-        vectors, _ = embed_rows(task, content, clicks.rows, accelerator)
+        vectors = unit_rows(embed_rows(task, content, clicks.rows, accelerator)[0])
         hit = coclick_recall(vectors, clicks.anchors, clicks.targets)
         numbers["coclick_recall"] = float(hit.mean())
         # cold items among cold ones: beside those that training pulled together, all cold ones stand back
@@ -113,6 +121,22 @@ def evaluate_pretraining(task: PretrainTask, held_out: HeldOut, accelerator: Acc
                 anchors, targets = clicks.anchors[mask], clicks.targets[mask]
                 numbers[f"coclick_auc_{name}"] = coclick_auc(vectors, anchors, targets, of_kind)
     return numbers
+
+
+def unit_rows(vectors: np.ndarray) -> np.ndarray:
+    """(n, D) scaled to unit norm; zeros stay."""
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(min=1e-12)
+
+
+@torch.inference_mode()
+def _head_numbers(
+    head: VariationalHead, images: Tensor, texts: Tensor, accelerator: Accelerator
+) -> tuple[np.ndarray, dict[str, float]]:
+    features = {"image": images.to(accelerator.device), "text": texts.to(accelerator.device)}
+    has = {name: torch.ones(len(values), dtype=torch.bool, device=values.device) for name, values in features.items()}
+    mu, _ = head.posterior(features, has)
+    numbers = {f"head_{name}": value for name, value in head.numbers(features, has).items()}
+    return unit_rows(mu.cpu().numpy()), numbers
 
 
 def _prompts(values: list[str | None]) -> tuple[list[str], np.ndarray]:

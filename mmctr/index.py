@@ -24,7 +24,7 @@ class Neighbour:
 
 
 class ItemIndex:
-    """Exact inner-product search over an embedding table; unit-norm vectors make it cosine similarity.
+    """Exact search by cosine: vectors are scaled to unit norm, those of an embedding table and queries alike.
 
     `index` is a plain FAISS index whose ids are positions in `ids`; anyone's FAISS can read the file.
     """
@@ -39,12 +39,14 @@ class ItemIndex:
 
     @classmethod
     def build(cls, table: EmbeddingTable) -> ItemIndex:
+        vectors = table.vectors.copy()
+        faiss.normalize_L2(vectors)
         index = faiss.IndexFlatIP(table.dim)
-        index.add(table.vectors)  # type: ignore[call-arg]
+        index.add(vectors)  # type: ignore[call-arg]
         return cls(index, table.ids, table.titles, table.manifest)  # type: ignore[arg-type]
 
     def vector(self, item_id: Any) -> np.ndarray:
-        """The (D,) vector of an item. Raises ValueError when it has none."""
+        """The (D,) unit vector of an item. Raises ValueError when it has none."""
         return self.index.reconstruct(self._row(item_id))  # type: ignore[call-arg]
 
     def _row(self, item_id: Any) -> int:
@@ -61,7 +63,8 @@ class ItemIndex:
         """The k items nearest to a (D,) query, best first; `exclude` is left out of the answer."""
         if k < 1:
             raise ValueError(f"k={k}: ask for at least one neighbour")
-        query = np.ascontiguousarray(vector, np.float32).reshape(1, -1)
+        query = np.array(vector, np.float32).reshape(1, -1)
+        faiss.normalize_L2(query)
         if query.shape[1] != self.index.d:
             raise ValueError(
                 f"the query has {query.shape[1]} dimensions, the index {self.index.d}: it was made by another run"

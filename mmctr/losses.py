@@ -62,7 +62,7 @@ def mean_over_processes(values: Tensor, valid: Tensor | None = None) -> Tensor:
     return torch.where(valid, values, 0.0).sum() * _world_size() / count.clamp(min=1)
 
 
-def _own_columns(num_rows: int, device: torch.device) -> Tensor:
+def own_columns(num_rows: int, device: torch.device) -> Tensor:
     """(B,) the columns of the gathered batch that hold this process's rows."""
     first = dist.get_rank() * num_rows if _world_size() > 1 else 0
     return torch.arange(first, first + num_rows, device=device)
@@ -101,7 +101,7 @@ class _Candidates:
 
     @classmethod
     def gather(cls, vectors: Tensor, keys: Tensor | None, valid: Tensor | None, bank: Bank | None) -> _Candidates:
-        own = _own_columns(len(vectors), vectors.device)
+        own = own_columns(len(vectors), vectors.device)
         num_rows = len(vectors)
         vectors = gather_rows(vectors.float())
         keys = None if keys is None else gather_rows(keys)

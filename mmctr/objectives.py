@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from mmctr.config import Config
@@ -247,12 +247,6 @@ class ObjectivesConfig(Config):
     query: QueryConfig | None = None
     group: GroupConfig | None = None
     distillation: DistillationConfig | None = None
-
-    @model_validator(mode="after")
-    def _some(self) -> ObjectivesConfig:
-        if not self.given:
-            raise ValueError(f"give at least one of {', '.join(type(self).model_fields)}")
-        return self
 
     @property
     def given(self) -> dict[str, ObjectiveConfig]:

@@ -153,6 +153,10 @@ class PretrainData:
     def num_keys(self) -> int:
         return self.keys.shape[1]
 
+    @property
+    def num_train_items(self) -> int:
+        return len(self.train_rows)
+
     def batches(self, batch_size: int, num_workers: int, rank: int, world_size: int) -> TrainBatches[PairBatch]:
         plan = BatchPlan(len(self.train_rows), batch_size, self.seed, rank, world_size)
         return TrainBatches(plan, self.collator(), num_workers)
@@ -211,6 +215,10 @@ class StreamData:
             raise ValueError(f"{config.path}: {len(picked)} held-out items have picture and text; raise validation")
         values = {name: as_text(table[name]).take(pa.array(picked)).to_pylist() for name in attributes}
         return cls(content, plan, HeldOut(HeldItems(items), picked, values))
+
+    @property
+    def num_train_items(self) -> int:
+        return int(self.plan.train_rows.sum())
 
     @property
     def counts(self) -> dict[str, Any]:

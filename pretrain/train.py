@@ -38,7 +38,7 @@ class PretrainConfig(Config):
     """columns of the items table: how often held-out neighbours share them is reported"""
     primary: str | None = None
     """the held-out number that chooses the best weights; None: `coclick_recall` with an objective on behaviour, else
-    `mean_recall`"""
+    `mean_recall`; where a head alone is trained its `head_elbo`"""
     run_dir: str
     seed: int = Field(default=0, ge=0)
 
@@ -64,7 +64,7 @@ def main(config: PretrainConfig) -> dict:
     train = data.batches(
         config.fit.batch_size, config.fit.num_workers, accelerator.process_index, accelerator.num_processes
     )
-    task.start_bank(data.num_keys)
+    task.start_training(data.num_keys, data.num_train_items)
     task.to(accelerator.device)
 
     def evaluate() -> dict[str, float]:
@@ -77,7 +77,7 @@ def main(config: PretrainConfig) -> dict:
         run_dir=run_dir,
         accelerator=accelerator,
         evaluate=evaluate,
-        primary=config.primary or ("coclick_recall" if config.task.objectives.read_behavior else "mean_recall"),
+        primary=config.primary or default_primary(config.task),
         seed=config.seed,
         identity=identity,
         evaluate_first=True,
@@ -94,6 +94,12 @@ def main(config: PretrainConfig) -> dict:
             print(f"held-out {name:28} {value:.4f}   untrained {result['untrained'][name]:.4f}")
     accelerator.end_training()
     return numbers
+
+
+def default_primary(task: PretrainTaskConfig) -> str:
+    if not task.objectives.given:
+        return "head_elbo"
+    return "coclick_recall" if task.objectives.read_behavior else "mean_recall"
 
 
 if __name__ == "__main__":

@@ -25,7 +25,10 @@ def test_a_config_loads_and_saves_equal(path: Path, tmp_path):
     assert recipe.load(tmp_path / "config.yaml") == config
     moved = recipe.load(path, ["data.path=/d", "run_dir=/r", "seed=7"])
     assert (moved.data.path, moved.run_dir, moved.seed) == ("/d", "/r", 7)
-    parts = {"pretrain": {"encoder", "heads"}, "finetune": {"id", "encoder", "content", "ranker"}}
+    parts = {
+        "pretrain": {"encoder", "projection", "head", "discriminator", "temperatures"},
+        "finetune": {"id", "encoder", "content", "ranker"},
+    }
     assert set(config.fit.optimizer.groups) <= parts[path.relative_to(CLONE / "configs").parts[0]]
 
 
@@ -44,6 +47,6 @@ def test_parts_of_the_optimizer_are_those_of_the_task():
     from tests.tiny import ARCHITECTURE
 
     task = PretrainTask(PretrainTaskConfig.parse({"encoder": {"name": "openclip", "architecture": ARCHITECTURE}}))
-    groups = {name: {"lr": 0.5} for name in ("encoder", "heads")}
+    groups = {name: {"lr": 0.5} for name in ("encoder", "temperatures")}
     optimizer = make_optimizer(task, TypeAdapter(OptimizerConfig).validate_python({"groups": groups}))
     assert {group["lr"] for group in optimizer.param_groups} == {0.5}

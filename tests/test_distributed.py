@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from mmctr.embeddings import EmbeddingTable
+from mmctr.heads import Standardise
 from mmctr.losses import (
     Bank,
     clip_loss,
@@ -28,6 +29,7 @@ from mmctr.losses import (
     similarity_distillation_loss,
 )
 from mmctr.rankers.layers import Dice
+from mmctr.vae import dip_penalties, kl_parts
 from tests.tiny import CLONE, finetune_values, free_port, log_lines, losses, pretrain_values, start, write_config
 
 pytestmark = pytest.mark.slow
@@ -63,7 +65,7 @@ dist.destroy_process_group()
 """
 
 
-LOSSES = ("clip", "siglip", "pairs", "multi_positive", "distillation")
+LOSSES = ("clip", "siglip", "pairs", "multi_positive", "distillation", "kl_parts", "dip", "standardised")
 
 
 def loss_and_gradients(name: str, given: dict[str, torch.Tensor], rows: slice) -> dict[str, torch.Tensor]:
@@ -93,6 +95,16 @@ def loss_and_gradients(name: str, given: dict[str, torch.Tensor], rows: slice) -
         )
     elif name == "multi_positive":
         loss = multi_positive_loss(x, scale, given["groups"][rows], ids, valid)
+    elif name == "kl_parts":
+        parts = kl_parts(z, x, y, num_items=40)
+        loss = scale * parts.mutual_information + 3 * parts.total_correlation + 2 * parts.dimension_wise_kl
+    elif name == "dip":
+        loss = scale * torch.stack(dip_penalties(x, y)).sum()
+    elif name == "standardised":
+        standard = Standardise(x.shape[1])
+        standard.update(x, valid)
+        standard.update(y, valid)
+        loss = scale * standard(z).square().mean()
     else:
         loss = similarity_distillation_loss(x, y.detach(), scale, 5.0, ids, valid)
     loss.backward()

@@ -21,6 +21,7 @@ def test_search_equals_brute_force():
     source = table()
     index = ItemIndex.build(source)
     query = np.random.default_rng(1).normal(size=D)
+    query /= np.linalg.norm(query)
     found = index.search(query, 7)
     scores = source.vectors @ query.astype(np.float32)
     order = np.argsort(-scores)[:7]
@@ -29,6 +30,18 @@ def test_search_equals_brute_force():
     assert [n.title for n in found] == [f"title {row}" for row in order]
     assert all(type(n.item_id) is int for n in found)
     assert ItemIndex.build(table(titles=False)).search(query, 1)[0].title is None
+
+
+def test_vectors_of_any_length_are_compared_by_cosine():
+    source = table()
+    lengths = np.random.default_rng(2).uniform(0.1, 9, (N, 1)).astype(np.float32)
+    index = ItemIndex.build(EmbeddingTable(source.ids, source.vectors * lengths))
+    for item in (1000, 1031):
+        expected, found = ItemIndex.build(source).search_item(item, 5), index.search_item(item, 5)
+        assert [n.item_id for n in found] == [n.item_id for n in expected]
+        assert [n.score for n in found] == pytest.approx([n.score for n in expected], abs=1e-5)
+    vector = source.vectors[3]
+    assert index.search(5 * vector, 1)[0].score == pytest.approx(1, abs=1e-5)
 
 
 def test_neighbours_of_an_item_leave_it_out():

@@ -66,6 +66,7 @@ def streamed(dataset: Path, folder: Path) -> dict:
         pyarrow.parquet.write_table(items.slice(first, 45), folder / f"{number}.parquet", row_group_size=12)
     values = pretrain_values(folder)
     values["data"]["stream"] = {"buffer_rows": 30}
+    values["task"]["head"] = {"name": "factor_vae", "dim": 4, "hidden": [8], "discriminator": [8]}
     return values
 
 

@@ -117,7 +117,7 @@ def test_a_spread_run_equals_one_process_and_goes_on_when_killed(toy_folder, tmp
 def test_a_frozen_tower_and_a_temperature_at_its_bound(toy_folder, tmp_path, kind):
     values = pretrain_values(toy_folder, **FROZEN)
     # the first step goes beyond the bound, the second one comes back from it
-    values["fit"]["optimizer"] = {"lr": 1e-3, "groups": {"heads": {"lr": 3.0}}}
+    values["fit"]["optimizer"] = {"lr": 1e-3, "groups": {"temperatures": {"lr": 3.0}}}
     config = write_config(tmp_path / "p.yaml", values)
     for name, given in (("one", None), ("two", kind)):
         pretrain(tmp_path, name, given, config).ok()

@@ -108,3 +108,12 @@ def item_vectors(
     if image.shape[1] == text.shape[1]:
         image, text = torch.where(has_image[:, None], image, text), torch.where(has_text[:, None], text, image)
     return F.normalize(torch.cat([image, text], 1), dim=-1)
+
+
+def head_inputs(
+    features: ItemFeatures, has_image: Tensor, has_text: Tensor
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What a variational head reads of E items: unit-norm features and masks, by modality."""
+    given = {"image": (features.image, has_image), "text": (features.text, has_text)}
+    there = {name: pair for name, pair in given.items() if pair[0] is not None}
+    return {name: unit(values) for name, (values, _) in there.items()}, {name: has for name, (_, has) in there.items()}

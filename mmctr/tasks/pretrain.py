@@ -1,4 +1,4 @@
-"""PretrainTask: an encoder, the objectives it is trained on, and the item embeddings that come of it."""
+"""PretrainTask: an encoder, the objectives it is trained on, a head, and the item embeddings that come of it."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import field_validator
+from pydantic import field_validator, model_validator
 from torch import Tensor, nn
 
 from mmctr.config import Config
 from mmctr.data.batches import ItemBatch, PairBatch
 from mmctr.encoders import EncoderConfig
+from mmctr.heads import HeadConfig, VariationalHead
 from mmctr.objectives import BankViews, ClipConfig, Objective, ObjectivesConfig, Views
 from mmctr.tasks.bank import BankConfig, MemoryBank
 from mmctr.tasks.features import (
@@ -19,6 +20,7 @@ from mmctr.tasks.features import (
     ProjectionConfig,
     content_masks,
     features_of_items,
+    head_inputs,
     item_vectors,
     make_projection,
     unit,
@@ -31,6 +33,9 @@ class PretrainTaskConfig(Config):
     projection: ProjectionConfig | None = None
     """separate towers need one to be compared; others may have one, for example with both towers frozen"""
     objectives: ObjectivesConfig = ObjectivesConfig(clip=ClipConfig())
+    """none, `{}`, where a head is all that is trained"""
+    head: HeadConfig | None = None
+    """a variational head over the features; its mean is then the embedding of an item, not scaled to unit norm"""
     item_vector: Literal["mean", "concat"] = "mean"
     """the embedding of an item: the mean of its unit-norm picture and text features, or both side by side; a missing
     one is stood in for by the other, and the result has unit norm"""
@@ -46,6 +51,14 @@ class PretrainTaskConfig(Config):
             raise ValueError("sizes are different positive numbers")
         return sizes
 
+    @model_validator(mode="after")
+    def _something_to_train(self) -> PretrainTaskConfig:
+        if not self.objectives.given and self.head is None:
+            raise ValueError(f"objectives: give at least one of {', '.join(ObjectivesConfig.model_fields)}, or a head")
+        if self.head is not None and self.matryoshka:
+            raise ValueError("matryoshka: embeddings of a head cannot be cut off; leave one of the two out")
+        return self
+
 
 class PretrainTask(nn.Module):
     """Contrastive pretraining, and the item embeddings that come of it."""
@@ -57,6 +70,9 @@ class PretrainTask(nn.Module):
         self.image_projection = make_projection(config.projection, self.encoder.image_dim)
         self.text_projection = make_projection(config.projection, self.encoder.text_dim)
         self.objectives = config.objectives.build(self.encoder.logit_scale, self.encoder.logit_bias)
+        self.head: VariationalHead | None = None
+        if config.head is not None:
+            self.head = config.head.build(*self.dims)
         self.bank: MemoryBank | None = None
         smallest = min(self.dims)
         too_long = [size for size in config.matryoshka if size >= smallest]
@@ -75,6 +91,8 @@ class PretrainTask(nn.Module):
 
     @property
     def embedding_dim(self) -> int:
+        if self.head is not None:
+            return self.head.config.dim
         return sum(self.dims) if self.config.item_vector == "concat" else self.dims[0]
 
     @property
@@ -86,7 +104,8 @@ class PretrainTask(nn.Module):
     def _require_space(self, objectives: bool) -> None:
         """Raises ValueError where towers that share no space would be compared or averaged."""
         compared = sorted({"clip", "siglip", "query"} & set(self.config.objectives.given)) if objectives else []
-        if not self.shares_space and (compared or self.config.item_vector == "mean"):
+        averaged = self.config.item_vector == "mean" and (self.config.objectives.given or self.head is None)
+        if not self.shares_space and (compared or averaged):
             what = f"task.objectives.{compared[0]}" if compared else "task.item_vector: mean"
             raise ValueError(
                 f"{what}: the towers share no space; set task.projection to train one, or take `item_vector: concat` "
@@ -150,11 +169,11 @@ class PretrainTask(nn.Module):
         return self.terms(self.encode(batch.items, batch.query_ids), batch)
 
     def terms(self, features: ItemFeatures, batch: PairBatch) -> dict[str, Tensor]:
-        """The weighted objectives, each the mean over the Matryoshka sizes."""
+        """The weighted objectives, each the mean over the Matryoshka sizes; `head_...` of the head."""
         self._require_space(objectives=True)
         has_image, has_text = content_masks(batch.items)
         terms: dict[str, Tensor] = {}
-        sizes = [None, *self.config.matryoshka]
+        sizes = [None, *self.config.matryoshka] if self.objectives else []
         for size in sizes:
             views = self.views(features, has_image, has_text, size)
             bank = None
@@ -165,6 +184,11 @@ class PretrainTask(nn.Module):
             for name, config in self.config.objectives.given.items():
                 term = config.weight / len(sizes) * self.objectives[name](views, batch, bank)
                 terms[name] = terms[name] + term if name in terms else term
+        if self.head is not None:
+            read, has = head_inputs(features, has_image, has_text)
+            anchor = batch.anchor
+            found = self.head({n: x[anchor] for n, x in read.items()}, {n: x[anchor] for n, x in has.items()})
+            terms |= {f"head_{name}": value for name, value in found.items()}
         if self.bank is not None and self.training:
             self.bank.hold(self, features, batch)
         return terms
@@ -186,27 +210,44 @@ class PretrainTask(nn.Module):
         return self.terms(ItemFeatures(**features), batch)
 
     def embed(self, items: ItemBatch, size: int | None = None) -> tuple[Tensor, Tensor]:
-        """Item embeddings: (E, embedding_dim) unit norm, and the (E,) mask of items with a picture or a text.
+        """Item embeddings: (E, embedding_dim), and the (E,) mask of items with a picture or a text. They are of unit
+        norm, or, with a head, the means of the latents.
 
         Args:
             size: from the first so many dimensions of the features alone, see `matryoshka`.
         """
         self._require_space(objectives=False)
+        if self.head is not None:
+            has_image, has_text = content_masks(items)
+            mu, _ = self.head.posterior(*head_inputs(self.encode(items), has_image, has_text))
+            return mu, has_image | has_text
         views = self.views(self.encode(items), *content_masks(items), size)
         return views.item, views.has_item
 
     def parameter_parts(self) -> dict[str, list[nn.Parameter]]:
-        """`encoder`; `projection`; `heads`: temperatures and biases of the objectives."""
+        """`encoder`; `projection`; `temperatures` and biases of objectives; `head`; `discriminator` of `factor_vae`."""
+        head = {} if self.head is None else dict(self.head.named_parameters())
+        judges = {name: value for name, value in head.items() if name.startswith("discriminator.")}
         return {
             "encoder": list(self.encoder.parameters()),
             "projection": [*self.image_projection.parameters(), *self.text_projection.parameters()],
-            "heads": list(self.objectives.parameters()),
+            "temperatures": list(self.objectives.parameters()),
+            "head": [value for name, value in head.items() if name not in judges],
+            "discriminator": list(judges.values()),
         }
 
-    def start_bank(self, num_keys: int) -> None:
-        """Make the memory bank, for training alone: a saved task has none."""
+    def loss_parameters(self) -> list[nn.Parameter]:
+        """What only losses read, not `embed`."""
+        parts = self.parameter_parts()
+        unread = [] if self.head is None else [*self.head.rebuild.parameters(), *self.head.log_sigma.parameters()]
+        return [*parts["temperatures"], *parts["discriminator"], *unread]
+
+    def start_training(self, num_keys: int, num_items: int) -> None:
+        """What training alone has, not a saved task: the memory bank, and the number of items the head is told."""
         if self.config.bank is not None:
             self.bank = MemoryBank(self, self.config.bank, num_keys)
+        if self.head is not None:
+            self.head.num_items = num_items
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -214,6 +255,8 @@ class PretrainTask(nn.Module):
         for objective in self.objectives.values():
             assert isinstance(objective, Objective)
             objective.after_step()
+        if self.head is not None:
+            self.head.after_step()
         if self.bank is not None:
             self.bank.after_step(self)
 

@@ -72,8 +72,8 @@ class RankingTask(nn.Module):
             config.ranker.weight_dim,
         )
         if encoder is not None:
-            # temperatures take part in no ranking loss: parameters without a gradient stop many processes
-            for parameter in encoder.parameter_parts()["heads"]:
+            # what a ranking loss does not read: parameters without a gradient stop many processes
+            for parameter in encoder.loss_parameters():
                 parameter.requires_grad_(False)
         std = initial_std(config.embedder, config.ranker.weight_dim)
         user_dim = (config.ranker.weight_dim or config.user_dim) if config.user_dim else 0

@@ -11,7 +11,7 @@ from tests.tasks.test_pretrain import pair_batch, pretrain_task
 def test_a_bank_adds_the_items_of_earlier_steps_as_candidates(momentum):
     """Step 2 with a bank: the loss of its rows against its own columns and those of step 1."""
     task = pretrain_task(objectives={"clip": {}}, bank={"size": 8, "momentum": momentum}).train()
-    task.start_bank(num_keys=2)
+    task.start_training(num_keys=2, num_items=8)
     first, second = pair_batch(task), pair_batch(task, first=20)
     alone = pretrain_task().train()
     torch.testing.assert_close(task(first), alone(first))  # nothing is kept yet
@@ -42,7 +42,7 @@ def test_a_bank_adds_the_items_of_earlier_steps_as_candidates(momentum):
 
 def test_the_second_encoder_of_a_bank_follows_the_first_one():
     task = pretrain_task(bank={"size": 4, "momentum": 0.75}).train()
-    task.start_bank(num_keys=1)
+    task.start_training(num_keys=1, num_items=8)
     slow, fast = task.bank.follower["encoder"].model.visual.conv1.weight, task.encoder.model.visual.conv1.weight
     before = slow.clone()
     with torch.no_grad():

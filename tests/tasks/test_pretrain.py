@@ -234,7 +234,7 @@ def test_temperatures_start_where_the_papers_do_and_stay_within_their_bounds():
 
 def test_no_objective_or_an_unknown_one_is_refused():
     with pytest.raises(ValueError, match="give at least one of clip, siglip"):
-        ObjectivesConfig.parse({})
+        pretrain_task(objectives={})
     with pytest.raises(ValueError, match="did you mean 'behavior'"):
         ObjectivesConfig.parse({"behaviour": {}})
     assert list(ObjectivesConfig(distillation=DistillationConfig(path="x")).given) == ["distillation"]
@@ -265,7 +265,7 @@ def test_matryoshka_is_the_mean_over_the_first_dimensions():
 
 def test_parts_cover_every_trained_parameter_once():
     task = pretrain_task(objectives=OBJECTIVES, projection={"dim": 8}, bank={"momentum": 0.5})
-    task.start_bank(num_keys=1)
+    task.start_training(num_keys=1, num_items=8)
     parts = [p for part in task.parameter_parts().values() for p in part]
     assert {id(p) for p in parts} >= {id(p) for p in task.parameters() if p.requires_grad}
     assert len(parts) == len({id(p) for p in parts})
@@ -276,7 +276,7 @@ def test_parts_cover_every_trained_parameter_once():
 def test_a_saved_pretraining_task_loads_equal(encoder, item_vector, tmp_path):
     values = {"item_vector": item_vector, "objectives": {"siglip": {}}, "projection": {"dim": 6, "hidden": [7]}}
     task = pretrain_task(encoder, **values, bank={"size": 16}).eval()
-    task.start_bank(num_keys=1)
+    task.start_training(num_keys=1, num_items=8)
     with torch.no_grad():
         task.objectives["siglip"].logit_scale += 0.5
     task.save(tmp_path / "run")
@@ -320,7 +320,7 @@ def test_towers_without_a_shared_space_side_by_side():
     towers = copy.deepcopy(ENCODERS["towers"])
     towers["text"]["architecture"]["hidden_size"] = 8
     task = pretrain_task(towers, item_vector="concat", objectives={"behavior": {}}, bank={"size": 8}).train()
-    task.start_bank(num_keys=2)
+    task.start_training(num_keys=2, num_items=8)
     batch = pair_batch(task)
     vectors, has = task.embed(batch.items)
     assert vectors.shape == (8, task.embedding_dim) == (8, 16 + 8) and has.tolist() == [i != 3 for i in range(8)]
