@@ -64,6 +64,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--json", action="store_true", help="print JSON")
 
+    sub = command("concepts", _concepts, "name the latent dimensions of a run with a head: JSON and an HTML page")
+    sub.add_argument(
+        "runs", metavar="RUN", nargs="+", help="run folder of pretrain.train; of several the best is shown"
+    )
+    sub.add_argument("--data", help="dataset folder (default: the run's own)")
+    sub.add_argument("--out", help="folder for concepts.json and concepts.html (default: the first run folder)")
+    sub.add_argument("--columns", nargs="+", help="columns names may come from (default: all that can be used)")
+    sub.add_argument("--prompts", help="a file of prompts, one a line, that pictures are compared with")
+    sub.add_argument("--ranker", help="run folder of a ranker on these latents: what each dimension does to clicks")
+    sub.add_argument("--user", help="with --ranker: what moves this user")
+    sub.add_argument("--json", action="store_true", help="print JSON")
+
     sub = command(
         "evaluate", _evaluate, "metrics of a run on its validation and test rows, or of a ranker on another log"
     )
@@ -146,6 +158,23 @@ def _search(arguments: argparse.Namespace) -> None:
         return
     for place, neighbour in enumerate(found, 1):
         print(f"{place:3}  {neighbour.score:7.4f}  {neighbour.item_id}  {neighbour.title or ''}")
+
+
+def _concepts(arguments: argparse.Namespace) -> None:
+    from mmctr.concept_report import concepts, summary
+
+    if arguments.user is not None and arguments.ranker is None:
+        raise ValueError("--user needs --ranker: only a ranker knows what a user likes")
+    prompts: list[str] = []
+    if arguments.prompts:
+        if not Path(arguments.prompts).is_file():
+            raise ValueError(f"--prompts {arguments.prompts}: no such file")
+        lines = Path(arguments.prompts).read_text(encoding="utf-8").splitlines()
+        prompts = [line.strip() for line in lines if line.strip()]
+    out = Path(arguments.out or arguments.runs[0])
+    report = concepts(arguments.runs, out, arguments.data, arguments.columns, prompts, arguments.ranker, arguments.user)
+    print(json.dumps(report, ensure_ascii=False) if arguments.json else summary(report))
+    print(f"page: {out / 'concepts.html'}", file=sys.stderr if arguments.json else sys.stdout)
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:

@@ -112,7 +112,7 @@ def dci(mu: np.ndarray, codes: np.ndarray, seed: int = 0) -> dict[str, float]:
     right = np.zeros(codes.shape[1])
     for k in range(codes.shape[1]):
         train, test = _halves(codes[:, k], seed)
-        forest = RandomForestClassifier(50, max_depth=12, min_samples_leaf=3, max_features=1.0, random_state=seed)
+        forest = RandomForestClassifier(50, max_depth=12, min_samples_leaf=3, max_features=1.0, random_state=seed)  # type: ignore[arg-type]
         forest.fit(mu[train], codes[train, k])
         importance[:, k] = forest.feature_importances_
         right[k] = (forest.predict(mu[test]) == codes[test, k]).mean()

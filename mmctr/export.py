@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from pydantic import TypeAdapter
 from mmctr.data.batches import ItemBatch
 from mmctr.data.images import PictureError, decode_picture
 from mmctr.data.interactions import Impressions, Interactions, SplitConfig, split_interactions
+from mmctr.data.loaders import BehaviorCollator
 from mmctr.data.prepare import Dataset, open_dataset
 from mmctr.data.ranking import RankingData
 from mmctr.data.tables import as_text
@@ -40,8 +42,8 @@ def embed_run(run: str, out: str, data: str | None, modality: Modality, shard_si
     accelerator = Accelerator()
     keep_heap()
     folder = Path(run)
-    task = _load_encoder(folder).to(accelerator.device)
-    config = _data_config(folder, data)
+    task = load_encoder(folder).to(accelerator.device)
+    config = data_config(folder, data)
     titles = None
     if config.stream is not None:
         content = stream_content(config, task)
@@ -87,7 +89,7 @@ def embed_run(run: str, out: str, data: str | None, modality: Modality, shard_si
 @torch.inference_mode()
 def query_vector(run: str, text: str | None, image: str | None) -> np.ndarray:
     """The (D,) unit vector of a text or of a picture file, in the space of a pretraining run."""
-    task = _load_encoder(Path(run))
+    task = load_encoder(Path(run))
     row = torch.zeros(1, dtype=torch.int64)
     if text is not None:
         if not text.strip():
@@ -97,7 +99,7 @@ def query_vector(run: str, text: str | None, image: str | None) -> np.ndarray:
     else:
         path = Path(str(image))
         try:
-            resize = _data_config(Path(run), None).image_resize
+            resize = data_config(Path(run), None).image_resize
             picture = decode_picture(path.read_bytes(), task.encoder.image_size, resize)
         except FileNotFoundError:
             raise ValueError(f"--image {path}: no such file") from None
@@ -114,7 +116,7 @@ def evaluate_run(run: str, data: str | None) -> dict[str, Any]:
     if read_json(folder / "task.json")["kind"] == "pretrain":
         return {"validation": _evaluate_pretraining(folder, data, accelerator)}
     task = RankingTask.load(folder)
-    config = _data_config(folder, data)
+    config = data_config(folder, data)
     dataset = open_dataset(config.path, config.items)
     own = data is None
     if not own:
@@ -141,9 +143,25 @@ def evaluate_run(run: str, data: str | None) -> dict[str, Any]:
     return result
 
 
+def ranked_impressions(
+    run: Path, task: RankingTask
+) -> tuple[Dataset, Impressions, Callable[[Impressions], BehaviorCollator]]:
+    """The dataset of a ranker's run, its test impressions, and what makes batches of some of them."""
+    config = data_config(run, None)
+    dataset = open_dataset(config.path, config.items)
+    task.bind(dataset.catalog.item_ids)
+    content = None
+    if task.embedder.adapter is not None:
+        content = task.embedder.content_table, task.embedder.has_content
+    ranking = RankingData(dataset, task.vocabulary, task.config.features, task.config.max_history, content)
+    split: Any = TypeAdapter(SplitConfig).validate_python(run_config(run)["split"])
+    splits = split_interactions(dataset.interactions, len(dataset.catalog), split)
+    return dataset, splits.test, ranking.collator
+
+
 def _evaluate_pretraining(folder: Path, data: str | None, accelerator: Accelerator) -> dict[str, float]:
-    task = _load_encoder(folder).to(accelerator.device)
-    config = _data_config(folder, data)
+    task = load_encoder(folder).to(accelerator.device)
+    config = data_config(folder, data)
     values = run_config(folder)
     given = {"validation": values["validation"], "attributes": values["attributes"], "seed": values["seed"]}
     if config.stream is not None and data is None:
@@ -159,7 +177,7 @@ def _evaluate_pretraining(folder: Path, data: str | None, accelerator: Accelerat
     return evaluate_pretraining(task, held_out, accelerator)
 
 
-def _load_encoder(run: Path) -> PretrainTask:
+def load_encoder(run: Path) -> PretrainTask:
     """The task of a pretraining run, its adapters folded into the weights: it is read, not trained."""
     task = PretrainTask.load(run)
     task.encoder.merge_lora()
@@ -171,7 +189,8 @@ def _all_impressions(log: Interactions) -> Impressions:
     return Impressions(log.user, log.item, log.label, np.arange(len(log)), values, start, end)
 
 
-def _data_config(folder: Path, data: str | None) -> DataConfig:
+def data_config(folder: Path, data: str | None) -> DataConfig:
+    """The data section of a run, or that with another dataset folder."""
     values = run_config(folder)["data"]
     return DataConfig.parse(
         values | ({"path": data, "items": None, "stream": None} if data else {}), str(folder / "config.yaml")

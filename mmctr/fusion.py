@@ -264,14 +264,20 @@ class ItemEmbedder(nn.Module):
         frozen = isinstance(self.config.content, ContentEncoder) and self.config.content.frozen
         return self.encoder is not None and self.training and not frozen
 
-    def forward(self, items: ItemBatch) -> Tensor:
+    def forward(self, items: ItemBatch, shift: Tensor | None = None) -> Tensor:
+        """(U, dim).
+
+        Args:
+            shift: (content dim,) added to every content vector, to see what that changes.
+        """
         parts = []
         if self.ids is not None:
             parts.append(self.ids(items.features["item_id"]))
         if self.features.dim:
             parts.append(self.features(items.features, items.row))
         if self.adapter is not None:
-            parts.append(self.adapter(*self._content(items)))
+            vectors, has = self._content(items)
+            parts.append(self.adapter(vectors if shift is None else vectors + shift, has))
         return self.project(FUSIONS[self.config.fusion](parts))
 
     def _content(self, items: ItemBatch) -> tuple[Tensor, Tensor]:

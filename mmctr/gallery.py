@@ -14,7 +14,7 @@ from mmctr.data.catalog import Catalog
 from mmctr.data.prepare import open_dataset
 from mmctr.embeddings import EmbeddingTable
 from mmctr.index import ItemIndex
-from mmctr.report import ItemCard, NeighbourRow
+from mmctr.page import ItemCard, NeighbourRow
 
 
 def sample_neighbours(
@@ -37,9 +37,9 @@ def sample_neighbours(
     for position in np.linspace(0, len(table) - 1, num_items).astype(int):
         item_id = table.ids[int(position)].as_py()
         found = index.search_item(item_id, num_neighbours)
-        cards = [_card(catalog, neighbour.item_id, neighbour.title, neighbour.score) for neighbour in found]
+        cards = [item_card(catalog, neighbour.item_id, neighbour.title, neighbour.score) for neighbour in found]
         title = table.titles[position] if table.titles else None
-        rows.append(NeighbourRow(query=_card(catalog, item_id, title, None), neighbours=cards))
+        rows.append(NeighbourRow(query=item_card(catalog, item_id, title, None), neighbours=cards))
     return rows
 
 
@@ -53,7 +53,8 @@ def _embeddings_of(runs: list[Path]) -> str | None:
     return None
 
 
-def _card(catalog: Catalog, item_id: object, title: str | None, score: float | None) -> ItemCard:
+def item_card(catalog: Catalog, item_id: object, title: str | None, score: float | None = None) -> ItemCard:
+    """An item with its picture, from a cache of pictures that is there."""
     image = None
     folders = sorted(catalog.folder.glob("pictures-*/report.json"))
     if folders:

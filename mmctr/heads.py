@@ -92,6 +92,11 @@ class Standardise(nn.Module):
         self.variance += rate * (variance - self.variance)
         self.batches += has.any()
 
+    @property
+    def log_volume(self) -> Tensor:
+        """What standardising takes from a density's logarithm: densities are of features as they come."""
+        return 0.5 * len(self.mean) * (self.variance + 1e-12).log()
+
     def forward(self, features: Tensor) -> Tensor:
         return (features - self.mean) * torch.rsqrt(self.variance + 1e-12)
 
@@ -174,7 +179,10 @@ class VariationalHead(nn.Module):
         noise = torch.randn(mu.shape, generator=torch.Generator().manual_seed(0)).to(mu)
         rebuilt = self.decode(mu + noise * torch.exp(0.5 * logvar))
         targets = {name: self.standard[name](values) for name, values in features.items()}
-        nll = {name: gaussian_nll(values, rebuilt[name], self.log_sigma[name]) for name, values in targets.items()}
+        nll = {
+            name: gaussian_nll(values, rebuilt[name], self.log_sigma[name]) + self.standard[name].log_volume  # type: ignore[operator]
+            for name, values in targets.items()
+        }
         total = torch.stack([torch.where(has[name], values, 0.0) for name, values in nll.items()]).sum(0).mean()
         found = {
             "elbo": float(-(total + kl) / self.num_features),

@@ -25,9 +25,10 @@ from rich.text import Text
 
 from mmctr.files import read_json, write_text
 from mmctr.metrics import paired_difference
-from mmctr.report_html import ItemCard, NeighbourRow, finite_interval, render_page
+from mmctr.page import NeighbourRow
+from mmctr.report_html import finite_interval, render_page
 
-__all__ = ["ItemCard", "NeighbourRow", "Run", "comparison_json", "comparison_table", "load_runs", "write_report"]
+__all__ = ["Run", "comparison_json", "comparison_table", "load_runs", "write_report"]
 
 SPLITS = ("all", "warm", "cold")
 

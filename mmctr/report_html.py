@@ -1,48 +1,40 @@
 """The HTML page of `mmctr.report`: one file, inline SVG, no script, no resource from elsewhere.
 
-Text from outside (titles, run names, configs) goes through `_text`, the only way into the page. Plots are drawn in
-the units of a 460-wide box that scales with its column, so that their letters stay readable on a phone.
+Plots are drawn in the units of a 460-wide box that scales with its column, so that their letters stay readable on a
+phone.
 """
 
 from __future__ import annotations
 
-import base64
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import yaml
+
+from mmctr.page import (
+    NUM_STYLES,
+    NeighbourRow,
+    document,
+    is_number,
+    neighbour_row,
+    number,
+    scrolling,
+    short,
+    spread,
+    text,
+)
 
 if TYPE_CHECKING:
     from mmctr.report import Run
 
 METRIC_NAMES = {"auc": "AUC", "gauc": "gAUC"}
 SPLIT_NAMES = {"all": "All items", "warm": "Warm items (seen in training)", "cold": "Cold items (not in training)"}
-NUM_STYLES = 6
 MAX_CURVE_POINTS = 200
 
 WIDTH, DRAWN_HEIGHT, LEFT, RIGHT, TOP = 460, 208, 48, 12, 10  # of a plot and its margins, in SVG units
-
-
-@dataclass(frozen=True)
-class ItemCard:
-    """An item as shown to a reader. Text may be anything, it is escaped; image holds the bytes of a PNG or JPEG."""
-
-    item_id: int | str
-    title: str
-    image: bytes | None = None
-    score: float | None = None
-
-
-@dataclass(frozen=True)
-class NeighbourRow:
-    """An item and the items nearest to it, nearest first."""
-
-    query: ItemCard
-    neighbours: list[ItemCard]
 
 
 @dataclass(frozen=True)
@@ -58,66 +50,27 @@ class _Series:
 def finite_interval(ends: Sequence[float | None] | None) -> tuple[float, float] | None:
     """[low, high] as a tuple, None where it or one of its ends is missing or not finite."""
     low, high = ends if ends else (None, None)
-    return (low, high) if _is_number(low) and _is_number(high) else None
+    return (low, high) if is_number(low) and is_number(high) else None
 
 
 def render_page(runs: Sequence[Run], neighbours: Sequence[NeighbourRow], reading: Sequence[str]) -> str:
     """The page as text. `reading` are the sentences of its opening paragraph; missing values are dashes."""
     sections = [
-        f"<h1>Ranker comparison</h1>\n<p class='lead'>{_text(' '.join(reading))}</p>",
+        f"<h1>Ranker comparison</h1>\n<p class='lead'>{text(' '.join(reading))}</p>",
         "<h2>Test metrics</h2>\n" + _metrics_table(runs),
         "<h2>By clicks of the item in training</h2>\n" + _bucket_plots(runs),
         "<h2>Training</h2>\n" + "".join(_curves(run, position, runs) for position, run in enumerate(runs)),
     ]
     if neighbours:
-        rows = "".join(_neighbour_row(row) for row in neighbours)
+        rows = "".join(neighbour_row(row) for row in neighbours)
         sections.append(f"<h2>Nearest neighbours</h2>\n<p>The framed item and the items nearest to it.</p>\n{rows}")
     configs = "".join(
-        f"<details><summary>{_text(run.name)}</summary><pre tabindex='0'>"
-        f"{_text(yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True))}</pre></details>\n"
+        f"<details><summary>{text(run.name)}</summary><pre tabindex='0'>"
+        f"{text(yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True))}</pre></details>\n"
         for run in runs
     )
     sections.append(f"<h2>Configs</h2>\n{configs}")
-    body = "".join(f"<section>{section}</section>\n" for section in sections)
-    return (
-        "<!DOCTYPE html>\n<html lang='en'>\n<head>\n<meta charset='utf-8'>\n"
-        "<meta name='viewport' content='width=device-width, initial-scale=1'>\n"
-        "<meta name='color-scheme' content='light dark'>\n"
-        # a second lock beside the escaping: nothing may run or load, pictures are inside the file
-        "<meta http-equiv='Content-Security-Policy' "
-        "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">\n"
-        f"<title>Ranker comparison: {_text(', '.join(run.name for run in runs))}</title>\n"
-        f"<style>{_CSS}</style>\n</head>\n<body>\n<main>\n{body}</main>\n</body>\n</html>\n"
-    )
-
-
-def _text(value: Any) -> str:
-    # lone surrogates, as in the names of folders in another encoding, cannot be written as UTF-8
-    return escape(str(value).encode("utf-8", "replace").decode("utf-8"), quote=True)
-
-
-def _is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _number(value: Any, spec: str = ".4f") -> str:
-    return format(value, spec) if _is_number(value) else "–"
-
-
-def _short(value: float) -> str:
-    """1234567 as 1.2M, 12345 as 12k: for axes and counts."""
-    for size, letter in ((1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:.3g}{letter}"
-    return f"{value:g}"
-
-
-def _spread(interval: tuple[float, float] | None, spec: str = ".4f") -> str:
-    return f"<small>[{interval[0]:{spec}}, {interval[1]:{spec}}]</small>" if interval else ""
-
-
-def _scrolling(label: str, content: str) -> str:
-    return f"<div class='scroll' role='region' aria-label='{_text(label)}' tabindex='0'>{content}</div>\n"
+    return document(f"Ranker comparison: {', '.join(run.name for run in runs)}", sections)
 
 
 def _metrics_table(runs: Sequence[Run]) -> str:
@@ -132,14 +85,14 @@ def _metrics_table(runs: Sequence[Run]) -> str:
             cells = []
             for metric in ("auc", "gauc"):
                 value = run.metric(split, metric)
-                shown = _number(value)
+                shown = number(value)
                 if metric == "gauc" and value == best is not None and len(runs) > 1:
                     shown = f"<strong>{shown}</strong>"
-                cells.append(shown + _spread(run.interval(split, metric)))
+                cells.append(shown + spread(run.interval(split, metric)))
             difference, interval = run.difference_from(runs[0], split, "gauc") if position else (None, None)
-            cells.append(_number(difference, "+.4f") + _spread(interval, "+.4f"))
-            cells += [_number(run.metric(split, "log_loss")), _number(run.metric(split, "calibration"), ".3f")]
-            cells += [_number(run.metric(split, count), ",.0f") for count in ("num_impressions", "num_positives")]
+            cells.append(number(difference, "+.4f") + spread(interval, "+.4f"))
+            cells += [number(run.metric(split, "log_loss")), number(run.metric(split, "calibration"), ".3f")]
+            cells += [number(run.metric(split, count), ",.0f") for count in ("num_impressions", "num_positives")]
             columns = "".join(f"<td>{cell}</td>" for cell in cells)
             rows.append(f"<tr><th scope='row'>{_run_label(position, run)}</th>{columns}</tr>")
         bodies.append(f"<tbody>{''.join(rows)}</tbody>")
@@ -149,7 +102,7 @@ def _metrics_table(runs: Sequence[Run]) -> str:
         "training seeds. gAUC is the AUC inside each user, weighted by impressions; 0.5 is a random order. Calibration "
         "is predicted over observed clicks; 1 is right. Bold: the highest gAUC. A dash: not defined or not known.</p>"
     )
-    return _scrolling("Test metrics", table) + note
+    return scrolling("Test metrics", table) + note
 
 
 def _bucket_plots(runs: Sequence[Run]) -> str:
@@ -161,7 +114,7 @@ def _bucket_plots(runs: Sequence[Run]) -> str:
     for position, name in enumerate(names):
         counts = {table[name].get("num_impressions") for table in tables if name in table}
         count = counts.pop() if len(counts) == 1 else None
-        ticks.append((float(position), name, f"n = {_short(count)}" if _is_number(count) else "n differs"))
+        ticks.append((float(position), name, f"n = {short(count)}" if is_number(count) else "n differs"))
     figures, details = [], []
     for metric in ("gauc", "auc"):
         series = []
@@ -172,40 +125,40 @@ def _bucket_plots(runs: Sequence[Run]) -> str:
             for position, name in enumerate(names):
                 value = table.get(name, {}).get(metric)
                 interval = finite_interval(table.get(name, {}).get(f"{metric}_ci"))
-                points.append((position + shift, value if _is_number(value) else None, interval))
+                points.append((position + shift, value if is_number(value) else None, interval))
             series.append(_Series(runs[run_position].name, run_position, points))
         title = METRIC_NAMES[metric]
         told = "; ".join(
-            f"{line.name}: " + ", ".join(f"{name} {_number(p[1])}" for name, p in zip(names, line.points, strict=True))
+            f"{line.name}: " + ", ".join(f"{name} {number(p[1])}" for name, p in zip(names, line.points, strict=True))
             for line in series
         )
         about, x_range = f"{title} by clicks of the item in training", (-0.5, len(names) - 0.5)
         x_name = "clicks of the item in training (n: impressions)"
         plot = _plot(f"bucket-{metric}", about, told, series, ticks, x_range, x_name, reference=0.5)
         figures.append(_figure(f"<b>{title}</b> with 95% intervals; the dashed line is a random order.", plot))
-        head = "".join(f"<th scope='col'>{_text(name)}</th>" for name in (title, *names))
+        head = "".join(f"<th scope='col'>{text(name)}</th>" for name in (title, *names))
         rows = "".join(
-            f"<tr><th scope='row'>{_text(line.name)}</th>"
-            + "".join(f"<td>{_number(value)}{_spread(interval)}</td>" for _, value, interval in line.points)
+            f"<tr><th scope='row'>{text(line.name)}</th>"
+            + "".join(f"<td>{number(value)}{spread(interval)}</td>" for _, value, interval in line.points)
             + "</tr>"
             for line in series
         )
         details.append(f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>")
     legend = "".join(f"<li>{_run_label(position, run)}</li>" for position, run in enumerate(runs))
     plots = f"<ul class='legend'>{legend}</ul>\n<div class='pair'>{''.join(figures)}</div>\n"
-    numbers = _scrolling("AUC and gAUC by clicks", "".join(details))
+    numbers = scrolling("AUC and gAUC by clicks", "".join(details))
     return f"{plots}<details><summary>The numbers of the plots</summary>{numbers}</details>"
 
 
 def _curves(run: Run, style: int, runs: Sequence[Run]) -> str:
     """Loss and validation gAUC of one run; the axes of steps and of gAUC are those of all runs, to be compared."""
     heading = f"<h3>{_run_label(style, run)}</h3>\n"
-    losses = _binned([(line["step"], line["loss"]) for line in run.training if _is_number(line["loss"])])
+    losses = _binned([(line["step"], line["loss"]) for line in run.training if is_number(line["loss"])])
     checks = _validation_points(run)
     if not losses and not checks:
         return heading + "<p>No log of the training.</p>\n"
     last = max([1, *(line["step"] for other in runs for line in (*other.training, *other.evaluations))])
-    ticks = [(tick, _short(tick), "") for tick in _nice_ticks(0, last) if tick.is_integer()]
+    ticks = [(tick, short(tick), "") for tick in _nice_ticks(0, last) if tick.is_integer()]
     figures = []
     if losses:
         told = f"loss {losses[0][1]:.4f} at step {losses[0][0]:.0f}, {losses[-1][1]:.4f} at step {losses[-1][0]:.0f}"
@@ -214,7 +167,7 @@ def _curves(run: Run, style: int, runs: Sequence[Run]) -> str:
         figures.append(_figure("<b>Training loss</b>, on its own scale.", plot))
     if checks:
         step, highest, epoch = max(checks, key=lambda point: point[1])
-        told = f"highest {highest:.4f} at step {step:,}" + (f", epoch {epoch:g}" if _is_number(epoch) else "")
+        told = f"highest {highest:.4f} at step {step:,}" + (f", epoch {epoch:g}" if is_number(epoch) else "")
         series = _Series(run.name, style, [(x, y, None) for x, y, _ in checks])
         every = [y for other in runs for _, y, _ in _validation_points(other)]
         title = f"Validation gAUC of {run.name}"
@@ -226,7 +179,7 @@ def _curves(run: Run, style: int, runs: Sequence[Run]) -> str:
 
 def _validation_points(run: Run) -> list[tuple[int, float, Any]]:
     lines = [(line["step"], line["validation"].get("gauc"), line.get("epoch")) for line in run.evaluations]
-    return [line for line in lines if _is_number(line[1])]
+    return [line for line in lines if is_number(line[1])]
 
 
 def _binned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -281,12 +234,12 @@ def _plot(
     if reference is not None:
         parts.append(f"<path class='reference' d='M{LEFT} {place_y(reference):.1f}H{WIDTH - RIGHT}'/>")
     for x, label, below in ticks:
-        parts.append(f"<text x='{place_x(x):.1f}' y='{bottom + 17}'>{_text(label)}</text>")
+        parts.append(f"<text x='{place_x(x):.1f}' y='{bottom + 17}'>{text(label)}</text>")
         parts.append(
-            f"<text class='minor' x='{place_x(x):.1f}' y='{bottom + 32}'>{_text(below)}</text>" if below else ""
+            f"<text class='minor' x='{place_x(x):.1f}' y='{bottom + 32}'>{text(below)}</text>" if below else ""
         )
     name_y = bottom + (52 if any(below for _, _, below in ticks) else 36)
-    parts.append(f"<text class='minor' x='{(LEFT + WIDTH - RIGHT) / 2}' y='{name_y}'>{_text(x_name)}</text>")
+    parts.append(f"<text class='minor' x='{(LEFT + WIDTH - RIGHT) / 2}' y='{name_y}'>{text(x_name)}</text>")
     for line in series:
         path, pen, whiskers, marks = [], "M", [], []
         for x, y, ends in line.points:
@@ -306,7 +259,7 @@ def _plot(
         )
     return (
         f"<svg viewBox='0 0 {WIDTH} {name_y + 10}' role='img' aria-labelledby='{uid}-title {uid}-desc'>"
-        f"<title id='{uid}-title'>{_text(title)}</title><desc id='{uid}-desc'>{_text(description)}</desc>"
+        f"<title id='{uid}-title'>{text(title)}</title><desc id='{uid}-desc'>{text(description)}</desc>"
         f"{''.join(parts)}</svg>"
     )
 
@@ -328,71 +281,8 @@ def _run_label(index: int, run: Run) -> str:
     """The name of a run beside its mark."""
     key = f"<path class='line' d='M1 7H25'/>{_mark(index, 13, 7)}"
     svg = f"<svg class='key {_style(index)}' viewBox='0 0 26 14' aria-hidden='true'>{key}</svg>"
-    return f"<span class='run'>{svg}<span>{_text(run.name)}</span></span>"
+    return f"<span class='run'>{svg}<span>{text(run.name)}</span></span>"
 
 
 def _figure(caption: str, content: str) -> str:
     return f"<figure><figcaption>{caption}</figcaption>{content}</figure>"
-
-
-def _neighbour_row(row: NeighbourRow) -> str:
-    cards = _card(row.query, "query") + "".join(_card(card, "") for card in row.neighbours)
-    return _scrolling(f"Neighbours of {row.query.title}", f"<div class='cards'>{cards}</div>")
-
-
-def _card(card: ItemCard, kind: str) -> str:
-    formats = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg"}
-    found = next((name for magic, name in formats.items() if card.image and card.image.startswith(magic)), None)
-    if card.image and found:
-        data = base64.b64encode(card.image).decode("ascii")
-        picture = f"<img src='data:image/{found};base64,{data}' alt='{_text(card.title)}' loading='lazy'>"
-    else:
-        picture = "<div class='absent'>no picture</div>"
-    score = f" · {card.score:.3f}" if _is_number(card.score) else ""
-    return (
-        f"<figure class='card {kind}'>{picture}<figcaption><span class='name' title='{_text(card.title)}'>"
-        f"{_text(card.title)}</span><small>{_text(card.item_id)}{score}</small></figcaption></figure>"
-    )
-
-
-_CSS = """
-:root { --page: #fff; --ink: #1c2126; --muted: #5a646e; --rule: #dfe3e7; --soft: #f4f6f8;
-  --p0: #0072b2; --p1: #c44e00; --p2: #007a5a; --p3: #a23e80; --p4: #7a6200; --p5: #444; }
-@media (prefers-color-scheme: dark) { :root { --page: #15181b; --ink: #e6e9ec; --muted: #a3adb6; --rule: #343b42;
-  --soft: #1f2429; --p0: #5bb4ee; --p1: #ff9554; --p2: #35cfa0; --p3: #efa3d0; --p4: #e3c93a; --p5: #d8d8d8; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
-main { max-width: 1120px; margin: 0 auto; padding: 24px 16px 48px; }
-h1 { font-size: 1.7rem; margin: 0 0 .5rem; } h2 { font-size: 1.25rem; margin: 2.4rem 0 .6rem; }
-h3 { font-size: 1rem; margin: 1.4rem 0 .4rem; } h1, h3, li, th[scope=row] { overflow-wrap: anywhere; }
-.lead { max-width: 75ch; overflow-wrap: anywhere; } .note, figcaption { color: var(--muted); font-size: .87rem; }
-.note { max-width: 90ch; } .scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .92rem; }
-th, td { padding: .4rem .6rem; text-align: right; border-bottom: 1px solid var(--rule); vertical-align: top; }
-thead th { white-space: nowrap; vertical-align: bottom; } td { white-space: nowrap; }
-tr > th:first-child { text-align: left; position: sticky; left: 0; background: var(--page); min-width: 9.8rem; }
-th[scope=row] { font-weight: 500; } td small { display: block; color: var(--muted); }
-tr.split > th:first-child { background: var(--soft); padding-top: .5rem; }
-tr.split span { position: sticky; left: .6rem; }
-.legend { list-style: none; display: flex; flex-wrap: wrap; gap: .2rem 1.4rem; padding: 0; margin: 0 0 .4rem; }
-.run { display: flex; } .key { flex: none; width: 26px; height: 14px; margin: .3em .45rem 0 0; }
-.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 380px), 1fr)); gap: 1rem 2rem; }
-.pair figure { margin: 0; max-width: 620px; } .pair svg { display: block; width: 100%; height: auto; }
-svg text { fill: var(--ink); font-size: 12px; text-anchor: middle; } svg text.end { text-anchor: end; }
-svg text.minor { fill: var(--muted); font-size: 11px; } .grid { stroke: var(--rule); }
-.reference { stroke: var(--muted); stroke-dasharray: 5 4; } .line, .whisker { fill: none; stroke: var(--c); }
-.line { stroke-width: 1.8; stroke-linejoin: round; } .again .line { stroke-dasharray: 6 3; }
-.whisker { stroke-width: 1.3; opacity: .8; } .mark { fill: var(--c); stroke: var(--page); }
-.empty { color: var(--muted); }
-.cards { display: flex; gap: .8rem; padding: .3rem .2rem 1rem; } .card { margin: 0; flex: 0 0 116px; width: 116px; }
-.card img, .absent { width: 116px; height: 116px; object-fit: contain; background: #fff; border-radius: 6px;
-  border: 1px solid var(--rule); display: block; }
-.absent { background: var(--soft); color: var(--muted); font-size: .8rem; display: grid; place-items: center; }
-.query { margin-right: .8rem; } .query img, .query .absent { outline: 3px solid var(--p0); outline-offset: 1px; }
-.card .name { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 2; overflow: hidden;
-  color: var(--ink); line-height: 1.3; margin-top: .35rem; overflow-wrap: anywhere; }
-summary { cursor: pointer; padding: .3rem 0; overflow-wrap: anywhere; }
-pre { background: var(--soft); padding: .8rem; overflow-x: auto; font-size: .85rem; border-radius: 6px; }
-@media (max-width: 600px) { table { font-size: .85rem; } th, td { padding: .35rem .4rem; } }
-:focus-visible { outline: 2px solid var(--p0); outline-offset: 2px; }
-""" + " ".join(f".c{index} {{ --c: var(--p{index}); }}" for index in range(NUM_STYLES))

@@ -28,6 +28,9 @@ class PretrainConfig(Config):
     split: SplitConfig = ColdItemsSplit()
     """objectives on behaviour see the training part of this split alone: give the one the ranker has"""
     task: PretrainTaskConfig
+    init_from: str | None = None
+    """a run folder: its encoder and projections are what this run starts from. With both towers frozen a head or an
+    objective on behaviour is then trained behind them, on features made once"""
     fit: FitConfig = FitConfig()
     validation: float = Field(default=0.1, gt=0, lt=1)
     """fraction of the items with picture and text held out for retrieval"""
@@ -50,7 +53,10 @@ def main(config: PretrainConfig) -> dict:
 
     # data: items with content, a seeded part of them held out; partners for the objectives that ask for them
     torch.manual_seed(config.seed)
-    task = PretrainTask(config.task).to(accelerator.device)
+    task = PretrainTask(config.task)
+    if config.init_from is not None:
+        task.init_from(config.init_from)
+    task.to(accelerator.device)
     given: dict = {"validation": config.validation, "attributes": config.attributes, "seed": config.seed}
     if config.data.stream is not None:
         data = StreamData.make(config.data, task, **given)
@@ -65,7 +71,7 @@ def main(config: PretrainConfig) -> dict:
         config.fit.batch_size, config.fit.num_workers, accelerator.process_index, accelerator.num_processes
     )
     task.start_training(data.num_keys, data.num_train_items)
-    task.to(accelerator.device)
+    task.to(accelerator.device)  # a bank is new
 
     def evaluate() -> dict[str, float]:
         return evaluate_pretraining(task, data.held_out, accelerator)

@@ -15,6 +15,7 @@ import yaml
 
 from mmctr import report
 from mmctr.metrics import gauc, paired_difference, ranking_report
+from mmctr.page import ItemCard, NeighbourRow
 
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(20)
 HOSTILE = "</title><script>alert('x')</script>\"'&\ud800"
@@ -85,8 +86,8 @@ def edit_metrics(folder: Path, change) -> None:
 
 def test_page_holds_the_numbers_and_needs_nothing_else(folders, tmp_path):
     runs = report.load_runs(folders, num_bootstrap=20)
-    cards = [report.ItemCard(7, "Red shoe", PNG, 0.5), report.ItemCard("b", "Blue shoe", b"\xff\xd8\xff\xe0", 0.25)]
-    rows = [report.NeighbourRow(report.ItemCard(1, "Query", None), cards)]
+    cards = [ItemCard(7, "Red shoe", PNG, 0.5), ItemCard("b", "Blue shoe", b"\xff\xd8\xff\xe0", 0.25)]
+    rows = [NeighbourRow(ItemCard(1, "Query", None), cards)]
     html, page = written(runs, tmp_path / "out" / "report.html", rows)
     for run in runs:
         assert run.name in page.text
@@ -114,8 +115,8 @@ def test_hostile_text_is_escaped(folders, tmp_path):
     bad = folders[0].rename(tmp_path / "<script>alert(1)<")
     (bad / "config.yaml").write_text(yaml.safe_dump({"note": "</pre><script>alert(2)</script>"}))
     edit_metrics(bad, lambda metrics: metrics["test"]["buckets"][0].update(clicks="<b onload='x'>"))
-    card = report.ItemCard(HOSTILE, HOSTILE, b"<svg onload=alert(3)>")
-    rows = [report.NeighbourRow(card, [report.ItemCard(HOSTILE, HOSTILE, PNG, float("nan"))])]
+    card = ItemCard(HOSTILE, HOSTILE, b"<svg onload=alert(3)>")
+    rows = [NeighbourRow(card, [ItemCard(HOSTILE, HOSTILE, PNG, float("nan"))])]
     html, page = written(report.load_runs([bad, folders[1]], 20), tmp_path / "report.html", rows)
     assert "<script" not in html and "<b onload" not in html and "<svg onload" not in html
     assert "script" not in page.tags and not any(name.startswith("on") for name, _ in page.attributes)

@@ -260,6 +260,18 @@ class PretrainTask(nn.Module):
         if self.bank is not None:
             self.bank.after_step(self)
 
+    def init_from(self, folder: str | Path) -> None:
+        """Take encoder and projections of a run. Raises ValueError when they are of another architecture."""
+        PretrainTaskConfig.parse(task_config(Path(folder), "pretrain"), source=f"{folder}/task.json")
+        parts = ("encoder.", "image_projection.", "text_projection.")
+        own = {name: value for name, value in self.state_dict().items() if name.startswith(parts)}
+        given = {name: value for name, value in task_weights(Path(folder)).items() if name.startswith(parts)}
+        for name in [*own, *(name for name in given if name not in own)]:
+            if name not in own or name not in given or own[name].shape != given[name].shape:
+                shapes = " and ".join(str(list(x[name].shape)) if name in x else "none" for x in (given, own))
+                raise ValueError(f"init_from {folder}: {name} is {shapes}, there and here; give the same task.encoder")
+        self.load_state_dict(given, strict=False)
+
     def save(self, folder: Path) -> None:
         """`task.json`, `encoder/` (architecture, tokenizer) and `model.safetensors`."""
         self.encoder.save(folder / "encoder")

@@ -102,16 +102,23 @@ class RankingTask(nn.Module):
             decay[0] = 0
             self.register_buffer(name, decay.to(self.item_decay.device), persistent=False)
 
-    def logits(self, batch: BehaviorBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """(B,) logits and the ranker's auxiliary losses."""
-        vectors = self.embedder(batch.items)  # (U, D)
+    def logits(self, batch: BehaviorBatch, target_shift: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """(B,) logits and the ranker's auxiliary losses.
+
+        Args:
+            target_shift: (content dim,) added to the content vectors of targets, not to those of histories.
+        """
+        vectors, target = self.embedder(batch.items), batch.target  # (U, D)
+        if target_shift is not None:
+            target = target + len(vectors)
+            vectors = torch.cat([vectors, self.embedder(batch.items, target_shift)])
         context = self.context(batch.context, batch.user)
         if self.users is not None:
             context = torch.cat([self.users(batch.user), context], dim=1)
         output = self.ranker(
             RankerInput(
                 items=vectors,
-                target=batch.target,
+                target=target,
                 history=batch.history,
                 history_offsets=batch.history_offsets,
                 context=context,
