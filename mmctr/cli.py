@@ -59,6 +59,10 @@ def _parser() -> argparse.ArgumentParser:
     query.add_argument("--text", help="words")
     query.add_argument("--image", help="picture file")
     sub.add_argument("-k", type=int, default=10, help="how many (default: 10)")
+    sub.add_argument("--more", nargs="+", default=[], metavar="WORD", help="go towards what `mmctr concepts` named so")
+    sub.add_argument("--less", nargs="+", default=[], metavar="WORD", help="go away from it")
+    sub.add_argument("--strength", type=float, default=2.0, help="how far, in standard deviations (default: 2)")
+    sub.add_argument("--concepts", help="concepts.json to take the words from (default: that of the run embedded with)")
     sub.add_argument(
         "--run", dest="pretrain_run", help="pretraining run for --text and --image (default: the one embedded with)"
     )
@@ -142,8 +146,17 @@ def _search(arguments: argparse.Namespace) -> None:
     from mmctr.index import ItemIndex
 
     index = ItemIndex.load(arguments.index)
+    shift = None
+    if arguments.more or arguments.less:
+        from mmctr.concepts import steering
+
+        named = arguments.concepts or Path(str(index.manifest.get("identity", {}).get("run"))) / "concepts.json"
+        weights = index.manifest.get("identity", {}).get("weights")
+        shift = steering(Path(named), arguments.more, arguments.less, arguments.strength, weights)
+        if len(shift) != index.index.d:
+            raise ValueError(f"{named}: of {len(shift)} dimensions, the vectors have {index.index.d}: not of one run")
     if arguments.item is not None:
-        found = index.search_item(arguments.item, arguments.k)
+        found = index.search_item(arguments.item, arguments.k, shift)
     else:
         from mmctr.export import query_vector
 
@@ -152,7 +165,8 @@ def _search(arguments: argparse.Namespace) -> None:
             raise ValueError(
                 f"{arguments.index}: does not say which run made it; name it with --run to search by text or picture"
             )
-        found = index.search(query_vector(run, arguments.text, arguments.image), arguments.k)
+        vector = query_vector(run, arguments.text, arguments.image)
+        found = index.search(vector if shift is None else vector + shift, arguments.k)
     if arguments.json:
         print(json.dumps([vars(neighbour) for neighbour in found], ensure_ascii=False))
         return

@@ -64,9 +64,12 @@ def _label(entry: dict[str, Any]) -> str:
 
 def _table(head: list[str], rows: list[list[str]], label: str) -> str:
     """Cells are HTML; the first of a row is its heading."""
-    columns = "".join(f"<th scope='col'>{name}</th>" for name in head)
+    kind = [" class='words'" if name == "Name" else "" for name in head]
+    columns = "".join(f"<th scope='col'{k}>{name}</th>" for name, k in zip(head, kind, strict=True))
     body = "".join(
-        f"<tr><th scope='row'>{row[0]}</th>{''.join(f'<td>{cell}</td>' for cell in row[1:])}</tr>" for row in rows
+        f"<tr><th scope='row'>{row[0]}</th>"
+        f"{''.join(f'<td{k}>{cell}</td>' for cell, k in zip(row[1:], kind[1:], strict=True))}</tr>"
+        for row in rows
     )
     return scrolling(label, f"<table><thead><tr>{columns}</tr></thead><tbody>{body}</tbody></table>")
 
@@ -117,7 +120,7 @@ def _dimension(entry: dict[str, Any], report: dict[str, Any], picture: Any) -> s
         f"<div><h3>{step['quantile']:.0%}</h3><div class='cards'>{''.join(map(picture, step['items']))}</div></div>"
         for step in entry["traversal"]
     )
-    shown = scrolling(f"Items along dimension {entry['dimension']}", f"<div class='cards'>{steps}</div>")
+    shown = scrolling(f"Items along dimension {entry['dimension']}", f"<div class='walk'>{steps}</div>")
     heading = f"<h2>{entry['dimension']}: {text(_label(entry))}</h2>"
     return f"{heading}\n<p class='note'>{text(' '.join(facts))}</p>\n{_histogram(entry['histogram'])}{shown}"
 

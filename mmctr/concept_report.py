@@ -30,7 +30,7 @@ MAX_IMPRESSIONS = 10_000
 """impressions that the effect on clicks is averaged over"""
 STEPS = (0.02, 0.25, 0.5, 0.75, 0.98)
 """quantiles of a dimension that its traversal stops at"""
-PER_STEP = 3
+PER_STEP = 2
 """items shown at each"""
 
 
@@ -145,8 +145,10 @@ class Latents:
     """(n,) catalog rows"""
     mu: np.ndarray
     """(n, Z)"""
+    has_image: np.ndarray
+    """(n,) bool"""
     images: np.ndarray | None
-    """(n, D) picture features, zeros where there is none"""
+    """(n, D) picture features, zeros where there is none; None where texts cannot be compared with them"""
 
 
 def latents_of(task: PretrainTask, catalog: Catalog, content: Any, accelerator: Accelerator) -> Latents:
@@ -159,10 +161,11 @@ def latents_of(task: PretrainTask, catalog: Catalog, content: Any, accelerator: 
     rows = np.flatnonzero(has)
     if len(rows) < 50:
         raise ValueError(f"{len(rows)} items have content; names need 50 or more")
+    has_image = np.zeros(len(rows), bool) if content.has_image is None else np.asarray(content.has_image)[rows]
     images = None
-    if content.has_image is not None and task.shares_space:
+    if has_image.any() and task.shares_space:
         images = embed_rows(task, content, rows, accelerator, "image")[0]
-    return Latents(rows, mu[rows].astype(np.float64), images)
+    return Latents(rows, mu[rows].astype(np.float64), has_image, images)
 
 
 def describe(
@@ -175,7 +178,8 @@ def describe(
     """Dimensions, scores beside those of chance, and how the attributes hang together; ready for JSON."""
     mu, ids = latents.mu, catalog.item_ids
     active = active_dimensions(mu)
-    correlation = np.corrcoef(mu.T) if mu.shape[1] > 1 else np.ones((1, 1))
+    z = (mu - mu.mean(0)) / mu.std(0).clip(min=1e-12)
+    correlation = z.T @ z / len(z)
     dimensions = []
     for j, name in enumerate(names):
         entry: dict[str, Any] = {
@@ -192,7 +196,7 @@ def describe(
                 "histogram": {"counts": counts.tolist(), "from": float(edges[0]), "to": float(edges[-1])},
                 "traversal": [
                     {"quantile": q, "items": [ids[int(latents.rows[r])].as_py() for r in rows]}
-                    for q, rows in zip(STEPS, traversal(mu, j), strict=True)
+                    for q, rows in zip(STEPS, traversal(mu, j, latents.has_image), strict=True)
                 ],
                 "correlates": None
                 if nearest is None
@@ -221,12 +225,13 @@ def prevalence(latent: np.ndarray) -> dict[str, float]:
     return {"low": float((z < -1).mean()), "high": float((z > 1).mean())}
 
 
-def traversal(mu: np.ndarray, dimension: int) -> list[np.ndarray]:
-    """At each of `STEPS`, the rows of items that are there on one dimension and near the middle on the others."""
+def traversal(mu: np.ndarray, dimension: int, has_image: np.ndarray) -> list[np.ndarray]:
+    """At each of `STEPS`, the rows of items that are there on one dimension and near the middle on the others; those
+    with a picture first, where there are any."""
     z = (mu - mu.mean(0)) / mu.std(0).clip(min=1e-12)
     others = np.delete(z, dimension, 1)
     off = (others**2).mean(1) if others.shape[1] else np.zeros(len(z))
-    result, taken = [], np.zeros(len(z), bool)
+    result, taken = [], ~has_image if has_image.sum() >= 20 * PER_STEP else np.zeros(len(z), bool)
     for q in STEPS:
         distance = (z[:, dimension] - np.quantile(z[:, dimension], q)) ** 2 * 4 + off
         rows = np.argsort(np.where(taken, np.inf, distance))[:PER_STEP]

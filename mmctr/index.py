@@ -29,25 +29,37 @@ class ItemIndex:
     `index` is a plain FAISS index whose ids are positions in `ids`; anyone's FAISS can read the file.
     """
 
-    def __init__(self, index: faiss.Index, ids: pa.Array, titles: list[str | None] | None, manifest: dict[str, Any]):
+    def __init__(
+        self,
+        index: faiss.Index,
+        ids: pa.Array,
+        titles: list[str | None] | None,
+        manifest: dict[str, Any],
+        norms: np.ndarray | None = None,
+    ):
         if index.ntotal != len(ids):
             raise ValueError(f"the index holds {index.ntotal} vectors but there are {len(ids)} ids; build it again")
         self.index, self.ids, self.titles, self.manifest = index, ids, titles, manifest
+        self.norms = norms
+        """(n,) lengths of the vectors as they came, None where all had unit norm"""
 
     def __len__(self) -> int:
         return len(self.ids)
 
     @classmethod
     def build(cls, table: EmbeddingTable) -> ItemIndex:
-        vectors = table.vectors.copy()
+        vectors, norms = table.vectors.copy(), np.linalg.norm(table.vectors, axis=1)
         faiss.normalize_L2(vectors)
         index = faiss.IndexFlatIP(table.dim)
         index.add(vectors)  # type: ignore[call-arg]
-        return cls(index, table.ids, table.titles, table.manifest)  # type: ignore[arg-type]
+        unit = np.abs(norms - 1).max(initial=0.0) < 1e-3
+        return cls(index, table.ids, table.titles, table.manifest, None if unit else norms)  # type: ignore[arg-type]
 
     def vector(self, item_id: Any) -> np.ndarray:
-        """The (D,) unit vector of an item. Raises ValueError when it has none."""
-        return self.index.reconstruct(self._row(item_id))  # type: ignore[call-arg]
+        """The (D,) vector of an item, as it came. Raises ValueError when it has none."""
+        row = self._row(item_id)
+        vector: np.ndarray = self.index.reconstruct(row)  # type: ignore[call-arg, assignment]
+        return vector if self.norms is None else vector * self.norms[row]
 
     def _row(self, item_id: Any) -> int:
         try:
@@ -77,14 +89,19 @@ class ItemIndex:
         ]
         return [n for n in found if exclude is None or n.item_id != exclude][:k]
 
-    def search_item(self, item_id: Any, k: int = 10) -> list[Neighbour]:
-        """The k items nearest to an item, itself excluded. An id typed as text is understood as an integer one."""
+    def search_item(self, item_id: Any, k: int = 10, shift: np.ndarray | None = None) -> list[Neighbour]:
+        """The k items nearest to an item, itself excluded. An id typed as text is understood as an integer one.
+
+        Args:
+            shift: (D,) added to the item's vector.
+        """
         if pa.types.is_integer(self.ids.type) and isinstance(item_id, str):
             try:
                 item_id = int(item_id)
             except ValueError:
                 raise ValueError(f"item {item_id!r}: ids here are integers, like {self.ids[0].as_py()}") from None
-        return self.search(self.vector(item_id), k, exclude=item_id)
+        vector = self.vector(item_id)
+        return self.search(vector if shift is None else vector + shift, k, exclude=item_id)
 
     def save(self, folder: str | Path) -> None:
         def write(temporary: Path) -> None:
@@ -92,6 +109,8 @@ class ItemIndex:
             columns: dict[str, Any] = {"item_id": self.ids}
             if self.titles is not None:
                 columns["title"] = pa.array(self.titles, type=pa.string())
+            if self.norms is not None:
+                columns["norm"] = pa.array(self.norms, type=pa.float32())
             pyarrow.parquet.write_table(pa.table(columns), temporary / "items.parquet")
             write_json(temporary / "index.json", {"format": 1, "embeddings": self.manifest})
 
@@ -115,4 +134,5 @@ class ItemIndex:
             ) from None
         items = read_table(folder / "items.parquet", ("item_id",))
         titles = items.column("title").to_pylist() if "title" in items.column_names else None
-        return cls(index, as_ids(items.column("item_id"), "item_id", folder), titles, manifest["embeddings"])
+        norms = np.asarray(items.column("norm")) if "norm" in items.column_names else None
+        return cls(index, as_ids(items.column("item_id"), "item_id", folder), titles, manifest["embeddings"], norms)

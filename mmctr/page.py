@@ -134,6 +134,10 @@ svg text.minor { fill: var(--muted); font-size: 11px; } .grid { stroke: var(--ru
 .query { margin-right: .8rem; } .query img, .query .absent { outline: 3px solid var(--p0); outline-offset: 1px; }
 .card .name { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 2; overflow: hidden;
   color: var(--ink); line-height: 1.3; margin-top: .35rem; overflow-wrap: anywhere; }
+.walk { display: grid; grid-template-columns: repeat(5, minmax(116px, 1fr)); gap: .4rem .8rem; min-width: 640px; }
+.walk h3 { margin: .4rem 0 .2rem; } .walk .cards { flex-direction: column; padding: .2rem; }
+.walk .card { flex-basis: auto; } td.words { text-align: left; white-space: normal; min-width: 14rem; }
+th.words { text-align: left; }
 summary { cursor: pointer; padding: .3rem 0; overflow-wrap: anywhere; }
 pre { background: var(--soft); padding: .8rem; overflow-x: auto; font-size: .85rem; border-radius: 6px; }
 @media (max-width: 600px) { table { font-size: .85rem; } th, td { padding: .35rem .4rem; } }
