@@ -222,3 +222,23 @@ def test_a_shift_moves_targets_and_leaves_histories(world):
             task.embedder.content_table = kept
             checked += 1
     assert checked > 20
+
+
+def test_an_encoder_with_a_head_trains_inside_a_ranker(world):
+    """Content is the mean of the latents; what only the head's own losses read takes no part."""
+    dataset, splits, vocabulary, data, content, _ = world
+    head = {"name": "factor_vae", "dim": 3, "hidden": [8], "discriminator": [4]}
+    encoder = pretrain_task(head=head).eval()
+    table = embed_catalog(encoder, content, len(dataset.catalog), Accelerator(cpu=True))
+    assert table[0].shape == (len(dataset.catalog), 3)
+    embedder = ItemEmbedderConfig(id_dim=4, content=CONTENTS["encoder"])
+    config = RankingTaskConfig(embedder=embedder, ranker=DINConfig(attention=[6], mlp=[8]), user_dim=3)
+    task = RankingTask(config, vocabulary, table, encoder, dataset.catalog.item_ids).train()
+    batch = data.collator(splits.train, content=content)(np.arange(32))
+    torch.stack(list(task(batch).values())).sum().backward()
+    missing = [name for name, p in task.named_parameters() if p.requires_grad and p.grad is None]
+    assert missing == [] and encoder.head is not None
+    assert all(p.grad is not None and p.grad.any() for p in encoder.head.inference.parameters())
+    assert not any(
+        p.requires_grad for p in (*encoder.head.rebuild.parameters(), *encoder.head.discriminator.parameters())
+    )
