@@ -201,9 +201,10 @@ def _of_attribute(latent: np.ndarray, attribute: Attribute, naming: np.ndarray) 
     between = float((counts[there] * (means[there] - centre) ** 2).sum() / counts[there].sum() / z.var())
     num_rows, num_values = int(counts[there].sum()), len(there)
     explained = 1 - (1 - between) * (num_rows - 1) / max(num_rows - num_values, 1)
-    ordered = there[np.argsort(means[there])]
+    # those that say most of the dimension first: far out, and of many items
+    ordered = there[np.argsort(-counts[there] * (means[there] - centre) ** 2)]
     low = [v for v in ordered if means[v] < centre]
-    high = [v for v in ordered[::-1] if means[v] >= centre]
+    high = [v for v in ordered if means[v] >= centre]
     if not low or not high:
         return None
     names = [[attribute.values[v] for v in end[:SHOWN]] for end in (low, high)]
