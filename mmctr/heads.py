@@ -48,7 +48,7 @@ class BaseHeadConfig(Config):
 
     dim: int = Field(default=10, ge=1)
     """latent dimensions"""
-    hidden: list[int] = [256]
+    hidden: list[int] = [64]
     """hidden sizes of the inference networks, and in reverse of those that rebuild the features"""
     weight: float = Field(default=1.0, gt=0)
     sigma: float | None = Field(default=None, gt=0)
@@ -255,8 +255,8 @@ class BetaTCVAEConfig(BaseHeadConfig):
     name: Literal["beta_tcvae"] = "beta_tcvae"
     alpha: float = Field(default=1.0, ge=0)
     """of the mutual information of items and latents"""
-    beta: float = Field(default=6.0, ge=0)
-    """of the total correlation"""
+    beta: float = Field(default=30.0, ge=0)
+    """of the total correlation; the paper's 6 is for pixels, and too little to turn the axes of contrastive features"""
     gamma: float = Field(default=1.0, ge=0)
     """of each dimension's KL to the prior"""
 
@@ -278,7 +278,7 @@ class BetaTCVAE(VariationalHead):
 
 class FactorVAEConfig(BaseHeadConfig):
     name: Literal["factor_vae"] = "factor_vae"
-    gamma: float = Field(default=10.0, ge=0)
+    gamma: float = Field(default=30.0, ge=0)
     discriminator: list[int] = [256, 256]
     """its hidden sizes; its learning rate is `fit.optimizer.groups.discriminator.lr`"""
 
