@@ -8,7 +8,7 @@ from typing import Any
 from mmctr.data.catalog import Catalog
 from mmctr.data.tables import as_text
 from mmctr.files import replace_file
-from mmctr.gallery import item_card
+from mmctr.gallery import Cards
 from mmctr.page import card, document, number, scrolling, text
 
 SCORES = {
@@ -29,10 +29,11 @@ def write_page(report: dict[str, Any], catalog: Catalog, path: Path) -> None:
 
 def render(report: dict[str, Any], catalog: Catalog) -> str:
     titles = as_text(catalog.table.column("title")).to_pylist() if "title" in catalog.table.column_names else None
-    place = {item_id: row for row, item_id in enumerate(catalog.item_ids.to_pylist())}
+    cards = Cards(catalog)
 
     def picture(item_id: Any) -> str:
-        return card(item_card(catalog, item_id, titles[place[item_id]] if titles else None))
+        title = titles[int(catalog.rows([item_id])[0])] if titles else None
+        return card(cards(item_id, title))
 
     active = [entry for entry in report["dimensions"] if entry["active"]]
     named = [entry for entry in active if entry["name"] is not None and entry["name"]["verified"]]

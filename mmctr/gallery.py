@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 
 import numpy as np
@@ -31,15 +32,15 @@ def sample_neighbours(
     identity = table.manifest.get("identity")
     if identity is None or not Path(identity["data"]).is_dir():
         return None
-    catalog = open_dataset(identity["data"]).catalog
+    card = Cards(open_dataset(identity["data"]).catalog)
     index = ItemIndex.build(table)
     rows = []
     for position in np.linspace(0, len(table) - 1, num_items).astype(int):
         item_id = table.ids[int(position)].as_py()
         found = index.search_item(item_id, num_neighbours)
-        cards = [item_card(catalog, neighbour.item_id, neighbour.title, neighbour.score) for neighbour in found]
+        cards = [card(neighbour.item_id, neighbour.title, neighbour.score) for neighbour in found]
         title = table.titles[position] if table.titles else None
-        rows.append(NeighbourRow(query=item_card(catalog, item_id, title, None), neighbours=cards))
+        rows.append(NeighbourRow(query=card(item_id, title), neighbours=cards))
     return rows
 
 
@@ -53,15 +54,22 @@ def _embeddings_of(runs: list[Path]) -> str | None:
     return None
 
 
-def item_card(catalog: Catalog, item_id: object, title: str | None, score: float | None = None) -> ItemCard:
-    """An item with its picture, from a cache of pictures that is there."""
-    image = None
-    folders = sorted(catalog.folder.glob("pictures-*/report.json"))
-    if folders:
-        size, resize = folders[0].parent.name.split("-")[1:]
-        pixels, there = catalog.pictures(int(size), resize).take(torch.from_numpy(catalog.rows([item_id])))  # type: ignore[arg-type]
-        if there[0]:
-            buffer = io.BytesIO()
-            Image.fromarray(pixels[0].permute(1, 2, 0).numpy()).save(buffer, "PNG")
-            image = buffer.getvalue()
-    return ItemCard(item_id=str(item_id), title=title or "", image=image, score=score)
+class Cards:
+    """Items of a catalog as cards, with pictures from a cache that is there."""
+
+    def __init__(self, catalog: Catalog):
+        self.catalog, self.pictures = catalog, None
+        folders = sorted(path.parent.name for path in catalog.folder.glob("pictures-*/report.json"))
+        found = next(filter(None, (re.fullmatch(r"pictures-(\d+)-([a-z]+)", name) for name in folders)), None)
+        if found:
+            self.pictures = catalog.pictures(int(found[1]), found[2])  # type: ignore[arg-type]
+
+    def __call__(self, item_id: object, title: str | None, score: float | None = None) -> ItemCard:
+        image = None
+        if self.pictures is not None:
+            pixels, there = self.pictures.take(torch.from_numpy(self.catalog.rows([item_id])))
+            if there[0]:
+                buffer = io.BytesIO()
+                Image.fromarray(pixels[0].permute(1, 2, 0).numpy()).save(buffer, "PNG")
+                image = buffer.getvalue()
+        return ItemCard(item_id=str(item_id), title=title or "", image=image, score=score)
