@@ -30,7 +30,17 @@ from mmctr.losses import (
 )
 from mmctr.rankers.layers import Dice
 from mmctr.vae import dip_penalties, kl_parts
-from tests.tiny import CLONE, finetune_values, free_port, log_lines, losses, pretrain_values, start, write_config
+from tests.tiny import (
+    CLONE,
+    all_ok,
+    finetune_values,
+    free_port,
+    log_lines,
+    losses,
+    pretrain_values,
+    start,
+    write_config,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -118,6 +128,11 @@ def loss_and_gradients(name: str, given: dict[str, torch.Tensor], rows: slice) -
     return found
 
 
+def one_and_two(folder: Path, recipe: str, config: Path) -> None:
+    """The runs `1` and `2` of a config, on so many processes."""
+    all_ok([start(folder, recipe, config, f"run_dir={folder / str(n)}", processes=n) for n in (1, 2)])
+
+
 def torchrun(*arguments: object) -> None:
     """Two processes, started as a user starts them."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
@@ -185,8 +200,7 @@ def test_tables_trained_by_rows_on_two_processes_equal_one(toy_folder, tmp_path,
     values["fit"]["optimizer"] |= {"rows": rows, "rows_from": 0, "weight_decay": 0.1}
     values["task"]["features"] = {"item": {"title": {"name": "multi_valued", "separator": " ", "dim": 4}}}
     config = write_config(tmp_path / "f.yaml", values)
-    for count in (1, 2):
-        start(tmp_path, "finetune.train", config, f"run_dir={tmp_path / str(count)}", processes=count).ok()
+    one_and_two(tmp_path, "finetune.train", config)
     check_same_run(tmp_path / "1", tmp_path / "2", count=11)
 
 
@@ -197,8 +211,7 @@ def test_mini_batch_aware_l2_on_two_processes_equals_one(toy_folder, tmp_path, r
     values["fit"]["optimizer"] |= {"rows_from": rows_from}
     values["task"]["mini_batch_l2"] = 30.0
     config = write_config(tmp_path / "f.yaml", values)
-    for count in (1, 2):
-        start(tmp_path, "finetune.train", config, f"run_dir={tmp_path / str(count)}", processes=count).ok()
+    one_and_two(tmp_path, "finetune.train", config)
     check_same_run(tmp_path / "1", tmp_path / "2", count=11)
     terms = [[line["mini_batch_l2"] for line in log_lines(tmp_path / n) if "loss" in line] for n in ("1", "2")]
     np.testing.assert_allclose(terms[1], terms[0], rtol=1e-4)
@@ -209,8 +222,7 @@ def test_dien_with_its_auxiliary_loss_on_two_processes_equals_one(toy_folder, tm
     values = finetune_values(toy_folder, epochs=1)
     values["task"]["ranker"] = {"name": "dien", "mlp": [16], "activation": "dice"}
     config = write_config(tmp_path / "f.yaml", values)
-    for count in (1, 2):
-        start(tmp_path, "finetune.train", config, f"run_dir={tmp_path / str(count)}", processes=count).ok()
+    one_and_two(tmp_path, "finetune.train", config)
     check_same_run(tmp_path / "1", tmp_path / "2", count=11)
     assert all(line["auxiliary"] > 0 for line in log_lines(tmp_path / "1") if "loss" in line)
 
@@ -222,16 +234,14 @@ def test_gbdt_lr_on_two_processes_equals_one(toy_folder, tmp_path):
     values["fit"]["optimizer"] |= {"lr": 1e-3}
     values["task"]["ranker"] = {"name": "gbdt_lr", "trees": {"num_trees": 8, "min_rows": 5}}
     config = write_config(tmp_path / "f.yaml", values)
-    for count in (1, 2):
-        start(tmp_path, "finetune.train", config, f"run_dir={tmp_path / str(count)}", processes=count).ok()
+    one_and_two(tmp_path, "finetune.train", config)
     check_same_run(tmp_path / "1", tmp_path / "2", count=8)
     assert (tmp_path / "1" / "trees.json").read_bytes() == (tmp_path / "2" / "trees.json").read_bytes()
 
 
 def test_pretraining_with_clip_on_two_processes_equals_one(toy_folder, tmp_path):
     config = write_config(tmp_path / "p.yaml", pretrain_values(toy_folder))
-    for count in (1, 2):
-        start(tmp_path, "pretrain.train", config, f"run_dir={tmp_path / str(count)}", processes=count).ok()
+    one_and_two(tmp_path, "pretrain.train", config)
     check_same_run(tmp_path / "1", tmp_path / "2", count=12)
 
 
@@ -254,16 +264,13 @@ def test_joint_training_on_two_processes_equals_one(pretrained, toy_folder, tmp_
     content = {"name": "encoder", "run": str(pretrained), "history": history, "dim": 8, "hidden": [8]}
     values = finetune_values(toy_folder, content, epochs=0.5, optimizer={"lr": 3e-3})
     config = write_config(tmp_path / "f.yaml", values)
-    runs = {count: tmp_path / str(count) for count in (1, 2)}
-    for count, run_dir in runs.items():
-        start(tmp_path, "finetune.train", config, f"run_dir={run_dir}", processes=count).ok()
-    check_same_run(runs[1], runs[2], count=6)
+    one_and_two(tmp_path, "finetune.train", config)
+    check_same_run(tmp_path / "1", tmp_path / "2", count=6)
 
 
 def test_embedding_on_two_processes_equals_one(pretrained, tmp_path):
     arguments = ("mmctr", "embed", pretrained, "--shard-size", 16, "--out")
-    for count in (1, 2):
-        start(tmp_path, *arguments, tmp_path / str(count), processes=count).ok()
+    all_ok([start(tmp_path, *arguments, tmp_path / str(count), processes=count) for count in (1, 2)])
     one, two = EmbeddingTable.read(tmp_path / "1"), EmbeddingTable.read(tmp_path / "2")
     assert one.ids.equals(two.ids) and one.titles == two.titles and len(one) > 100
     np.testing.assert_array_equal(one.vectors, two.vectors)
@@ -309,8 +316,7 @@ def test_every_objective_on_two_processes_equals_one(with_queries, tmp_path, ban
     values["same"] = ["text", "image", "factor_colour"]
     values["fit"] |= {"epochs": 1, "optimizer": {"lr": 1e-3}}
     config = write_config(tmp_path / "p.yaml", values)
-    for count in (1, 2):
-        start(tmp_path, "pretrain.train", config, f"run_dir={tmp_path / str(count)}", processes=count).ok()
+    one_and_two(tmp_path, "pretrain.train", config)
     check_same_run(tmp_path / "1", tmp_path / "2", count=5)
     for one, two in zip(*(log_lines(tmp_path / name) for name in ("1", "2")), strict=True):
         for name in EVERYTHING["objectives"] if "loss" in one else ():
@@ -324,7 +330,7 @@ def test_encoding_in_chunks_equals_the_whole_batch(with_queries, tmp_path, proce
     values = pretrain_values(data, **task, bank={"size": 40})
     values["fit"] |= {"epochs": 1, "optimizer": {"lr": 1e-3}}
     config = write_config(tmp_path / "p.yaml", values)
-    start(tmp_path, "pretrain.train", config, f"run_dir={tmp_path / 'whole'}").ok()
     chunked = ("fit.chunk_size=7", f"run_dir={tmp_path / 'chunks'}")
-    start(tmp_path, "pretrain.train", config, *chunked, processes=processes).ok()
+    whole = start(tmp_path, "pretrain.train", config, f"run_dir={tmp_path / 'whole'}")
+    all_ok([whole, start(tmp_path, "pretrain.train", config, *chunked, processes=processes)])
     check_same_run(tmp_path / "whole", tmp_path / "chunks", count=5)

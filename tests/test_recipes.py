@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 
 from mmctr.embeddings import EmbeddingTable
-from tests.tiny import Run, finetune_values, log_lines, losses, pretrain_values, start, write_config
+from tests.tiny import Run, all_ok, finetune_values, log_lines, losses, pretrain_values, start, write_config
 from tests.worlds import log_columns, write_dataset
 
 pytestmark = pytest.mark.slow
@@ -46,10 +46,13 @@ def done(toy_folder, tmp_path_factory) -> dict[str, tuple[Path, Path]]:
         "trees": rows
         | {"task": rows["task"] | {"ranker": {"name": "gbdt_lr", "trees": {"num_trees": 8, "min_rows": 5}}}},
     }
-    for name, values in configs.items():
-        config = write_config(folder / f"{name}.yaml", values)
-        start(folder, recipe(name), config, f"run_dir={folder / name}").ok()
-        result[name] = (config, folder / name)
+    for part in (("pretrain", "behavior"), ("stream", "id"), ("rows", "joint"), ("trees",)):  # joint reads pretrain
+        running = []
+        for name in part:
+            config = write_config(folder / f"{name}.yaml", configs[name])
+            running.append(start(folder, recipe(name), config, f"run_dir={folder / name}"))
+            result[name] = (config, folder / name)
+        all_ok(running)
     return result
 
 

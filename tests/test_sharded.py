@@ -27,7 +27,7 @@ from mmctr.optimizers import RowTable
 from mmctr.sharding import Sharding, set_up_sharding
 from mmctr.tasks import PretrainTask
 from tests.test_distributed import check_same_run
-from tests.tiny import ARCHITECTURE, CLONE, Run, finetune_values, losses, pretrain_values, start, write_config
+from tests.tiny import ARCHITECTURE, CLONE, Run, all_ok, finetune_values, losses, pretrain_values, start, write_config
 
 FSDP: dict[str, Any] = {"fsdp_version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
 MIXED = {
@@ -96,8 +96,9 @@ def test_a_spread_run_equals_one_process_and_goes_on_when_killed(toy_folder, tmp
     values = pretrain_values(toy_folder, **MIXED)
     values["fit"] |= {"epochs": 2, "optimizer": {"lr": 1e-3}, "max_grad_norm": 0.5}
     config = write_config(tmp_path / "p.yaml", values)
-    pretrain(tmp_path, "one", None, config).ok()
-    text = pretrain(tmp_path, "two", kind, config).ok()
+    two = pretrain(tmp_path, "two", kind, config)
+    all_ok([pretrain(tmp_path, "one", None, config), two])
+    text = two.text
     check_same_run(tmp_path / "one", tmp_path / "two", count=len(losses(tmp_path / "one")))
     if kind == "fsdp":  # a layer each of two towers and of two that follow, and the rest
         assert "0.5 of the weights, in 5 groups" in text, text
@@ -119,8 +120,7 @@ def test_a_frozen_tower_and_a_temperature_at_its_bound(toy_folder, tmp_path, kin
     # the first step goes beyond the bound, the second one comes back from it
     values["fit"]["optimizer"] = {"lr": 1e-3, "groups": {"temperatures": {"lr": 3.0}}}
     config = write_config(tmp_path / "p.yaml", values)
-    for name, given in (("one", None), ("two", kind)):
-        pretrain(tmp_path, name, given, config).ok()
+    all_ok([pretrain(tmp_path, name, given, config) for name, given in (("one", None), ("two", kind))])
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert max(one) > 100  # some are large: relative differences
     np.testing.assert_allclose(two, one, rtol=1e-5)

@@ -111,6 +111,12 @@ class Run:
         return self.text
 
 
+def all_ok(runs: list[Run]) -> None:
+    """Wait for runs that go on at the same time."""
+    for run in runs:
+        run.ok()
+
+
 def start(
     folder: Path,
     module: str,
@@ -135,6 +141,7 @@ def start(
             own |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
             own |= {"LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         output = folder / f"output-{number}-{rank}"
+        Path(f"{output}.err").touch()  # the next run has another number, however soon it starts
         command = [module, *map(str, arguments)]
         child = _server.Process(target=_run, args=(command, own, str(output), kill_at_rename, file_limit))
         child.start()
