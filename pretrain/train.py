@@ -41,7 +41,8 @@ class PretrainConfig(Config):
     """columns of the items table: how often held-out neighbours share them is reported"""
     primary: str | None = None
     """the held-out number that chooses the best weights; None: `coclick_recall` with an objective on behaviour, else
-    `mean_recall`; where a head alone is trained its `head_elbo`"""
+    `mean_recall`; with `group` alone how often neighbours share its column, where that is one of `attributes`; where a
+    head alone is trained its `head_elbo`"""
     run_dir: str
     seed: int = Field(default=0, ge=0)
 
@@ -83,7 +84,7 @@ def main(config: PretrainConfig) -> dict:
         run_dir=run_dir,
         accelerator=accelerator,
         evaluate=evaluate,
-        primary=config.primary or default_primary(config.task),
+        primary=config.primary or default_primary(config),
         seed=config.seed,
         identity=identity,
         evaluate_first=True,
@@ -102,10 +103,15 @@ def main(config: PretrainConfig) -> dict:
     return numbers
 
 
-def default_primary(task: PretrainTaskConfig) -> str:
-    if not task.objectives.given:
+def default_primary(config: PretrainConfig) -> str:
+    objectives = config.task.objectives
+    if not objectives.given:
         return "head_elbo"
-    return "coclick_recall" if task.objectives.read_behavior else "mean_recall"
+    if objectives.read_behavior:
+        return "coclick_recall"
+    if objectives.group is not None and len(objectives.given) == 1 and objectives.group.column in config.attributes:
+        return f"neighbours_share_{objectives.group.column}"  # pictures and texts are never compared
+    return "mean_recall"
 
 
 if __name__ == "__main__":

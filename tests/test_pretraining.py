@@ -12,7 +12,9 @@ from mmctr.held_out import HeldOutCoClicks, evaluate_pretraining
 from mmctr.pretraining import PretrainData, item_keys
 from mmctr.probes import coclick_auc, coclick_recall, neighbour_agreement, retrieval_both_ways, zero_shot_accuracy
 from mmctr.runs import DataConfig, item_content
+from pretrain.train import PretrainConfig, default_primary
 from tests.tasks.test_pretrain import pretrain_task
+from tests.tiny import ARCHITECTURE
 from tests.worlds import log_columns, picture, write_dataset
 
 SPLIT = ColdItemsSplit(cold=0.2)
@@ -185,3 +187,19 @@ def test_several_texts_and_pictures_from_the_config(toy_folder):
     assert numbers["mean_recall"] >= 0
     with pytest.raises(ValueError, match="'photos'"):
         data_of(toy_folder, task, images={"photos": 1.0})
+
+
+def test_the_number_that_chooses_the_weights_is_one_the_objectives_move():
+    values = {"data": {"path": "x"}, "run_dir": "y", "attributes": ["shape"]}
+    encoder = {"name": "openclip", "architecture": ARCHITECTURE}
+    expected = {
+        "mean_recall": ({"clip": {}}, {"clip": {}, "group": {"column": "shape"}}, {"group": {"column": "colour"}}),
+        "coclick_recall": ({"clip": {}, "behavior": {}}, {"query": {}}),
+        "neighbours_share_shape": ({"group": {"column": "shape"}},),
+    }
+    for primary, given in expected.items():
+        for objectives in given:
+            config = PretrainConfig.parse(values | {"task": {"encoder": encoder, "objectives": objectives}})
+            assert default_primary(config) == primary
+    head = {"encoder": encoder, "objectives": {}, "head": {"name": "beta_vae"}}
+    assert default_primary(PretrainConfig.parse(values | {"task": head})) == "head_elbo"
