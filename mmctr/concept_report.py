@@ -19,8 +19,8 @@ from mmctr.data.loaders import BehaviorCollator
 from mmctr.data.tables import one_array, rows_of
 from mmctr.disentanglement import active_dimensions, all_scores, dci, dependency, mig, shuffled, udr
 from mmctr.evaluation import embed_rows
-from mmctr.export import data_config, load_encoder, ranked_impressions
-from mmctr.files import fingerprint, write_json
+from mmctr.export import data_config, load_encoder, ranked_impressions, weights_key
+from mmctr.files import write_json
 from mmctr.runs import item_content, open_data
 from mmctr.tasks import PretrainTask, RankingTask
 
@@ -112,9 +112,13 @@ def summary(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def weights_key(run: Path) -> str:
-    """What says that names and vectors are of the same weights."""
-    return fingerprint((run / "model.safetensors").read_bytes())
+def _sample(count: int, limit: int, seed: int) -> np.ndarray:
+    """`limit` of so many rows, or all of them, in order."""
+    return np.sort(np.random.default_rng(seed).permutation(count)[:limit])
+
+
+def _standardised(mu: np.ndarray) -> np.ndarray:
+    return (mu - mu.mean(0)) / mu.std(0).clip(min=1e-12)
 
 
 def _ranked(found: Sequence[Latents], attributes: Sequence[Attribute], seed: int) -> list[dict[str, Any]]:
@@ -124,7 +128,7 @@ def _ranked(found: Sequence[Latents], attributes: Sequence[Attribute], seed: int
     if attributes:
         result = []
         for latents in found:
-            picked = np.sort(np.random.default_rng(seed).permutation(len(latents.mu))[:MAX_SCORED])
+            picked = _sample(len(latents.mu), MAX_SCORED, seed)
             codes = np.stack([a.codes[latents.rows] for a in attributes], 1)[picked]
             mu = latents.mu[picked]
             parts = {"mig": mig(mu, codes), "dci_disentanglement": dci(mu, codes, seed)["disentanglement"]}
@@ -178,7 +182,7 @@ def describe(
     """Dimensions, scores beside those of chance, and how the attributes hang together; ready for JSON."""
     mu, ids = latents.mu, catalog.item_ids
     active = active_dimensions(mu)
-    z = (mu - mu.mean(0)) / mu.std(0).clip(min=1e-12)
+    z = _standardised(mu)
     correlation = z.T @ z / len(z)
     dimensions = []
     for j, name in enumerate(names):
@@ -211,7 +215,7 @@ def describe(
             "posterior collapse: no dimension varies over items. Lower beta (or gamma), or raise the capacity"
         )
     if attributes and active.any():
-        picked = np.sort(np.random.default_rng(seed).permutation(len(mu))[:MAX_SCORED])
+        picked = _sample(len(mu), MAX_SCORED, seed)
         codes = np.stack([a.codes for a in attributes], 1)[picked]
         result["scores"] = all_scores(mu[picked], codes, seed)
         result["chance"] = shuffled(all_scores, mu[picked], codes)
@@ -228,7 +232,7 @@ def prevalence(latent: np.ndarray) -> dict[str, float]:
 def traversal(mu: np.ndarray, dimension: int, has_image: np.ndarray) -> list[np.ndarray]:
     """At each of `STEPS`, the rows of items that are there on one dimension and near the middle on the others; those
     with a picture first, where there are any."""
-    z = (mu - mu.mean(0)) / mu.std(0).clip(min=1e-12)
+    z = _standardised(mu)
     others = np.delete(z, dimension, 1)
     off = (others**2).mean(1) if others.shape[1] else np.zeros(len(z))
     result, taken = [], ~has_image if has_image.sum() >= 20 * PER_STEP else np.zeros(len(z), bool)
@@ -296,8 +300,7 @@ def add_effects(
     offset = _where(ranker, latents, item_ids, run)
     dataset, part, collate = ranked_impressions(run, ranker)
     ranker.to(accelerator.device)
-    rng = np.random.default_rng(0)
-    picked = np.sort(rng.permutation(len(part))[:MAX_IMPRESSIONS])
+    picked = _sample(len(part), MAX_IMPRESSIONS, 0)
     sizes = np.where(active_dimensions(latents.mu), latents.mu.std(0), 0.0)
     effects = click_effects(ranker, collate(part.take(picked)), sizes, offset, accelerator)
     for entry, effect in zip(report["dimensions"], effects, strict=True):
@@ -330,7 +333,7 @@ def reasons(
     """What moves a user most: the end of a dimension, what it is called, and what of the history stands there."""
     place = {item_ids[int(row)].as_py(): position for position, row in enumerate(latents.rows)}
     seen = [item for item in history if item in place]
-    z = (latents.mu - latents.mu.mean(0)) / latents.mu.std(0).clip(min=1e-12)
+    z = _standardised(latents.mu)
     found = []
     for j in np.argsort(-np.abs(effects))[:count].tolist():
         if effects[j] == 0:

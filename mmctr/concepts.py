@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.types as pt
 
-from mmctr.data.tables import as_text, one_array
+from mmctr.data.tables import one_array, value_codes
 from mmctr.disentanglement import active_dimensions
 from mmctr.files import read_json
 from mmctr.metrics import auc
@@ -95,9 +95,7 @@ def attributes_of(table: pa.Table, columns: Sequence[str] | None = None) -> tupl
         numbers = pt.is_integer(column.type) or pt.is_floating(column.type)
         codes, values = _numbers(column) if numbers else (None, [])
         if codes is None:
-            encoded = one_array(as_text(column)).dictionary_encode()
-            codes = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
-            values = encoded.dictionary.to_pylist()
+            codes, values = value_codes(table, name, "items table")
         counts = np.bincount(codes[codes >= 0], minlength=len(values))
         common = np.flatnonzero(counts >= MIN_ITEMS)
         kept = counts[common].sum()

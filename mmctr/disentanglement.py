@@ -15,6 +15,8 @@ from importlib.util import find_spec
 import numpy as np
 
 BINS = 20
+ACTIVE_VARIANCE = 0.01
+"""a latent dimension whose mean varies less over items says nothing (Burda et al. 2016)"""
 
 
 def bins_of(mu: np.ndarray, num_bins: int = BINS) -> np.ndarray:
@@ -77,9 +79,9 @@ def mig_sup(mu: np.ndarray, codes: np.ndarray, num_bins: int = BINS) -> float:
     return float(np.mean([gap / max(entropy(binned[:, j]), 1e-12) for j, gap in enumerate(gaps)]))
 
 
-def active_dimensions(mu: np.ndarray, variance: float = 0.01) -> np.ndarray:
-    """(Z,) bool: whether a latent varies over items (Burda et al. 2016)."""
-    return mu.var(0) > variance
+def active_dimensions(mu: np.ndarray) -> np.ndarray:
+    """(Z,) bool: whether a latent varies over items."""
+    return mu.var(0) > ACTIVE_VARIANCE
 
 
 def sap(mu: np.ndarray, codes: np.ndarray, seed: int = 0) -> float:

@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 
 from mmctr.data.batches import ItemBatch
 from mmctr.data.images import PictureError, decode_picture
-from mmctr.data.interactions import Impressions, Interactions, SplitConfig, split_interactions
+from mmctr.data.interactions import Impressions, Interactions, SplitConfig, Splits, split_interactions
 from mmctr.data.loaders import BehaviorCollator
 from mmctr.data.prepare import Dataset, open_dataset
 from mmctr.data.ranking import RankingData
@@ -37,6 +37,11 @@ def run_config(run: Path) -> dict[str, Any]:
     return yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
 
 
+def weights_key(run: Path) -> str:
+    """What says that vectors, and names of their dimensions, are of the same weights."""
+    return fingerprint((run / "model.safetensors").read_bytes())
+
+
 def embed_run(run: str, out: str, data: str | None, modality: Modality, shard_size: int) -> None:
     """Write the vectors of a catalog into `out`; every process of a launch writes some of the shards."""
     accelerator = Accelerator()
@@ -56,7 +61,7 @@ def embed_run(run: str, out: str, data: str | None, modality: Modality, shard_si
     identity = {
         "run": str(folder.resolve()),
         "data": str(Path(config.path).resolve()),
-        "weights": fingerprint((folder / "model.safetensors").read_bytes()),
+        "weights": weights_key(folder),
         "catalog": fingerprint(item_ids.to_pylist()),
         "modality": modality,
         "item_vector": task.config.item_vector,
@@ -125,14 +130,10 @@ def evaluate_run(run: str, data: str | None) -> dict[str, Any]:
             pretrained: PretrainTask = task.embedder.encoder  # type: ignore[assignment]
             live = item_content(dataset, config, pretrained, accelerator)
             task.embedder.refresh(*embed_catalog(pretrained, live, len(dataset.catalog), accelerator))
-    content = None
-    if isinstance(task.config.embedder.content, ContentTable):
-        content = task.embedder.content_table, task.embedder.has_content
-    ranking = RankingData(dataset, task.vocabulary, task.config.features, task.config.max_history, content)
+    ranking = _ranking_data(task, dataset)
     task.to(accelerator.device)
     if own:
-        split: Any = TypeAdapter(SplitConfig).validate_python(run_config(folder)["split"])
-        splits = split_interactions(dataset.interactions, len(dataset.catalog), split)
+        splits = _splits(folder, dataset)
         parts = {"validation": splits.validation, "test": splits.test}
     else:
         parts = {"test": _all_impressions(dataset.interactions)}
@@ -150,13 +151,19 @@ def ranked_impressions(
     config = data_config(run, None)
     dataset = open_dataset(config.path, config.items)
     task.bind(dataset.catalog.item_ids)
+    return dataset, _splits(run, dataset).test, _ranking_data(task, dataset).collator
+
+
+def _ranking_data(task: RankingTask, dataset: Dataset) -> RankingData:
     content = None
-    if task.embedder.adapter is not None:
+    if isinstance(task.config.embedder.content, ContentTable):
         content = task.embedder.content_table, task.embedder.has_content
-    ranking = RankingData(dataset, task.vocabulary, task.config.features, task.config.max_history, content)
+    return RankingData(dataset, task.vocabulary, task.config.features, task.config.max_history, content)
+
+
+def _splits(run: Path, dataset: Dataset) -> Splits:
     split: Any = TypeAdapter(SplitConfig).validate_python(run_config(run)["split"])
-    splits = split_interactions(dataset.interactions, len(dataset.catalog), split)
-    return dataset, splits.test, ranking.collator
+    return split_interactions(dataset.interactions, len(dataset.catalog), split)
 
 
 def _evaluate_pretraining(folder: Path, data: str | None, accelerator: Accelerator) -> dict[str, float]:

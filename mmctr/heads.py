@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from mmctr.config import Config
+from mmctr.disentanglement import ACTIVE_VARIANCE
 from mmctr.losses import gather_rows
 from mmctr.vae import (
     dip_penalties,
@@ -37,8 +38,6 @@ from mmctr.vae import (
     product_of_experts,
 )
 
-ACTIVE_VARIANCE = 0.01
-"""a latent dimension whose mean varies less over items says nothing (Burda et al. 2016)"""
 MOMENTUM = 0.01
 """of the running statistics of features, once there were a hundred batches"""
 
@@ -146,13 +145,16 @@ class VariationalHead(nn.Module):
         inputs = features if self.config.train_features else {n: values.detach() for n, values in features.items()}
         mu, logvar = self.posterior(inputs, self._shown(has))
         z = mu + torch.randn_like(mu) * torch.exp(0.5 * logvar)
-        rebuilt = self.decode(z)
-        total = mu.new_zeros(len(mu))
-        for name, values in features.items():
-            nll = gaussian_nll(self.standard[name](values.detach()), rebuilt[name], self.log_sigma[name])
-            total = total + torch.where(has[name], nll, 0.0)
-        terms = {"rebuild": total.mean(), **self.penalties(z, mu, logvar)}
+        targets = {name: self.standard[name](values.detach()) for name, values in features.items()}
+        terms = {"rebuild": self._nll(targets, has, z).mean(), **self.penalties(z, mu, logvar)}
         return {name: self.config.weight / self.num_features * value for name, value in terms.items()}
+
+    def _nll(self, targets: dict[str, Tensor], has: dict[str, Tensor], z: Tensor) -> Tensor:
+        """(B,) of the standardised features there are, given latents."""
+        rebuilt, total = self.decode(z), z.new_zeros(len(z))
+        for name, values in targets.items():
+            total = total + torch.where(has[name], gaussian_nll(values, rebuilt[name], self.log_sigma[name]), 0.0)
+        return total
 
     def penalties(self, z: Tensor, mu: Tensor, logvar: Tensor) -> dict[str, Tensor]:
         """Everything but reconstruction, in nats: scalars."""
@@ -177,13 +179,10 @@ class VariationalHead(nn.Module):
         mu, logvar = self.posterior(features, has)
         kl = kl_to_prior(mu, logvar).sum(1).mean()
         noise = torch.randn(mu.shape, generator=torch.Generator().manual_seed(0)).to(mu)
-        rebuilt = self.decode(mu + noise * torch.exp(0.5 * logvar))
         targets = {name: self.standard[name](values) for name, values in features.items()}
-        nll = {
-            name: gaussian_nll(values, rebuilt[name], self.log_sigma[name]) + self.standard[name].log_volume  # type: ignore[operator]
-            for name, values in targets.items()
-        }
-        total = torch.stack([torch.where(has[name], values, 0.0) for name, values in nll.items()]).sum(0).mean()
+        total = self._nll(targets, has, mu + noise * torch.exp(0.5 * logvar)).mean()
+        for name in targets:
+            total = total + has[name].float().mean() * self.standard[name].log_volume  # type: ignore[operator]
         found = {
             "elbo": float(-(total + kl) / self.num_features),
             "kl": float(kl),

@@ -21,7 +21,7 @@ from mmctr.data.pairs import ClickedQueries, CoClicks, GroupMates, PairCollator,
 from mmctr.data.prepare import Dataset
 from mmctr.data.shards import ShardedItems
 from mmctr.data.stream import HeldItems, StreamBatches, StreamContent, StreamPlan
-from mmctr.data.tables import as_text, one_array, require_columns
+from mmctr.data.tables import as_text, require_columns, value_codes
 from mmctr.embeddings import read_tables
 from mmctr.files import cache_folder, fingerprint
 from mmctr.held_out import HeldOut, HeldOutCoClicks
@@ -67,7 +67,7 @@ class Partners:
             queries = _queries(dataset, splits, objectives.query.column, task, num_items, seed)
         if objectives.group is not None:
             column = objectives.group.column
-            codes = _codes(catalog.table, column, "items table")[0]
+            codes = value_codes(catalog.table, column, "items table")[0]
             groups[column] = torch.from_numpy(codes)
             samplers["group"] = GroupMates(codes, allowed, seed)
         if objectives.distillation is not None:
@@ -266,23 +266,15 @@ def item_keys(catalog: Catalog, content: ItemContent, same: Sequence[str]) -> Te
             for text in content.texts:
                 columns.append(np.where(text.has, row_hashes(text.input_ids.numpy()), alone))
         else:
-            codes = _codes(catalog.table, name, "items table")[0]
+            codes = value_codes(catalog.table, name, "items table")[0]
             columns.append(np.where(codes >= 0, codes, alone))
     return torch.from_numpy(np.stack(columns, axis=1).astype(np.int64))
-
-
-def _codes(table: pa.Table, column: str, source: str) -> tuple[np.ndarray, list[str]]:
-    """(N,) int64 number of each row's value in a column, -1 for none, and the values by number."""
-    require_columns(table, [column], source)
-    encoded = one_array(as_text(table.column(column))).dictionary_encode()
-    codes = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
-    return codes, encoded.dictionary.to_pylist()
 
 
 def _queries(
     dataset: Dataset, splits: Splits, column: str, task: PretrainTask, num_items: int, seed: int
 ) -> ClickedQueries:
-    number, words = _codes(dataset.context, column, "interactions table")
+    number, words = value_codes(dataset.context, column, "interactions table")
     # one place more for -1, which has no words
     blank = np.array([*(not word.strip() for word in words), True])
     number = np.where(blank[number], -1, number)

@@ -188,3 +188,11 @@ def examples(values: pa.Array | np.ndarray | list[Any], count: int = 3) -> list[
     """A few values to show in a report."""
     head = values[:count]
     return [v.as_py() if isinstance(v, pa.Scalar) else v.item() if hasattr(v, "item") else v for v in head]
+
+
+def value_codes(table: pa.Table, column: str, source: Any) -> tuple[np.ndarray, list[str]]:
+    """(N,) int64 number of each row's value in a column, -1 for none, and the values by number."""
+    require_columns(table, [column], source)
+    encoded = one_array(as_text(table.column(column))).dictionary_encode()
+    codes = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+    return codes, encoded.dictionary.to_pylist()
