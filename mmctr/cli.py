@@ -47,17 +47,42 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", required=True, help="embedding folder to write")
     sub.add_argument("--modality", choices=["both", "image", "text"], default="both")
     sub.add_argument("--shard-size", type=int, default=8192, help="items a shard (default: 8192)")
+    sub.add_argument("--append", action="store_true", help="encode the items that --out lacks alone")
+    sub.add_argument("--index", help="with --append: add the new items to this index as well")
 
-    sub = command("index", _index, "build a FAISS index over an embedding folder")
-    sub.add_argument("embeddings", metavar="EMB", help="folder of `mmctr embed`, a .parquet or an .npz file")
-    sub.add_argument("--out", help="index folder to write (default: EMB with .index at its end)")
+    sub = command("index", _index, "build a FAISS index, measured against exact search; or add to it, merge, remove")
+    sub.add_argument(
+        "sources",
+        metavar="EMB_OR_INDEX",
+        nargs="+",
+        help="folder of `mmctr embed`, a .parquet or an .npz file, or an index; several are merged",
+    )
+    sub.add_argument("--out", help="index folder to write (default: EMB with .index at its end, or the INDEX itself)")
+    sub.add_argument("--recall", type=float, default=0.99, help="share of the ten nearest to find (default: 0.99)")
+    sub.add_argument(
+        "--latency-ms", type=float, default=2.0, help="exact search is kept while a query takes no longer (default: 2)"
+    )
+    sub.add_argument("--memory", type=_size, help="most the index may take, like 500MB or 4GB")
+    sub.add_argument("--factory", help="FAISS factory string, like Flat or HNSW32 or IVF1024,SQ8 (default: chosen)")
+    sub.add_argument("--columns", nargs="*", help="catalog columns to filter by; none named: all that can be used")
+    sub.add_argument("--data", help="dataset folder of these columns (default: the one embedded)")
+    sub.add_argument("--append", action="store_true", help="add the items of EMB that --out does not hold yet")
+    sub.add_argument("--remove", nargs="+", metavar="ID", help="take these items out of INDEX")
 
-    sub = command("search", _search, "nearest items to an item, a text or a picture")
+    sub = command(
+        "search", _search, "nearest items to an item, a text, a picture, a user, or a mix; or to many queries"
+    )
     sub.add_argument("index", metavar="EMB_OR_INDEX")
-    query = sub.add_mutually_exclusive_group(required=True)
-    query.add_argument("--item", help="item id")
-    query.add_argument("--text", help="words")
-    query.add_argument("--image", help="picture file")
+    sub.add_argument("--item", action=_QueryPart, dest="parts", metavar="ID", help="item id")
+    sub.add_argument("--text", action=_QueryPart, dest="parts", metavar="WORDS", help="words")
+    sub.add_argument("--image", action=_QueryPart, dest="parts", metavar="FILE", help="picture file")
+    sub.add_argument("--user", action=_QueryPart, dest="parts", metavar="ID", help="what a user clicked")
+    sub.add_argument("--weights", type=float, nargs="+", help="of the above, in their order, where several are mixed")
+    sub.add_argument(
+        "--queries", metavar="FILE", help="a table of queries: item_id, text, image, user_id; query, weight"
+    )
+    sub.add_argument("--out", help="with --queries: write the answers to this .parquet, .csv or .jsonl file")
+    sub.add_argument("--where", nargs="+", default=[], metavar="CONDITION", help="like colour=red price<20")
     sub.add_argument("-k", type=int, default=10, help="how many (default: 10)")
     sub.add_argument("--more", nargs="+", default=[], metavar="WORD", help="go towards what `mmctr concepts` named so")
     sub.add_argument("--less", nargs="+", default=[], metavar="WORD", help="go away from it")
@@ -66,6 +91,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--run", dest="pretrain_run", help="pretraining run for --text and --image (default: the one embedded with)"
     )
+    sub.add_argument("--data", help="dataset folder for --user (default: the one embedded)")
+    sub.add_argument("--mmap", action="store_true", help="leave the vectors on disk")
     sub.add_argument("--json", action="store_true", help="print JSON")
 
     sub = command("concepts", _concepts, "name the latent dimensions of a run with a head: JSON and an HTML page")
@@ -85,6 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("run_dir", metavar="RUN")
     sub.add_argument("--data", help="another dataset folder: all its impressions are scored")
+    sub.add_argument("--embeddings", nargs="+", default=[], help="with --data: vectors of items new to the ranker")
     sub.add_argument("--out", help="write the numbers to this JSON file as well")
 
     sub = command("compare", _compare, "ranker runs side by side, differences to the first one")
@@ -129,49 +157,45 @@ def _prepare(arguments: argparse.Namespace) -> None:
 def _embed(arguments: argparse.Namespace) -> None:
     from mmctr.export import embed_run
 
-    embed_run(arguments.run_dir, arguments.out, arguments.data, arguments.modality, arguments.shard_size)
+    if arguments.index and not arguments.append:
+        raise ValueError("--index goes with --append; `mmctr index` makes a new one")
+    how = (arguments.modality, arguments.shard_size, arguments.append)
+    new = embed_run(arguments.run_dir, arguments.out, arguments.data, *how)
+    if new is not None and arguments.index:
+        from mmctr.index_commands import append_to_index
+
+        print(append_to_index(new, arguments.index, arguments.data))
 
 
 def _index(arguments: argparse.Namespace) -> None:
-    from mmctr.embeddings import EmbeddingTable
-    from mmctr.index import ItemIndex
+    from mmctr.index_commands import index_command
 
-    out = arguments.out or str(Path(arguments.embeddings)) + ".index"
-    index = ItemIndex.build(EmbeddingTable.read(arguments.embeddings))
-    index.save(out)
-    print(f"{out}: {len(index)} items, {index.index.d} dimensions, exact search")
+    print(index_command(arguments))
+
+
+class _QueryPart(argparse.Action):
+    """Collects the parts of a query in the order they are given: (kind, value)."""
+
+    KINDS = {"--item": "item_id", "--text": "text", "--image": "image", "--user": "user_id"}
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        parts = getattr(namespace, self.dest) or []
+        namespace.parts = [*parts, (self.KINDS[str(option_string)], values)]
+
+
+def _size(text: str) -> int:
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+    unit = units.get(text[-2:].upper())
+    try:
+        return int(float(text[:-2]) * unit) if unit else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write it like 500MB or 4GB") from None
 
 
 def _search(arguments: argparse.Namespace) -> None:
-    from mmctr.index import ItemIndex
+    from mmctr.index_commands import search_command
 
-    index = ItemIndex.load(arguments.index)
-    shift = None
-    if arguments.more or arguments.less:
-        from mmctr.concepts import steering
-
-        named = arguments.concepts or Path(str(index.manifest.get("identity", {}).get("run"))) / "concepts.json"
-        weights = index.manifest.get("identity", {}).get("weights")
-        shift = steering(Path(named), arguments.more, arguments.less, arguments.strength, weights)
-        if len(shift) != index.index.d:
-            raise ValueError(f"{named}: of {len(shift)} dimensions, the vectors have {index.index.d}: not of one run")
-    if arguments.item is not None:
-        found = index.search_item(arguments.item, arguments.k, shift)
-    else:
-        from mmctr.export import query_vector
-
-        run = arguments.pretrain_run or index.manifest.get("identity", {}).get("run")
-        if run is None:
-            raise ValueError(
-                f"{arguments.index}: does not say which run made it; name it with --run to search by text or picture"
-            )
-        vector = query_vector(run, arguments.text, arguments.image)
-        found = index.search(vector if shift is None else vector + shift, arguments.k)
-    if arguments.json:
-        print(json.dumps([vars(neighbour) for neighbour in found], ensure_ascii=False))
-        return
-    for place, neighbour in enumerate(found, 1):
-        print(f"{place:3}  {neighbour.score:7.4f}  {neighbour.item_id}  {neighbour.title or ''}")
+    print(search_command(arguments))
 
 
 def _concepts(arguments: argparse.Namespace) -> None:
@@ -195,7 +219,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from mmctr.export import evaluate_run
     from mmctr.files import write_json
 
-    numbers = evaluate_run(arguments.run_dir, arguments.data)
+    numbers = evaluate_run(arguments.run_dir, arguments.data, arguments.embeddings)
     if arguments.out:
         write_json(Path(arguments.out), numbers)
     print(json.dumps(numbers, indent=2))

@@ -49,6 +49,12 @@ class EmbeddingTable:
         vectors[there] = self.vectors[rows[there]]
         return torch.from_numpy(vectors), torch.from_numpy(there)
 
+    def without(self, item_ids: pa.Array) -> EmbeddingTable:
+        """The items that are not among `item_ids`."""
+        rows = np.flatnonzero(rows_of(self.ids, item_ids, "items") < 0)
+        titles = None if self.titles is None else [self.titles[row] for row in rows]
+        return EmbeddingTable(self.ids.take(pa.array(rows)), self.vectors[rows], titles, self.manifest)
+
     @classmethod
     def read(cls, path: str | Path) -> EmbeddingTable:
         """An embedding folder, or a Parquet (`item_id` and one list column) or .npz (`item_id`, `vectors`) file.
@@ -97,7 +103,7 @@ def _read_folder(folder: Path) -> EmbeddingTable:
             f"{folder}: not a finished embedding folder (no manifest.json); run `mmctr embed` again, it goes on"
         )
     manifest = read_json(folder / "manifest.json")
-    items = read_table(folder / "items.parquet", ("item_id",))
+    items = read_table(folder / manifest["items_file"], ("item_id",))
     try:
         shards = [load_file(folder / name) for name in manifest["shards"]]
     except Exception as error:
@@ -156,7 +162,7 @@ def write_embeddings(
         identity: what the vectors are made of (model, data). A folder begun with another identity is refused.
         wait: barrier between processes; shard s is written by process s % world_size.
     """
-    names = [f"vectors-{start // shard_size:05d}.safetensors" for start in range(0, len(item_ids), shard_size)]
+    names = [_shard(start // shard_size) for start in range(0, len(item_ids), shard_size)]
     begun = folder / "begun.json"
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
@@ -166,25 +172,114 @@ def write_embeddings(
         if old is None and any(not path.name.startswith(".") for path in folder.iterdir()):
             raise ValueError(f"{folder}: the folder is not empty and holds no embeddings; choose another --out")
         if old is not None and old != identity:
-            raise ValueError(f"{folder}: holds embeddings of another run or dataset; choose another --out or delete it")
+            raise ValueError(
+                f"{folder}: holds embeddings of another run or dataset; choose another --out or delete it (--append "
+                f"adds items that are new in the same dataset)"
+            )
         write_json(begun, identity)
     wait()
+    _write_shards(folder, names, np.arange(len(item_ids)), encode, shard_size, rank, world_size)
+    wait()
+    if rank == 0:
+        has = _has_content(folder, names)
+        items = _item_rows(item_ids, titles, np.flatnonzero(has))
+        replace_file(folder / "items.parquet", lambda path: pyarrow.parquet.write_table(items, path))
+        _write_manifest(folder, identity, names, "items.parquet", len(has), int(has.sum()))
+        begun.unlink(missing_ok=True)
+    wait()
+
+
+def append_embeddings(
+    folder: Path,
+    item_ids: pa.Array,
+    titles: list[str | None] | None,
+    encode: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
+    identity: dict[str, Any],
+    *,
+    shard_size: int = 8192,
+    rank: int = 0,
+    world_size: int = 1,
+    wait: Callable[[], None] = lambda: None,
+) -> None:
+    """Encode the items of a grown catalog that a finished folder has no vector of, into further shards.
+
+    Until the last moment the folder reads as it was; a killed call goes on where it stopped. Arguments are those of
+    `write_embeddings`. Raises ValueError for vectors of another run, and for titles where the folder has none.
+    """
+    finished = EmbeddingTable.read(folder)
+    old = finished.manifest["identity"]
+    # the catalog has grown, and it and the run may have moved
+    fixed = [key for key in identity if key not in ("catalog", "data", "run", "shard_size")]
+    differing = next((key for key in fixed if old.get(key) != identity[key]), None)
+    if differing:
+        raise ValueError(
+            f"{folder}: its vectors are of {differing} {old.get(differing)!r}, not {identity[differing]!r}; append "
+            f"with the run and the options they were made with"
+        )
+    rows = np.flatnonzero((rows_of(item_ids, finished.ids, "catalog") < 0) & np.asarray(item_ids.is_valid()))
+    done = list(finished.manifest["shards"])
+    names = [_shard(len(done) + start // shard_size) for start in range(0, len(rows), shard_size)]
+    begun = folder / "appending.json"
+    if rank == 0:
+        mark = identity | {"shard_size": shard_size}
+        if not begun.is_file() or read_json(begun) != mark:
+            # shards of a call that was killed, for another state of the catalog
+            for path in folder.glob("vectors-*.safetensors"):
+                if path.name not in done:
+                    path.unlink()
+            write_json(begun, mark)
+    wait()
+    _write_shards(folder, names, rows, encode, shard_size, rank, world_size)
+    wait()
+    if rank == 0:
+        has = _has_content(folder, names) if names else np.zeros(0, bool)
+        known = pa.table({"item_id": finished.ids} | ({} if finished.titles is None else {"title": finished.titles}))
+        new = _item_rows(item_ids, None if finished.titles is None else titles, rows[has])
+        items = pa.concat_tables([known.cast(new.schema), new])
+        name = f"items-{len(done) + len(names):05d}.parquet" if names else finished.manifest["items_file"]
+        replace_file(folder / name, lambda path: pyarrow.parquet.write_table(items, path))
+        _write_manifest(folder, old | identity | {"appended": True}, done + names, name, len(item_ids), len(items))
+        if name != finished.manifest["items_file"]:
+            (folder / finished.manifest["items_file"]).unlink()
+        begun.unlink(missing_ok=True)
+    wait()
+
+
+def _shard(number: int) -> str:
+    return f"vectors-{number:05d}.safetensors"
+
+
+def _write_shards(
+    folder: Path,
+    names: list[str],
+    rows: np.ndarray,
+    encode: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
+    shard_size: int,
+    rank: int,
+    world_size: int,
+) -> None:
     for number, name in enumerate(names):
         if number % world_size != rank or (folder / name).is_file():
             continue
-        rows = np.arange(number * shard_size, min((number + 1) * shard_size, len(item_ids)))
-        vectors, has = encode(rows)
+        vectors, has = encode(rows[number * shard_size : (number + 1) * shard_size])
         arrays = {"vectors": np.ascontiguousarray(vectors, np.float32), "has_content": np.ascontiguousarray(has)}
         replace_file(folder / name, lambda path, arrays=arrays: save_file(arrays, path))
-    wait()
-    if rank == 0:
-        has = np.concatenate([load_file(folder / name)["has_content"] for name in names])
-        columns: dict[str, Any] = {"item_id": item_ids.filter(pa.array(has))}
-        if titles is not None:
-            columns["title"] = pa.array(titles, type=pa.string()).filter(pa.array(has))
-        table = pa.table(columns)
-        replace_file(folder / "items.parquet", lambda path: pyarrow.parquet.write_table(table, path))
-        counts = {"items": len(item_ids), "vectors": int(has.sum()), "without content": int((~has).sum())}
-        write_json(folder / "manifest.json", {"format": FORMAT, "identity": identity, "shards": names, **counts})
-        begun.unlink(missing_ok=True)
-    wait()
+
+
+def _has_content(folder: Path, names: list[str]) -> np.ndarray:
+    return np.concatenate([load_file(folder / name)["has_content"] for name in names])
+
+
+def _item_rows(item_ids: pa.Array, titles: list[str | None] | None, rows: np.ndarray) -> pa.Table:
+    columns: dict[str, Any] = {"item_id": item_ids.take(pa.array(rows))}
+    if titles is not None:
+        columns["title"] = pa.array(titles, type=pa.string()).take(pa.array(rows))
+    return pa.table(columns)
+
+
+def _write_manifest(
+    folder: Path, identity: dict[str, Any], shards: list[str], items_file: str, items: int, vectors: int
+) -> None:
+    facts = {"format": FORMAT, "identity": identity, "shards": shards, "items_file": items_file}
+    counts = {"items": items, "vectors": vectors, "without content": items - vectors}
+    write_json(folder / "manifest.json", facts | counts)

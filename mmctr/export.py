@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,12 @@ import yaml
 from accelerate import Accelerator
 from pydantic import TypeAdapter
 
-from mmctr.data.batches import ItemBatch
-from mmctr.data.images import PictureError, decode_picture
 from mmctr.data.interactions import Impressions, Interactions, SplitConfig, Splits, split_interactions
 from mmctr.data.loaders import BehaviorCollator
 from mmctr.data.prepare import Dataset, open_dataset
 from mmctr.data.ranking import RankingData
 from mmctr.data.tables import as_text
-from mmctr.embeddings import write_embeddings
+from mmctr.embeddings import EmbeddingTable, append_embeddings, read_tables, write_embeddings
 from mmctr.evaluation import Modality, embed_catalog, embed_items, embed_rows, full_report, predict
 from mmctr.files import fingerprint, read_json
 from mmctr.fusion import ContentTable
@@ -42,8 +40,17 @@ def weights_key(run: Path) -> str:
     return fingerprint((run / "model.safetensors").read_bytes())
 
 
-def embed_run(run: str, out: str, data: str | None, modality: Modality, shard_size: int) -> None:
-    """Write the vectors of a catalog into `out`; every process of a launch writes some of the shards."""
+def embed_run(
+    run: str, out: str, data: str | None, modality: Modality, shard_size: int, append: bool = False
+) -> EmbeddingTable | None:
+    """Write the vectors of a catalog into `out`; every process of a launch writes some of the shards.
+
+    Args:
+        append: `out` holds vectors of an earlier state of the catalog: encode the items it lacks alone.
+
+    Returns:
+        With `append`, on the main process, the table of the items that are new.
+    """
     accelerator = Accelerator()
     keep_heap()
     folder = Path(run)
@@ -75,7 +82,9 @@ def embed_run(run: str, out: str, data: str | None, modality: Modality, shard_si
         vectors, has = embed_items(task, content, rows, accelerator.device, modality)
         return vectors, has & named[rows]
 
-    write_embeddings(
+    before = EmbeddingTable.read(out) if append else None
+    write = append_embeddings if append else write_embeddings
+    write(
         Path(out),
         item_ids,
         titles,
@@ -89,33 +98,17 @@ def embed_run(run: str, out: str, data: str | None, modality: Modality, shard_si
     if accelerator.is_main_process:
         manifest = read_json(Path(out) / "manifest.json")
         print(f"{out}: {manifest['vectors']} vectors, {manifest['without content']} items without content")
+        if before is not None:
+            return EmbeddingTable.read(out).without(before.ids)
+    return None
 
 
-@torch.inference_mode()
-def query_vector(run: str, text: str | None, image: str | None) -> np.ndarray:
-    """The (D,) unit vector of a text or of a picture file, in the space of a pretraining run."""
-    task = load_encoder(Path(run))
-    row = torch.zeros(1, dtype=torch.int64)
-    if text is not None:
-        if not text.strip():
-            raise ValueError("--text is empty: give at least one word")
-        there = torch.ones(1, dtype=torch.bool)
-        items = ItemBatch(row=row, input_ids=task.encoder.tokenize([text]).long(), has_text=there)
-    else:
-        path = Path(str(image))
-        try:
-            resize = data_config(Path(run), None).image_resize
-            picture = decode_picture(path.read_bytes(), task.encoder.image_size, resize)
-        except FileNotFoundError:
-            raise ValueError(f"--image {path}: no such file") from None
-        except PictureError as error:
-            raise ValueError(f"--image {path}: {error}") from None
-        items = ItemBatch(row=row, image=picture[None], has_image=torch.ones(1, dtype=torch.bool))
-    return task.embed(items)[0][0].numpy()
+def evaluate_run(run: str, data: str | None, embeddings: Sequence[str] = ()) -> dict[str, Any]:
+    """The numbers of `metrics.json`, computed again from the run folder; or of a ranker on all rows of another log.
 
-
-def evaluate_run(run: str, data: str | None) -> dict[str, Any]:
-    """The numbers of `metrics.json`, computed again from the run folder; or of a ranker on all rows of another log."""
+    Args:
+        embeddings: where items of `data` that are new to the run have their vectors; see `bind_content`.
+    """
     folder, accelerator = Path(run), Accelerator()
     keep_heap()
     if read_json(folder / "task.json")["kind"] == "pretrain":
@@ -125,11 +118,7 @@ def evaluate_run(run: str, data: str | None) -> dict[str, Any]:
     dataset = open_dataset(config.path, config.items)
     own = data is None
     if not own:
-        task.bind(dataset.catalog.item_ids)
-        if task.embedder.encoder is not None:
-            pretrained: PretrainTask = task.embedder.encoder  # type: ignore[assignment]
-            live = item_content(dataset, config, pretrained, accelerator)
-            task.embedder.refresh(*embed_catalog(pretrained, live, len(dataset.catalog), accelerator))
+        bind_content(task, dataset, config, accelerator, embeddings)
     ranking = _ranking_data(task, dataset)
     task.to(accelerator.device)
     if own:
@@ -142,6 +131,44 @@ def evaluate_run(run: str, data: str | None) -> dict[str, Any]:
         scores = predict(task, ranking.collator(part), accelerator)
         result[name] = full_report(part, scores, ranking.id_rows[part.item] == 0, ranking.clicks[part.item])
     return result
+
+
+def bind_content(
+    task: RankingTask, dataset: Dataset, config: DataConfig, accelerator: Accelerator, embeddings: Sequence[str] = ()
+) -> None:
+    """Give a ranker the content of another catalog, so that items that are new to it are scored as cold items.
+
+    A live encoder encodes the catalog. A table keeps the vectors it was trained on; items it lacks take theirs from
+    `embeddings`, or from the folders the table was read from where those are still there (`mmctr embed --append` adds
+    new items to them).
+
+    Raises ValueError when embeddings named are of another run: known items then have other vectors than the ranker saw.
+    """
+    item_ids = dataset.catalog.item_ids
+    task.bind(item_ids)
+    content = task.config.embedder.content
+    if task.embedder.encoder is not None:
+        pretrained: PretrainTask = task.embedder.encoder  # type: ignore[assignment]
+        live = item_content(dataset, config, pretrained, accelerator)
+        task.embedder.refresh(*embed_catalog(pretrained, live, len(item_ids), accelerator))
+    elif isinstance(content, ContentTable):
+        paths = list(embeddings or ([content.path] if isinstance(content.path, str) else content.path))
+        if not embeddings and not all(Path(path).exists() for path in paths):
+            return
+        kept, has = task.embedder.content_table.cpu(), task.embedder.has_content.cpu()
+        vectors, there = read_tables(paths, item_ids)
+        both = has & there
+        if vectors.shape[1] != kept.shape[1] or not torch.allclose(vectors[both], kept[both], atol=1e-4):
+            if not embeddings:
+                return
+            raise ValueError(
+                f"{', '.join(paths)}: not the vectors this ranker was trained on (items it knows have others); give "
+                f"the folders of its content.path, with the new items appended"
+            )
+        new = there & ~has
+        task.embedder.refresh(torch.where(new[:, None], vectors, kept), has | new)
+    elif embeddings:
+        raise ValueError("this ranker reads no content: it has no use for embeddings")
 
 
 def ranked_impressions(

@@ -1,19 +1,28 @@
 """ItemIndex: nearest items by FAISS. Answers speak raw item ids, never rows."""
+# pyright: reportCallIssue=false, reportAttributeAccessIssue=false
+# FAISS's stubs know nothing of its Python layer.
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import faiss
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet
 
-from mmctr.data.tables import as_ids, read_table, rows_of
+from mmctr import index_files, index_tuning
+from mmctr.data.tables import examples, one_array
 from mmctr.embeddings import EmbeddingTable
-from mmctr.files import read_json, replace_folder, write_json
+from mmctr.filters import matching
+from mmctr.index_tuning import Wanted
+
+FEW = 5_000
+"""vectors a filter may leave that are compared one by one, whatever the index"""
 
 
 @dataclass(frozen=True)
@@ -24,115 +33,371 @@ class Neighbour:
 
 
 class ItemIndex:
-    """Exact search by cosine: vectors are scaled to unit norm, those of an embedding table and queries alike.
+    """Search by cosine: vectors are scaled to unit norm, those of an embedding table and queries alike.
 
-    `index` is a plain FAISS index whose ids are positions in `ids`; anyone's FAISS can read the file.
+    `index` is a plain FAISS index whose ids are rows of `items`; anyone's FAISS can read the file. Removed items keep
+    their row, marked in `removed`, until `compact`. Searching is safe in many threads; adding and removing is not.
+
+    Args:
+        items: (n rows) `item_id`, and any of `title` and catalog columns to filter by.
+        manifest: of the embeddings, which says what run made them.
+        norms: (n,) lengths of the vectors as they came, None where all had unit norm.
+        removed: (n,) mask.
+        measured: what `tune` found, None when it was not called.
     """
 
     def __init__(
         self,
-        index: faiss.Index,
-        ids: pa.Array,
-        titles: list[str | None] | None,
-        manifest: dict[str, Any],
+        index: Any,
+        items: pa.Table,
+        manifest: dict[str, Any] | None = None,
         norms: np.ndarray | None = None,
+        removed: np.ndarray | None = None,
+        measured: dict[str, Any] | None = None,
+        factory: str = "Flat",
+        mapped: bool = False,
     ):
-        if index.ntotal != len(ids):
-            raise ValueError(f"the index holds {index.ntotal} vectors but there are {len(ids)} ids; build it again")
-        self.index, self.ids, self.titles, self.manifest = index, ids, titles, manifest
-        self.norms = norms
-        """(n,) lengths of the vectors as they came, None where all had unit norm"""
+        if index.ntotal != len(items):
+            raise ValueError(f"the index holds {index.ntotal} vectors but there are {len(items)} ids; build it again")
+        self.index, self.items = index, items.combine_chunks()
+        self.manifest, self.norms, self.measured, self.factory = manifest or {}, norms, measured, factory
+        self.removed = np.zeros(len(items), bool) if removed is None else removed
+        self.mapped = mapped
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.items) - int(self.removed.sum())
+
+    @property
+    def dim(self) -> int:
+        return self.index.d
+
+    @property
+    def ids(self) -> pa.Array:
+        """(n,) raw ids by row, those of removed items included."""
+        return one_array(self.items.column("item_id"))
 
     @classmethod
-    def build(cls, table: EmbeddingTable) -> ItemIndex:
-        vectors, norms = table.vectors.copy(), np.linalg.norm(table.vectors, axis=1)
-        faiss.normalize_L2(vectors)
-        index = faiss.IndexFlatIP(table.dim)
-        index.add(vectors)  # type: ignore[call-arg]
-        unit = np.abs(norms - 1).max(initial=0.0) < 1e-3
-        return cls(index, table.ids, table.titles, table.manifest, None if unit else norms)  # type: ignore[arg-type]
+    def build(
+        cls, table: EmbeddingTable, wanted: Wanted | None = None, columns: pa.Table | None = None, seed: int = 0
+    ) -> ItemIndex:
+        """Choose, train, fill and measure an index.
 
-    def vector(self, item_id: Any) -> np.ndarray:
-        """The (D,) vector of an item, as it came. Raises ValueError when it has none."""
-        row = self._row(item_id)
-        vector: np.ndarray = self.index.reconstruct(row)  # type: ignore[call-arg, assignment]
-        return vector if self.norms is None else vector * self.norms[row]
+        Args:
+            wanted: exact search when None.
+            columns: (n rows) catalog columns to filter by, in the order of the table.
 
-    def _row(self, item_id: Any) -> int:
-        try:
-            wanted = pa.array([item_id], type=self.ids.type)
-        except (pa.ArrowInvalid, pa.ArrowTypeError):
-            wanted = None
-        row = -1 if wanted is None else int(rows_of(wanted, self.ids, "index")[0])
-        if row < 0:
-            raise ValueError(f"item {item_id!r} has no vector here; ids look like {self.ids[0].as_py()!r}")
-        return row
+        Raises ValueError when nothing that was wanted can be had, or for vectors of no length.
+        """
+        vectors, norms = _unit(table)
+        factory = "Flat" if wanted is None else index_tuning.choose_factory(len(vectors), table.dim, wanted)
+        index = index_tuning.build(vectors, factory, seed)
+        measured = None if wanted is None else index_tuning.tune(index, vectors, wanted.recall, seed=seed)
+        return cls(index, _items(table, columns), table.manifest, norms, None, measured, factory)
 
-    def search(self, vector: np.ndarray, k: int = 10, exclude: Any = None) -> list[Neighbour]:
-        """The k items nearest to a (D,) query, best first; `exclude` is left out of the answer."""
+    # --- search
+
+    def nearest(
+        self, queries: np.ndarray, k: int = 10, allowed: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The rows of the k nearest items to each query, best first.
+
+        Args:
+            queries: (Q, D), of any length but 0.
+            allowed: (n,) mask of rows that may be found; `rows_where` makes one.
+
+        Returns:
+            (Q, k) float32 cosines and (Q, k) int64 rows, -1 where fewer items than k may be found.
+
+        Raises ValueError for k < 1, another dimension, or values that are not finite.
+        """
         if k < 1:
             raise ValueError(f"k={k}: ask for at least one neighbour")
-        query = np.array(vector, np.float32).reshape(1, -1)
-        faiss.normalize_L2(query)
-        if query.shape[1] != self.index.d:
+        queries = np.array(queries, np.float32, ndmin=2)
+        if queries.shape[1] != self.dim:
             raise ValueError(
-                f"the query has {query.shape[1]} dimensions, the index {self.index.d}: it was made by another run"
+                f"the query has {queries.shape[1]} dimensions, the index {self.dim}: it was made by another run"
             )
-        scores, rows = self.index.search(query, min(k + (exclude is not None), len(self)))  # type: ignore[call-arg]
-        found = [
-            Neighbour(self.ids[int(row)].as_py(), float(score), self.titles[row] if self.titles else None)
-            for score, row in zip(scores[0], rows[0], strict=True)
-            if row >= 0
-        ]
-        return [n for n in found if exclude is None or n.item_id != exclude][:k]
+        if not np.isfinite(queries).all():
+            raise ValueError("the query holds values that are not finite")
+        faiss.normalize_L2(queries)
+        if self.removed.any():
+            allowed = ~self.removed if allowed is None else allowed & ~self.removed
+        there = len(self.items) if allowed is None else int(allowed.sum())
+        k = min(k, there)
+        if not k:
+            return np.zeros((len(queries), 0), np.float32), np.zeros((len(queries), 0), np.int64)
+        setting, inner = index_tuning.setting_of(self.index), index_tuning.inner_index(self.index)
+        value, selector = setting.value, None
+        exact = there <= max(FEW, len(self.items) // 20) and allowed is not None
+        if allowed is not None:
+            selector = faiss.IDSelectorBitmap(np.packbits(allowed, bitorder="little"))
+        if setting.most:
+            # what a filter hides must be made up for by looking further
+            value = max(value, k) if setting.name == "efSearch" else value
+            value = min(setting.most, int(np.ceil(value * len(self.items) / there)))
+        if exact:
+            return self._exactly(queries, k, selector)
+        scores, rows = self.index.search(queries, k, params=index_tuning.parameters(self.index, value, selector))
+        short = (rows < 0).any(1)
+        if short.any() and not isinstance(inner, faiss.IndexFlat):
+            scores[short], rows[short] = self._exactly(queries[short], k, selector)
+        return scores, rows
 
-    def search_item(self, item_id: Any, k: int = 10, shift: np.ndarray | None = None) -> list[Neighbour]:
+    def _exactly(self, queries: np.ndarray, k: int, selector: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Compare with all vectors, or codes, that are selected."""
+        inner = index_tuning.inner_index(self.index)
+        if isinstance(inner, faiss.IndexHNSW) and not index_tuning.is_wrapped(self.index):
+            storage = faiss.downcast_index(inner.storage)
+            params = None if selector is None else faiss.SearchParameters(sel=selector)
+            return storage.search(queries, k, params=params)
+        most = index_tuning.setting_of(self.index).most
+        return self.index.search(queries, k, params=index_tuning.parameters(self.index, max(most, k), selector))
+
+    def search(
+        self, vector: np.ndarray, k: int = 10, exclude: Any = None, where: Sequence[str] = ()
+    ) -> list[Neighbour]:
+        """The k items nearest to a (D,) query, best first.
+
+        Args:
+            exclude: an item id, or a list of them, left out of the answer.
+            where: conditions on columns of `items`, see `mmctr.filters`.
+        """
+        left_out = set(exclude) if isinstance(exclude, list | tuple | set) else set() if exclude is None else {exclude}
+        if k < 1:
+            raise ValueError(f"k={k}: ask for at least one neighbour")
+        k = min(k, len(self.items))
+        scores, rows = self.nearest(np.asarray(vector).reshape(1, -1), k + len(left_out), self.rows_where(where))
+        return self.neighbours(scores[0], rows[0], k, left_out)
+
+    def neighbours(self, scores: np.ndarray, rows: np.ndarray, k: int, left_out: Iterable[Any] = ()) -> list[Neighbour]:
+        """The first k of an answer of `nearest`, by id and title, without those left out."""
+        kept = rows >= 0
+        part = self.items.take(pa.array(rows[kept]))
+        titles = part.column("title").to_pylist() if "title" in part.column_names else [None] * len(part)
+        found = zip(part.column("item_id").to_pylist(), scores[kept].tolist(), titles, strict=True)
+        left_out = set(left_out)
+        return [Neighbour(*one) for one in found if one[0] not in left_out][:k]
+
+    def search_item(
+        self, item_id: Any, k: int = 10, shift: np.ndarray | None = None, where: Sequence[str] = ()
+    ) -> list[Neighbour]:
         """The k items nearest to an item, itself excluded. An id typed as text is understood as an integer one.
 
         Args:
             shift: (D,) added to the item's vector.
         """
+        item_id = self.typed(item_id)
+        vector = self.vector(item_id)
+        return self.search(vector if shift is None else vector + shift, k, exclude=item_id, where=where)
+
+    def rows_where(self, where: Sequence[str]) -> np.ndarray | None:
+        """(n,) mask of the rows that fulfil all conditions, None without any."""
+        return matching(self.items, where) if where else None
+
+    # --- items
+
+    def typed(self, item_id: Any) -> Any:
+        """An id as the index has it: one typed as text is understood as an integer one."""
         if pa.types.is_integer(self.ids.type) and isinstance(item_id, str):
             try:
-                item_id = int(item_id)
+                return int(item_id)
             except ValueError:
                 raise ValueError(f"item {item_id!r}: ids here are integers, like {self.ids[0].as_py()}") from None
-        vector = self.vector(item_id)
-        return self.search(vector if shift is None else vector + shift, k, exclude=item_id)
+        return item_id
 
-    def save(self, folder: str | Path) -> None:
-        def write(temporary: Path) -> None:
-            faiss.write_index(self.index, str(temporary / "index.faiss"))
-            columns: dict[str, Any] = {"item_id": self.ids}
-            if self.titles is not None:
-                columns["title"] = pa.array(self.titles, type=pa.string())
-            if self.norms is not None:
-                columns["norm"] = pa.array(self.norms, type=pa.float32())
-            pyarrow.parquet.write_table(pa.table(columns), temporary / "items.parquet")
-            write_json(temporary / "index.json", {"format": 1, "embeddings": self.manifest})
+    @cached_property
+    def _row_by_id(self) -> dict[Any, int]:
+        rows = np.flatnonzero(~self.removed)
+        return dict(zip(self.ids.take(pa.array(rows)).to_pylist(), rows.tolist(), strict=True))
 
-        folder = Path(folder)
-        if folder.exists() and any(folder.iterdir()) and not (folder / "index.json").is_file():
-            raise ValueError(f"{folder}: the folder is not empty and holds no index; choose another --out")
-        replace_folder(folder, write)
+    def row(self, item_id: Any) -> int:
+        """Raises ValueError when the item is not here."""
+        row = self._row_by_id.get(item_id) if isinstance(item_id, int | str) else None
+        if row is None or isinstance(item_id, bool):
+            raise ValueError(f"item {item_id!r} has no vector here; ids look like {self.ids[0].as_py()!r}")
+        return row
+
+    def __contains__(self, item_id: Any) -> bool:
+        return isinstance(item_id, int | str) and item_id in self._row_by_id
+
+    def vector(self, item_id: Any) -> np.ndarray:
+        """The (D,) vector of an item, as it came, or what its code stands for. Raises ValueError when it has none."""
+        row = self.row(item_id)
+        vector = self.vectors(np.array([row]))[0]
+        return vector if self.norms is None else vector * self.norms[row]
+
+    def vectors(self, rows: np.ndarray) -> np.ndarray:
+        """(m, D) unit vectors of rows."""
+        self._prepare_lookup()
+        return self.index.reconstruct_batch(np.ascontiguousarray(rows, np.int64))
+
+    def _prepare_lookup(self) -> None:
+        inner = index_tuning.inner_index(self.index)
+        if isinstance(inner, faiss.IndexIVF):
+            with self._lock:
+                if inner.direct_map.no():
+                    inner.make_direct_map()
+
+    # --- changes
+
+    def add(self, table: EmbeddingTable, columns: pa.Table | None = None, replace: bool = False) -> int:
+        """Add items; returns how many. The index keeps what it was trained on: many new items of another kind ask for
+        building it anew, and `tune` tells.
+
+        Args:
+            replace: give items that are here already their new vectors.
+
+        Raises ValueError for another dimension, columns that are lacking, or items that are here already.
+        """
+        self._check_writable()
+        if table.dim != self.dim:
+            raise ValueError(f"vectors of {table.dim} dimensions cannot be added to an index of {self.dim}")
+        here = np.array([item in self for item in table.ids.to_pylist()], bool)
+        if here.any() and not replace:
+            some = examples(table.ids.filter(pa.array(here)))
+            raise ValueError(
+                f"{int(here.sum())} items are in the index already, like {some}; replace them, or leave out"
+            )
+        vectors, norms = _unit(table)
+        new = _items(table, columns)
+        lacking = [name for name in self.items.column_names if name not in new.column_names]
+        if lacking and lacking != ["title"]:
+            raise ValueError(f"the index filters by {lacking}; give these columns of the new items too")
+        if here.any():
+            self.removed[[self.row(item) for item in table.ids.filter(pa.array(here)).to_pylist()]] = True
+        for name in lacking:
+            new = new.append_column(name, pa.nulls(len(new), self.items.schema.field(name).type))
+        try:
+            new = new.select(self.items.column_names).cast(self.items.schema)
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            raise ValueError(f"the new items' columns are of other types than the index's: {error}") from None
+        if norms is not None or self.norms is not None:
+            ones = np.ones(len(self.items), np.float32) if self.norms is None else self.norms
+            self.norms = np.concatenate([ones, np.ones(len(new), np.float32) if norms is None else norms])
+        self._forget_lookup()
+        self.index.add(vectors)
+        self.items = pa.concat_tables([self.items, new]).combine_chunks()
+        self.removed = np.concatenate([self.removed, np.zeros(len(new), bool)])
+        return len(new)
+
+    def remove(self, item_ids: Iterable[Any]) -> int:
+        """Take items out of all answers; returns how many. Raises ValueError when one is not here; then none is."""
+        rows = [self.row(self.typed(item)) for item in item_ids]
+        self.removed[rows] = True
+        self.__dict__.pop("_row_by_id", None)
+        return len(set(rows))
+
+    def compact(self) -> ItemIndex:
+        """The same without the rows of removed items, filled anew on what was trained."""
+        self._check_writable()
+        rows = np.flatnonzero(~self.removed)
+        index = index_tuning.emptied(self.index)
+        for start in range(0, len(rows), 65536):
+            index.add(self.vectors(rows[start : start + 65536]))
+        kept = self.items.take(pa.array(rows))
+        norms = None if self.norms is None else self.norms[rows]
+        return ItemIndex(index, kept, self.manifest, norms, None, self.measured, self.factory)
+
+    def tune(self, recall: float = 0.99) -> dict[str, Any]:
+        """Measure against exact search over the vectors held here and set what reaches the recall; see
+        `index_tuning.tune`. An index of codes is measured against what its codes stand for: build it anew for more."""
+        self._check_writable()
+        if self.removed.any():
+            raise ValueError("the index has removed items; compact it first")
+        vectors = self.vectors(np.arange(len(self.items)))
+        self.measured = index_tuning.tune(self.index, vectors, recall)
+        return self.measured
 
     @classmethod
-    def load(cls, folder: str | Path) -> ItemIndex:
-        """An index folder, or an embedding folder (indexed on the fly). Raises ValueError for anything else."""
+    def merge(cls, parts: Sequence[ItemIndex]) -> ItemIndex:
+        """One index of several over the same run's vectors, by the structure of the first. Removed items go.
+
+        Raises ValueError for other dimensions, other columns, vectors of another run, or an item that is in two.
+        """
+        first, *others = (part.compact() if part.removed.any() else part for part in parts)
+        for number, part in enumerate(others, 1):
+            if part.dim != first.dim:
+                raise ValueError(f"part {number} has {part.dim} dimensions, the first {first.dim}")
+            weights = [p.manifest.get("identity", {}).get("weights") for p in (first, part)]
+            if weights[0] != weights[1]:
+                raise ValueError(f"part {number} is of another run's vectors than the first: they cannot be compared")
+            if part.items.schema != first.items.schema:
+                raise ValueError(
+                    f"part {number} has columns {part.items.column_names}, the first {first.items.column_names}, or "
+                    f"they differ in type"
+                )
+        ids = pa.concat_arrays([part.ids for part in (first, *others)])
+        if len(ids.unique()) != len(ids):
+            counted = ids.value_counts()
+            twice = counted.field("values").filter(pa.array(np.asarray(counted.field("counts")) > 1))
+            raise ValueError(f"items are in several parts, like {examples(twice)}; remove them from all but one")
+        index = faiss.clone_index(first.index)
+        for part in others:
+            index_tuning.append(index, part.index, lambda rows, part=part: part.vectors(rows))
+        norms = None
+        if any(part.norms is not None for part in (first, *others)):
+            parts_norms = [np.ones(len(p.items), np.float32) if p.norms is None else p.norms for p in (first, *others)]
+            norms = np.concatenate(parts_norms)
+        items = pa.concat_tables([part.items for part in (first, *others)])
+        return cls(index, items, first.manifest, norms, None, first.measured, first.factory)
+
+    def _check_writable(self) -> None:
+        if self.mapped:
+            raise ValueError("this index was opened memory-mapped; load it into memory to change it")
+
+    def _forget_lookup(self) -> None:
+        self.__dict__.pop("_row_by_id", None)
+        inner = index_tuning.inner_index(self.index)
+        if isinstance(inner, faiss.IndexIVF) and not inner.direct_map.no():
+            inner.set_direct_map_type(faiss.DirectMap.NoMap)
+
+    # --- files
+
+    def save(self, folder: str | Path) -> None:
+        """Write an index folder. Raises ValueError for a folder that holds something else."""
+        rows = {"removed": self.removed} | ({} if self.norms is None else {"norms": self.norms})
+        facts = {
+            "factory": self.factory,
+            "dim": self.dim,
+            "count": len(self.items),
+            "removed": int(self.removed.sum()),
+            "measured": self.measured,
+            "embeddings": self.manifest,
+        }
+        index_files.save(Path(folder), self.index, self.items, rows, facts)
+
+    @classmethod
+    def load(cls, folder: str | Path, mmap: bool = False) -> ItemIndex:
+        """An index folder, or an embedding folder or file (indexed on the fly, exactly).
+
+        Args:
+            mmap: leave vectors on disk and read what a search needs; such an index cannot be changed.
+
+        Raises ValueError for anything else: a file cut short, of another dimension, of another program.
+        """
         folder = Path(folder)
-        if not (folder / "index.json").is_file():
+        if not index_files.is_index(folder):
             return cls.build(EmbeddingTable.read(folder))
-        manifest = read_json(folder / "index.json")
-        try:
-            index = faiss.read_index(str(folder / "index.faiss"))
-        except RuntimeError as error:
-            raise ValueError(
-                f"{folder / 'index.faiss'}: not a readable FAISS index ({error}); run `mmctr index` again"
-            ) from None
-        items = read_table(folder / "items.parquet", ("item_id",))
-        titles = items.column("title").to_pylist() if "title" in items.column_names else None
-        norms = np.asarray(items.column("norm")) if "norm" in items.column_names else None
-        return cls(index, as_ids(items.column("item_id"), "item_id", folder), titles, manifest["embeddings"], norms)
+        index, items, rows, facts = index_files.load(folder, mmap)
+        manifest, measured, factory = facts["embeddings"], facts["measured"], facts["factory"]
+        return cls(index, items, manifest, rows.get("norms"), rows["removed"], measured, factory, mmap)
+
+
+def _unit(table: EmbeddingTable) -> tuple[np.ndarray, np.ndarray | None]:
+    """(n, D) unit vectors and their (n,) lengths before, None where all were 1."""
+    norms = np.linalg.norm(table.vectors, axis=1)
+    if len(norms) and not norms.min():
+        raise ValueError(f"the vector of item {table.ids[int(norms.argmin())].as_py()!r} is zero: it has no direction")
+    vectors = table.vectors.copy()
+    faiss.normalize_L2(vectors)
+    return vectors, None if np.abs(norms - 1).max(initial=0.0) < 1e-3 else norms.astype(np.float32)
+
+
+def _items(table: EmbeddingTable, columns: pa.Table | None) -> pa.Table:
+    items = {"item_id": table.ids}
+    if table.titles is not None:
+        items["title"] = pa.array(table.titles, type=pa.string())
+    for name in () if columns is None else columns.column_names:
+        items[name] = one_array(columns.column(name))  # type: ignore[union-attr]
+    return pa.table(items)

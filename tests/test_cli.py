@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from mmctr.cli import main
 from mmctr.data.toy import ToyWorld, ToyWorldConfig
+from mmctr.embeddings import EmbeddingTable
 from tests.tiny import CLONE, finetune_values, pretrain_values, start, write_config
 from tests.worlds import picture
 
@@ -120,14 +124,116 @@ def test_search_mistakes(runs, tmp_path, capsys):
     index = runs / "index"
     assert "has no vector here" in refused(capsys, "search", index, "--item", 5)
     assert "ids here are integers" in refused(capsys, "search", index, "--item", "shoe")
-    assert "--text is empty" in refused(capsys, "search", index, "--text", " ")
+    assert "the text is empty" in refused(capsys, "search", index, "--text", " ")
     assert "no such file" in refused(capsys, "search", index, "--image", tmp_path / "none.png")
     (tmp_path / "broken.png").write_bytes(b"hello")
     assert "broken.png" in refused(capsys, "search", index, "--image", tmp_path / "broken.png")
     assert "k=0" in refused(capsys, "search", index, "--text", "red", "-k", 0)
     assert str(tmp_path / "nowhere") in refused(capsys, "search", tmp_path / "nowhere", "--text", "red")
+
+
+@pytest.fixture(scope="module")
+def grown(runs, toy_folder, tmp_path_factory) -> Path:
+    """The dataset with three more items, shown to users, and a vector table and an index they were added to."""
+    folder = tmp_path_factory.mktemp("grown")
+    shutil.copytree(toy_folder, folder / "data")
+    items = pq.read_table(toy_folder / "items.parquet")
+    new = items.slice(0, 3).set_column(0, "item_id", pa.array([91, 92, 93], items.schema.field("item_id").type))
+    assert items.column_names[0] == "item_id"
+    pq.write_table(pa.concat_tables([items, new]), folder / "data" / "items.parquet")
+    log = pq.read_table(toy_folder / "interactions.parquet")
+    ids = np.asarray(log["item_id"])
+    first = items["item_id"][0].as_py()
+    ids = np.where(ids == first, 91, ids)  # what the first item was shown to, its twin now is
+    place = log.column_names.index("item_id")
+    pq.write_table(log.set_column(place, "item_id", pa.array(ids)), folder / "data" / "interactions.parquet")
+    shutil.copytree(runs / "embeddings", folder / "embeddings")
+    shutil.copytree(runs / "index", folder / "index")
+    return folder
+
+
+def test_new_items_are_embedded_indexed_and_scored_as_cold_ones(runs, grown, toy_folder, tmp_path, capsys):
+    text = output(
+        capsys,
+        *("embed", runs / "pretrain", "--data", grown / "data", "--out", grown / "embeddings"),
+        *("--append", "--index", grown / "index"),
+    )
+    before, after = (pq.read_table(runs / "embeddings" / "items.parquet"), EmbeddingTable.read(grown / "embeddings"))
+    assert after.ids.to_pylist() == [*before["item_id"].to_pylist(), 91, 92, 93] and "3 items added" in text
+    # a twin has its original's vector and stands next to it
+    first = pq.read_table(toy_folder / "items.parquet")["item_id"][0].as_py()
+    np.testing.assert_allclose(after.vectors[-3], after.vectors[before["item_id"].to_pylist().index(first)], atol=1e-5)
+    found = json.loads(output(capsys, "search", grown / "index", "--item", 91, "-k", 2, "--json"))
+    assert found[0]["item_id"] == first and found[0]["score"] == pytest.approx(1, abs=1e-5)
+    assert "0 items added" in output(capsys, "index", grown / "embeddings", "--out", grown / "index", "--append")
+
+    # the ranker knows no id of theirs, but their content
+    arguments = ("evaluate", runs / "table", "--data", grown / "data")
+    without = json.loads(output(capsys, *arguments))["test"]["cold"]
+    given = json.loads(output(capsys, *arguments, "--embeddings", grown / "embeddings"))["test"]["cold"]
+    assert given["num_impressions"] == without["num_impressions"] > 0 and given["log_loss"] != without["log_loss"]
+    joint = json.loads(output(capsys, "evaluate", runs / "joint", "--data", grown / "data"))["test"]["cold"]
+    assert joint["num_impressions"] == given["num_impressions"]
+    pictures = ("--modality", "image", "--out", tmp_path / "pictures")
+    output(capsys, "embed", runs / "pretrain", "--data", grown / "data", *pictures)
+    wrong = refused(capsys, *arguments, "--embeddings", tmp_path / "pictures")
+    assert "not the vectors this ranker was trained on" in wrong
+    assert "reads no content" in refused(
+        capsys, "evaluate", runs / "id", "--data", grown / "data", "--embeddings", grown / "embeddings"
+    )
+    assert "of modality 'both', not 'text'" in refused(
+        capsys,
+        *("embed", runs / "pretrain", "--out", grown / "embeddings", "--append", "--modality", "text"),
+    )
+    assert "--index goes with --append" in refused(
+        capsys, "embed", runs / "pretrain", "--out", tmp_path / "x", "--index", tmp_path / "y"
+    )
+
+
+def test_an_index_is_built_merged_and_thinned_out(runs, toy_folder, tmp_path, capsys):
+    text = output(
+        capsys,
+        *("index", runs / "embeddings", "--out", tmp_path / "i", "--columns", "factor_colour", "--factory", "HNSW8"),
+    )
+    assert "HNSW8 (efSearch" in text and "recall@10" in text
+    items = pq.read_table(toy_folder / "items.parquet")
+    colour = dict(zip(items["item_id"].to_pylist(), items["factor_colour"].to_pylist(), strict=True))
+    where = f"factor_colour={colour[items['item_id'][0].as_py()]}"
+    found = json.loads(
+        output(capsys, "search", tmp_path / "i", "--text", "red", "--where", where, "-k", 500, "--mmap", "--json")
+    )
+    assert {colour[n["item_id"]] for n in found} == {colour[items["item_id"][0].as_py()]}
+    assert len(found) == sum(value == colour[items["item_id"][0].as_py()] for value in colour.values())
+    gone = [n["item_id"] for n in found[:2]]
+    assert f"{len(colour) - 2} items" in output(capsys, "index", tmp_path / "i", "--remove", *gone)
+    found = json.loads(output(capsys, "search", tmp_path / "i", "--text", "red", "-k", 500, "--json"))
+    assert len(found) == len(colour) - 2 and not {n["item_id"] for n in found} & set(gone)
+    table = EmbeddingTable.read(runs / "embeddings")
+    for name, rows in (("a", slice(0, 70)), ("b", slice(70, None))):
+        np.savez(tmp_path / f"{name}.npz", item_id=np.asarray(table.ids)[rows], vectors=table.vectors[rows])
+    text = output(capsys, "index", tmp_path / "a.npz", tmp_path / "b.npz", "--out", tmp_path / "both")
+    assert f"{len(table)} items" in text
+    for item in table.ids[:3].to_pylist():
+        merged, whole = (
+            json.loads(output(capsys, "search", folder, "--item", item, "--json"))
+            for folder in (tmp_path / "both", runs / "index")
+        )
+        assert [n["item_id"] for n in merged] == [n["item_id"] for n in whole]
+    for arguments, message in (
+        (("index", runs / "index", "--remove", "5"), "item 5 has no vector here"),
+        (("index", runs / "embeddings", "--remove", "5"), "--remove needs an index"),
+        (("index", runs / "embeddings", "--out", tmp_path / "none", "--append"), "no index there to append to"),
+        (("index", runs / "index", "--out", tmp_path / "i", "--append"), "one embedding folder"),
+        (("index", tmp_path / "a.npz", "--columns"), "name it with --data"),
+        (("index", runs / "embeddings", "--recall", "2"), "recall 2.0"),
+        (("search", runs / "index"), "nothing to search by"),
+        (("search", runs / "index", "--text", "a", "--weights", "1", "2"), "2 for 1 parts"),
+        (("search", runs / "index", "--text", "a", "--queries", "q.csv"), "leave the others"),
+        (("search", runs / "index", "--text", "a", "--where", "price<3"), "no column 'price'"),
+    ):
+        assert message in refused(capsys, *arguments)
     with pytest.raises(SystemExit):
-        main(["search", str(index)])
+        main(["index", str(runs / "embeddings"), "--memory", "much"])
 
 
 @pytest.mark.parametrize("name", ["id", "table", "joint", "trees"])

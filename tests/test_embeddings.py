@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mmctr.embeddings import EmbeddingTable, read_tables, write_embeddings
+from mmctr.embeddings import EmbeddingTable, append_embeddings, read_tables, write_embeddings
 
 VECTORS = np.arange(12, dtype=np.float32).reshape(4, 3)
 IDS = ["a", "b", "c", "d"]
@@ -169,3 +169,77 @@ def test_several_tables_side_by_side(tmp_path):
     assert vectors[:3].tolist() == [[1, 2, 15], [3, 6, 10], [2, 4, 20]]
     alone, has = read_tables(str(tmp_path / "a.npz"), catalog)
     assert alone.tolist() == [[1, 2], [3, 6], [0, 0], [0, 0]] and has.tolist() == [True, True, False, False]
+
+
+def append(folder, order, identity=None, calls=None, titles=True, stop_at=None, **more):
+    """The catalog now has the rows `order`, in this order."""
+
+    def counted(rows):
+        wanted = np.array(order)[rows]
+        if stop_at in wanted:
+            raise KeyboardInterrupt
+        if calls is not None:
+            calls.append(wanted.tolist())
+        return encode(wanted)
+
+    ids, names = pa.array([f"i{row}" for row in order]), [f"t{row}" for row in order]
+    identity = {"run": "x", "catalog": str(order)} | (identity or {})
+    append_embeddings(folder, ids, names if titles else None, counted, identity, shard_size=4, **more)
+
+
+def test_appending_encodes_new_items_alone(tmp_path):
+    folder, calls = tmp_path / "e", []
+    write(folder, identity={"run": "x", "catalog": "12"})
+    before = contents(folder)
+    order = [30, *range(11, -1, -1), *range(40, 47)]  # a catalog in another order, with items before and after
+    append(folder, order, calls=calls)
+    # rows 4 and 9 had no content, and may have some now
+    assert calls == [[30, 9, 4, 40], [41, 42, 43, 44], [45, 46]]
+    table = EmbeddingTable.read(folder)
+    rows = [0, 1, 2, 3, 5, 6, 7, 8, 10, 11, 30, 40, 41, 42, 43, 45, 46]
+    assert table.ids.to_pylist() == [f"i{row}" for row in rows]
+    assert table.vectors.tolist() == [[row, 2 * row] for row in rows] and table.titles[-1] == "t46"
+    assert {name: content for name, content in contents(folder).items() if name in before and "vectors" in name} == {
+        name: content for name, content in before.items() if "vectors" in name
+    }
+    assert not list(folder.glob("appending*")) and len(list(folder.glob("items*"))) == 1
+    again = contents(folder)
+    append(folder, order, calls=calls[:0])
+    assert EmbeddingTable.read(folder).ids.to_pylist() == table.ids.to_pylist()
+    # the folder is no longer one of a single pass over the catalog
+    with pytest.raises(ValueError, match="another run or dataset"):
+        write(folder, identity={"run": "x", "catalog": str(order)})
+    assert again.keys() <= contents(folder).keys() | {"items-00006.parquet"}
+    assert table.without(pa.array(["i0", "i46", "zz"])).ids.to_pylist() == [f"i{row}" for row in rows[1:-1]]
+
+
+def test_appending_goes_on_where_it_was_killed(tmp_path):
+    order = [*range(12), *range(30, 44)]
+    for name in ("killed", "straight"):
+        write(tmp_path / name, identity={"run": "x", "catalog": "12"})
+    with pytest.raises(KeyboardInterrupt):
+        append(tmp_path / "killed", order, stop_at=38)
+    assert len(EmbeddingTable.read(tmp_path / "killed")) == 10  # reads as before
+    calls = []
+    append(tmp_path / "killed", order, calls=calls)
+    append(tmp_path / "straight", order)
+    assert calls[0][0] == 36 and contents(tmp_path / "killed") == contents(tmp_path / "straight")
+    # a catalog that has changed once more: what was left of the old call is not taken for new items
+    order = [*order, 50, 51, 52]
+    with pytest.raises(KeyboardInterrupt):
+        append(tmp_path / "killed", [*order, 60, 61, 62, 63], stop_at=61)
+    append(tmp_path / "killed", order[::-1])
+    append(tmp_path / "straight", order[::-1])
+    assert contents(tmp_path / "killed") == contents(tmp_path / "straight")
+
+
+def test_vectors_of_another_run_are_not_appended(tmp_path):
+    write(tmp_path / "e", identity={"run": "x", "catalog": "12", "weights": "a", "modality": "both"})
+    with pytest.raises(ValueError, match=r"its vectors are of weights 'a', not 'b'"):
+        append(tmp_path / "e", range(14), identity={"weights": "b", "modality": "both"})
+    append(tmp_path / "e", range(14), identity={"weights": "a", "modality": "both", "run": "moved"})
+    with pytest.raises(ValueError, match="no such embedding folder"):
+        append(tmp_path / "nothing", range(14))
+    write(tmp_path / "plain", titles=False)
+    append(tmp_path / "plain", range(14), titles=True)
+    assert EmbeddingTable.read(tmp_path / "plain").titles is None

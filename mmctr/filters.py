@@ -1,0 +1,86 @@
+"""Conditions on catalog columns, written as at a command line: `colour=red|blue`, `price<20`, `brand!=Acme`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from mmctr.data.tables import one_array
+
+_CONDITION = re.compile(r"^\s*(?P<column>.+?)\s*(?P<sign>!=|<=|>=|=|<|>)\s*(?P<value>.*?)\s*$", re.DOTALL)
+_ORDER: dict[str, Callable[..., Any]] = {
+    "<": pc.less,  # type: ignore[attr-defined]
+    "<=": pc.less_equal,  # type: ignore[attr-defined]
+    ">": pc.greater,  # type: ignore[attr-defined]
+    ">=": pc.greater_equal,  # type: ignore[attr-defined]
+}
+
+
+def matching(items: pa.Table, conditions: Sequence[str]) -> np.ndarray:
+    """(n,) mask of the rows that fulfil every condition. A missing value fulfils none, `!=` included.
+
+    `=` and `!=` take several values with `|` between; a list column fulfils `=` when any of its values does. Signs of
+    order need a column of numbers.
+
+    Raises ValueError naming the condition and what is wrong with it.
+    """
+    mask = np.ones(len(items), bool)
+    for condition in conditions:
+        mask &= _one(items, condition)
+    return mask
+
+
+def _one(items: pa.Table, condition: str) -> np.ndarray:
+    parsed = _CONDITION.match(condition)
+    if parsed is None:
+        raise ValueError(f"condition {condition!r}: write COLUMN=VALUE, COLUMN!=VALUE, COLUMN<NUMBER or the like")
+    name, sign, value = parsed["column"], parsed["sign"], parsed["value"]
+    if name not in items.column_names:
+        known = ", ".join(column for column in items.column_names) or "none"
+        raise ValueError(f"condition {condition!r}: no column {name!r} here; there are {known}")
+    column = one_array(items.column(name))
+    if sign in _ORDER:
+        if not _is_number(column.type):
+            raise ValueError(f"condition {condition!r}: {name!r} holds {column.type}, and {sign} needs numbers")
+        return _plain(_ORDER[sign](column.cast(pa.float64()), _number(value, condition)))
+    values = value.split("|")
+    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+        inside = _among(pc.list_flatten(column), values, condition)  # type: ignore[attr-defined]
+        rows = pc.list_parent_indices(column).to_numpy()  # type: ignore[attr-defined]
+        hits = np.zeros(len(column), bool)
+        hits[rows[inside]] = True
+    else:
+        hits = _among(column, values, condition)
+    return hits if sign == "=" else ~hits & np.asarray(column.is_valid())
+
+
+def _among(column: pa.Array, values: list[str], condition: str) -> np.ndarray:
+    if _is_number(column.type):
+        wanted = pa.array([_number(value, condition) for value in values], pa.float64())
+        return _plain(pc.is_in(column.cast(pa.float64()), wanted, skip_nulls=True))  # type: ignore[attr-defined]
+    if pa.types.is_boolean(column.type):
+        words = {"true": True, "false": False}
+        if any(value.lower() not in words for value in values):
+            raise ValueError(f"condition {condition!r}: the column holds true and false")
+        return _plain(pc.is_in(column, pa.array([words[value.lower()] for value in values])))  # type: ignore[attr-defined]
+    return _plain(pc.is_in(column.cast(pa.string()), pa.array(values, pa.string()), skip_nulls=True))  # type: ignore[attr-defined]
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return pa.types.is_integer(kind) or pa.types.is_floating(kind)
+
+
+def _number(value: str, condition: str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        raise ValueError(f"condition {condition!r}: the column holds numbers and {value!r} is none") from None
+
+
+def _plain(mask: Any) -> np.ndarray:
+    return np.asarray(pc.fill_null(mask, False)).astype(bool)  # type: ignore[attr-defined]
