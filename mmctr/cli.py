@@ -123,6 +123,18 @@ def _parser() -> argparse.ArgumentParser:
         "--embeddings", help="embedding folder for the report's neighbours (default: the first one a run used)"
     )
 
+    sub = command(
+        "serve", _serve, "an HTTP API and a page: search, score, rank and explain; on this machine by default"
+    )
+    sub.add_argument("index", metavar="EMB_OR_INDEX")
+    sub.add_argument("--ranker", metavar="RUN", help="run folder of the ranker that scores")
+    sub.add_argument("--baseline", metavar="RUN", help="another ranker to show beside it, such as one on IDs alone")
+    sub.add_argument("--data", help="dataset folder (default: the one embedded, and the rankers' own)")
+    sub.add_argument("--run", dest="pretrain_run", help="pretraining run for words and pictures (default: the own one)")
+    sub.add_argument("--embeddings", nargs="+", default=[], help="vectors of items new to the ranker")
+    sub.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
+    sub.add_argument("--port", type=int, default=8000)
+
     sub = command("demo", _demo, "the whole story on ToyWorld: pretrain, embed, search, three rankers, comparison")
     sub.add_argument("--out", default="demo", help="folder to work in (default: demo); started again it goes on")
     sub.add_argument("--seed", type=int, default=0)
@@ -236,6 +248,19 @@ def _compare(arguments: argparse.Namespace) -> None:
         neighbours = sample_neighbours([Path(run) for run in arguments.runs], arguments.embeddings)
         write_report(runs, Path(arguments.html), neighbours)
         print(f"report: {arguments.html}", file=sys.stderr if arguments.json else sys.stdout)
+
+
+def _serve(arguments: argparse.Namespace) -> None:
+    try:
+        import fastapi  # noqa: F401
+        import python_multipart  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f"{error}; `mmctr serve` needs the extra: pip install 'mmctr[serve]'") from None
+    from mmctr.server import serve
+
+    of_rankers = (arguments.ranker, arguments.baseline, arguments.data, arguments.pretrain_run, arguments.embeddings)
+    serve(arguments.index, *of_rankers, arguments.host, arguments.port)
 
 
 def _demo(arguments: argparse.Namespace) -> None:

@@ -16,7 +16,7 @@ from mmctr.concepts import Attribute, Name, attributes_of, name_dimensions
 from mmctr.data.batches import ItemBatch
 from mmctr.data.catalog import Catalog
 from mmctr.data.loaders import BehaviorCollator
-from mmctr.data.tables import one_array, rows_of
+from mmctr.data.tables import rows_of
 from mmctr.disentanglement import active_dimensions, all_scores, dci, dependency, mig, shuffled, udr
 from mmctr.evaluation import embed_rows
 from mmctr.export import data_config, load_encoder, ranked_impressions, weights_key
@@ -308,18 +308,18 @@ def add_effects(
     report["ranker"] = {"run": str(run), "impressions": len(picked)}
     if user is None:
         return
-    ids = one_array(dataset.users.column("user_id"))
-    if pa.types.is_integer(ids.type) and not user.lstrip("-").isdigit():
-        raise ValueError(f"user {user!r}: ids here are integers, like {ids[0].as_py()}")
-    row = int(rows_of(pa.array([user]).cast(ids.type), ids, "users")[0])
+    row = dataset.user_row(user)
     rows = np.flatnonzero(np.asarray(part.user) == row)
-    if row < 0 or not len(rows):
+    if not len(rows):
         raise ValueError(f"user {user!r} has no test impressions in {dataset.report['source']}; name another --user")
     own = part.take(rows)
     effects = click_effects(ranker, collate(own), sizes, offset, accelerator)
     latest = own.history[own.history_start[-1] : own.history_end[-1]]
     history = [dataset.catalog.item_ids[int(item)].as_py() for item in latest]
-    report["user"] = {"user_id": ids[row].as_py(), "reasons": reasons(report, effects, latents, item_ids, history)}
+    report["user"] = {
+        "user_id": dataset.users["user_id"][row].as_py(),
+        "reasons": reasons(report, effects, latents, item_ids, history),
+    }
 
 
 def reasons(

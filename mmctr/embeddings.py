@@ -19,6 +19,7 @@ from mmctr.data.tables import as_ids, read_table, require_columns, rows_of
 from mmctr.files import read_json, replace_file, write_json
 
 FORMAT = 1
+ITEMS = "items.parquet"
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def _read_folder(folder: Path) -> EmbeddingTable:
             f"{folder}: not a finished embedding folder (no manifest.json); run `mmctr embed` again, it goes on"
         )
     manifest = read_json(folder / "manifest.json")
-    items = read_table(folder / manifest["items_file"], ("item_id",))
+    items = read_table(folder / _items_file(manifest), ("item_id",))
     try:
         shards = [load_file(folder / name) for name in manifest["shards"]]
     except Exception as error:
@@ -183,8 +184,8 @@ def write_embeddings(
     if rank == 0:
         has = _has_content(folder, names)
         items = _item_rows(item_ids, titles, np.flatnonzero(has))
-        replace_file(folder / "items.parquet", lambda path: pyarrow.parquet.write_table(items, path))
-        _write_manifest(folder, identity, names, "items.parquet", len(has), int(has.sum()))
+        replace_file(folder / ITEMS, lambda path: pyarrow.parquet.write_table(items, path))
+        _write_manifest(folder, identity, names, ITEMS, len(has), int(has.sum()))
         begun.unlink(missing_ok=True)
     wait()
 
@@ -236,11 +237,11 @@ def append_embeddings(
         known = pa.table({"item_id": finished.ids} | ({} if finished.titles is None else {"title": finished.titles}))
         new = _item_rows(item_ids, None if finished.titles is None else titles, rows[has])
         items = pa.concat_tables([known.cast(new.schema), new])
-        name = f"items-{len(done) + len(names):05d}.parquet" if names else finished.manifest["items_file"]
+        name = f"items-{len(done) + len(names):05d}.parquet" if names else _items_file(finished.manifest)
         replace_file(folder / name, lambda path: pyarrow.parquet.write_table(items, path))
         _write_manifest(folder, old | identity | {"appended": True}, done + names, name, len(item_ids), len(items))
-        if name != finished.manifest["items_file"]:
-            (folder / finished.manifest["items_file"]).unlink()
+        if name != _items_file(finished.manifest):
+            (folder / _items_file(finished.manifest)).unlink()
         begun.unlink(missing_ok=True)
     wait()
 
@@ -277,9 +278,16 @@ def _item_rows(item_ids: pa.Array, titles: list[str | None] | None, rows: np.nda
     return pa.table(columns)
 
 
+def _items_file(manifest: dict[str, Any]) -> str:
+    """Items get another file when some are appended, so that the folder reads as it was until the manifest names it."""
+    return manifest.get("items_file", ITEMS)
+
+
 def _write_manifest(
     folder: Path, identity: dict[str, Any], shards: list[str], items_file: str, items: int, vectors: int
 ) -> None:
-    facts = {"format": FORMAT, "identity": identity, "shards": shards, "items_file": items_file}
+    facts: dict[str, Any] = {"format": FORMAT, "identity": identity, "shards": shards}
+    if items_file != ITEMS:
+        facts["items_file"] = items_file
     counts = {"items": items, "vectors": vectors, "without content": items - vectors}
     write_json(folder / "manifest.json", facts | counts)

@@ -7,6 +7,10 @@ import sys
 from typing import Any
 
 
+class UnknownId(ValueError):
+    """An item or a user that is asked for is not there."""
+
+
 class exit_on_error:
     """Turns ValueError and OSError into one message and exit code 1; everything else is a bug and keeps its traceback.
 

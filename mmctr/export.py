@@ -119,13 +119,13 @@ def evaluate_run(run: str, data: str | None, embeddings: Sequence[str] = ()) -> 
     own = data is None
     if not own:
         bind_content(task, dataset, config, accelerator, embeddings)
-    ranking = _ranking_data(task, dataset)
+    ranking = ranking_data(task, dataset)
     task.to(accelerator.device)
     if own:
         splits = _splits(folder, dataset)
         parts = {"validation": splits.validation, "test": splits.test}
     else:
-        parts = {"test": _all_impressions(dataset.interactions)}
+        parts = {"test": all_impressions(dataset.interactions)}
     result = {}
     for name, part in parts.items():
         scores = predict(task, ranking.collator(part), accelerator)
@@ -178,10 +178,10 @@ def ranked_impressions(
     config = data_config(run, None)
     dataset = open_dataset(config.path, config.items)
     task.bind(dataset.catalog.item_ids)
-    return dataset, _splits(run, dataset).test, _ranking_data(task, dataset).collator
+    return dataset, _splits(run, dataset).test, ranking_data(task, dataset).collator
 
 
-def _ranking_data(task: RankingTask, dataset: Dataset) -> RankingData:
+def ranking_data(task: RankingTask, dataset: Dataset) -> RankingData:
     content = None
     if isinstance(task.config.embedder.content, ContentTable):
         content = task.embedder.content_table, task.embedder.has_content
@@ -218,7 +218,7 @@ def load_encoder(run: Path) -> PretrainTask:
     return task
 
 
-def _all_impressions(log: Interactions) -> Impressions:
+def all_impressions(log: Interactions) -> Impressions:
     values, start, end = log.histories(np.ones(len(log), bool))
     return Impressions(log.user, log.item, log.label, np.arange(len(log)), values, start, end)
 

@@ -18,6 +18,7 @@ import pyarrow as pa
 from mmctr import index_files, index_tuning
 from mmctr.data.tables import examples, one_array
 from mmctr.embeddings import EmbeddingTable
+from mmctr.errors import UnknownId
 from mmctr.filters import matching
 from mmctr.index_tuning import Wanted
 
@@ -203,7 +204,7 @@ class ItemIndex:
             try:
                 return int(item_id)
             except ValueError:
-                raise ValueError(f"item {item_id!r}: ids here are integers, like {self.ids[0].as_py()}") from None
+                raise UnknownId(f"item {item_id!r}: ids here are integers, like {self.ids[0].as_py()}") from None
         return item_id
 
     @cached_property
@@ -215,8 +216,14 @@ class ItemIndex:
         """Raises ValueError when the item is not here."""
         row = self._row_by_id.get(item_id) if isinstance(item_id, int | str) else None
         if row is None or isinstance(item_id, bool):
-            raise ValueError(f"item {item_id!r} has no vector here; ids look like {self.ids[0].as_py()!r}")
+            raise UnknownId(f"item {item_id!r} has no vector here; ids look like {self.ids[0].as_py()!r}")
         return row
+
+    def sample(self, count: int) -> list[Any]:
+        """Ids of some items, spread evenly."""
+        rows = np.flatnonzero(~self.removed)
+        places = np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)
+        return self.ids.take(pa.array(rows[places])).to_pylist()
 
     def __contains__(self, item_id: Any) -> bool:
         return isinstance(item_id, int | str) and item_id in self._row_by_id

@@ -100,6 +100,11 @@ class Searcher:
         self.index, self.last = index, last
         self._run, self._data = run or identity.get("run"), data or identity.get("data")
 
+    @property
+    def has_encoder(self) -> bool:
+        """Whether words and pictures can be queries: the run that made the vectors is known and there."""
+        return self._run is not None and (Path(self._run) / "config.yaml").is_file()
+
     @cached_property
     def encoder(self) -> QueryEncoder:
         if self._run is None:
@@ -123,18 +128,7 @@ class Searcher:
 
     def history(self, user_id: Any) -> np.ndarray:
         """(h,) rows in the index of what a user clicked, oldest first. Raises ValueError for an unknown user."""
-        users = one_array(self.dataset.users.column("user_id"))
-        try:
-            wanted = pa.array([user_id]).cast(users.type)
-        except (pa.ArrowInvalid, pa.ArrowTypeError):
-            wanted = pa.nulls(1, users.type)
-        row = int(rows_of(wanted, users, "users")[0])
-        if row < 0:
-            raise ValueError(f"user {user_id!r} is not in the log; ids look like {users[0].as_py()!r}")
-        log = self.dataset.interactions
-        first, after = np.searchsorted(log.user, [row, row + 1])
-        clicked = np.asarray(log.item[first:after])[np.asarray(log.label[first:after]) == 1]
-        rows = self._index_rows[clicked]
+        rows = self._index_rows[self.dataset.interactions.clicked_before(self.dataset.user_row(user_id))]
         return rows[rows >= 0][-self.last :]
 
     def vectors(self, queries: Sequence[Sequence[Part]]) -> tuple[np.ndarray, list[set[Any]]]:

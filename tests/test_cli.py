@@ -16,34 +16,10 @@ import pytest
 from mmctr.cli import main
 from mmctr.data.toy import ToyWorld, ToyWorldConfig
 from mmctr.embeddings import EmbeddingTable
-from tests.tiny import CLONE, finetune_values, pretrain_values, start, write_config
+from tests.tiny import CLONE, pretrain_values, write_config
 from tests.worlds import picture
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def runs(toy_folder, tmp_path_factory) -> Path:
-    """A folder with the runs `pretrain`, `id`, `table` and `joint`, `embeddings` and `index`."""
-    folder = tmp_path_factory.mktemp("runs")
-    values = pretrain_values(toy_folder)
-    values["fit"]["epochs"] = 1
-    start(folder, "pretrain.train", write_config(folder / "p.yaml", values), f"run_dir={folder / 'pretrain'}").ok()
-    main(["embed", str(folder / "pretrain"), "--out", str(folder / "embeddings")])
-    main(["index", str(folder / "embeddings"), "--out", str(folder / "index")])
-    contents = {
-        "id": None,
-        "table": {"name": "table", "path": str(folder / "embeddings"), "dim": 8, "hidden": [8]},
-        "joint": {"name": "encoder", "run": str(folder / "pretrain"), "history": "table", "dim": 8, "hidden": [8]},
-    }
-    contents["trees"] = contents["table"]
-    for name, content in contents.items():
-        values = finetune_values(toy_folder, content, epochs=1)
-        if name == "trees":
-            values["task"]["ranker"] = {"name": "gbdt_lr", "trees": {"num_trees": 8, "min_rows": 5}}
-        config = write_config(folder / f"{name}.yaml", values)
-        start(folder, "finetune.train", config, f"run_dir={folder / name}").ok()
-    return folder
 
 
 def output(capsys, *arguments) -> str:

@@ -144,4 +144,5 @@ def test_recipe_lines_load(path):
 
 def test_nothing_names_a_machine():
     for path in PAGES:
-        assert not re.search(r"/work/|/home/|/root/|localhost|127\.0\.0\.1", page(path)), path
+        text = page(path).replace("localhost:8000", "").replace("127.0.0.1:8000", "")  # where `mmctr serve` listens
+        assert not re.search(r"/work/|/home/|/root/|localhost|127\.0\.0\.1", text), path

@@ -15,26 +15,22 @@ from mmctr.data.prepare import open_dataset
 from mmctr.embeddings import EmbeddingTable
 from mmctr.index import ItemIndex
 from mmctr.search import Part, Searcher
-from tests.tiny import pretrain_values, start, write_config
 from tests.worlds import picture, write_table
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def folder(toy_folder, tmp_path_factory) -> Path:
+def folder(runs, tmp_path_factory) -> Path:
+    """A folder with an `index` that has the columns of the catalog."""
     folder = tmp_path_factory.mktemp("search")
-    values = pretrain_values(toy_folder)
-    values["fit"]["epochs"] = 1
-    start(folder, "pretrain.train", write_config(folder / "p.yaml", values), f"run_dir={folder / 'run'}").ok()
-    main(["embed", str(folder / "run"), "--out", str(folder / "emb")])
-    main(["index", str(folder / "emb"), "--out", str(folder / "index"), "--columns"])
+    main(["index", str(runs / "embeddings"), "--out", str(folder / "index"), "--columns"])
     return folder
 
 
 @pytest.fixture(scope="module")
-def table(folder) -> EmbeddingTable:
-    return EmbeddingTable.read(folder / "emb")
+def table(runs) -> EmbeddingTable:
+    return EmbeddingTable.read(runs / "embeddings")
 
 
 @pytest.fixture(scope="module")

@@ -84,7 +84,7 @@ class Catalog:
         """Catalog rows of raw ids: (n,) int64. Raises ValueError naming an id that is not in the catalog."""
         try:
             wanted = item_ids if isinstance(item_ids, pa.Array) else pa.array(item_ids)
-        except pa.ArrowException as error:
+        except (pa.ArrowException, OverflowError) as error:
             raise ValueError(f"item ids are all integers or all strings: {error}") from None
         wanted = as_ids(wanted, "item_id", "catalog")
         rows = rows_of(wanted, self.item_ids, "catalog")
@@ -137,6 +137,17 @@ class Catalog:
             if not (folder / "report.json").is_file() or read_json(folder / "report.json").get("key") != key:
                 self._build_pictures(folder, size, resize, threads, key, sources)
         return Pictures(folder)
+
+    def picture_cell(self, row: int) -> str | bytes | None:
+        """The path, relative to `root`, or the encoded bytes of an item's first picture."""
+        cells = self.table.column("image")
+        cell = cells.slice(row, 1)
+        if _is_list(cell.type):
+            values = cell[0].values if cell[0].is_valid else None
+            if values is None or not len(values):
+                return None
+            cell = pa.chunked_array([values.slice(0, 1)])
+        return picture_sources(cell, "items table")[0].as_py()
 
     def pictures_per_item(self, column: str) -> int:
         """How many pictures the longest cell of a column holds; 1 for a column that is not of lists."""

@@ -59,6 +59,13 @@ class Interactions:
         _, size = np.unique(self.user, return_counts=True)
         return np.arange(len(self)) - first, np.repeat(size, size)
 
+    def clicked_before(self, user: int, time: int | None = None) -> np.ndarray:
+        """(h,) catalog rows of what a user clicked strictly before a time, or ever; oldest first."""
+        first, after = np.searchsorted(self.user, [user, user + 1])
+        if time is not None:
+            after = first + int(np.searchsorted(self.time[first:after], time))
+        return np.asarray(self.item[first:after])[np.asarray(self.label[first:after]) == 1]
+
     def histories(self, keep: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Positives where `keep` (n,) is True, and each row's slice of them: what its user clicked strictly earlier.
 

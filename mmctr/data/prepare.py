@@ -30,6 +30,7 @@ from mmctr.data.tables import (
     rows_of,
     same_kind,
 )
+from mmctr.errors import UnknownId
 from mmctr.files import cache_folder, fingerprint, locked, read_json, replace_folder, write_json
 
 FORMAT = 1
@@ -59,6 +60,18 @@ class Dataset:
     def users(self) -> pa.Table:
         """One row a user row: `user_id` and the columns of the users table, null for users it lacks."""
         return pyarrow.parquet.read_table(self._of_log("users.parquet"))
+
+    def user_row(self, user_id: Any) -> int:
+        """The row of a user; an id typed as text is understood as an integer one. Raises UnknownId."""
+        ids = one_array(self.users["user_id"])
+        try:
+            wanted = pa.array([user_id]).cast(ids.type) if type(user_id) in (int, str) else pa.nulls(1, ids.type)
+        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
+            wanted = pa.nulls(1, ids.type)
+        row = int(rows_of(wanted, ids, "users")[0])
+        if row < 0:
+            raise UnknownId(f"user {user_id!r} is not in the log; ids look like {ids[0].as_py()!r}")
+        return row
 
     def _of_log(self, name: str) -> Path:
         if not (self.folder / name).exists():

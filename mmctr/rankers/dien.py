@@ -101,7 +101,8 @@ class DIEN(nn.Module):
 
         total = pool_rows(inputs.items, inputs.history, inputs.history_offsets).to(target.dtype)
         top = torch.cat([inputs.context, target, total, total * target, state], dim=1)
-        return RankerOutput(logits=self.mlp(top).squeeze(1), losses=losses)
+        weights = None if self.training else attention.new_zeros(len(attention)).index_copy(0, layout.order, attention)
+        return RankerOutput(self.mlp(top).squeeze(1), losses, weights)
 
     def _auxiliary(
         self, interests: Tensor, items: Tensor, history: Tensor, negatives: Tensor, layout: TimeMajor

@@ -161,4 +161,4 @@ class DIN(nn.Module):
             weights = segment_softmax(weights, segment_ids(offsets, len(weights)), len(target))
         interest = pool_rows(inputs.items, inputs.history, offsets, weights).to(target.dtype)  # (B, D)
         top = torch.cat([inputs.context, target, interest, interest * target], dim=1)
-        return RankerOutput(logits=self.mlp(top).squeeze(1), losses={})
+        return RankerOutput(self.mlp(top).squeeze(1), {}, None if self.training else weights)

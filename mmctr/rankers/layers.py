@@ -59,6 +59,8 @@ class RankerOutput:
     logits: Tensor
     """(B,)"""
     losses: dict[str, Tensor]
+    history_weights: Tensor | None = None
+    """(H,) what each behaviour counts for; of rankers with attention, when they do not train"""
     """auxiliary losses by name, already weighted"""
 
 

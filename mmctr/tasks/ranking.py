@@ -22,7 +22,7 @@ from mmctr.fusion import ContentEncoder, FeatureEmbedder, ItemEmbedder, ItemEmbe
 from mmctr.optimizers import RowTable, share_of_processes
 from mmctr.rankers import RankerConfig
 from mmctr.rankers.din import DINConfig
-from mmctr.rankers.layers import RankerInput
+from mmctr.rankers.layers import RankerInput, RankerOutput
 from mmctr.tasks.folder import save_task, task_config, task_weights
 from mmctr.tasks.pretrain import PretrainTask, PretrainTaskConfig
 
@@ -108,6 +108,11 @@ class RankingTask(nn.Module):
         Args:
             target_shift: (content dim,) added to the content vectors of targets, not to those of histories.
         """
+        output = self.output(batch, target_shift)
+        return output.logits, output.losses
+
+    def output(self, batch: BehaviorBatch, target_shift: Tensor | None = None) -> RankerOutput:
+        """All that the ranker says; see `logits`."""
         vectors, target = self.embedder(batch.items), batch.target  # (U, D)
         if target_shift is not None:
             target = target + len(vectors)
@@ -115,7 +120,7 @@ class RankingTask(nn.Module):
         context = self.context(batch.context, batch.user)
         if self.users is not None:
             context = torch.cat([self.users(batch.user), context], dim=1)
-        output = self.ranker(
+        return self.ranker(
             RankerInput(
                 items=vectors,
                 target=target,
@@ -125,7 +130,6 @@ class RankingTask(nn.Module):
                 negatives=batch.negatives,
             )
         )
-        return output.logits, output.losses
 
     def forward(self, batch: BehaviorBatch) -> dict[str, Tensor]:
         logits, losses = self.logits(batch)
