@@ -49,8 +49,28 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--shard-size", type=int, default=8192, help="items a shard (default: 8192)")
 
     sub = command("index", _index, "build a FAISS index over an embedding folder")
-    sub.add_argument("embeddings", metavar="EMB", help="folder of `mmctr embed`, a .parquet or an .npz file")
+    sub.add_argument("embeddings", metavar="EMB", help="folder of `mmctr embed`, a .parquet, .npz or .safetensors file")
     sub.add_argument("--out", help="index folder to write (default: EMB with .index at its end)")
+
+    sub = command("export", _export, "item vectors in the files of other programs, with their config lines")
+    sub.add_argument("source", metavar="EMB", help="embedding folder or file")
+    sub.add_argument(
+        "--format", required=True, help="parquet, npz, safetensors, datasets, fuxictr, recbole or torcheasyrec"
+    )
+    sub.add_argument("--out", required=True, help="file to write; a folder for datasets")
+
+    sub = command("semantic-ids", _semantic_ids, "a few codes an item, coarse to fine, as features of rankers")
+    sub.add_argument(
+        "embeddings", metavar="EMB", nargs="+", help="embedding folders or files; several stand side by side"
+    )
+    sub.add_argument("--out", required=True, help=".parquet file to write; a report and the codebooks go beside it")
+    sub.add_argument("--levels", type=int, help="codes an item (default: 3)")
+    sub.add_argument("--codes", type=int, help="different codes a level (default: 256)")
+    sub.add_argument("--seed", type=int, help="(default: 0)")
+    sub.add_argument("--sample", type=int, help="items the codebooks are learned from, at most (default: 256 a code)")
+    sub.add_argument("--keep-lengths", action="store_true", help="do not normalise what each level leaves over")
+    sub.add_argument("--codebooks", metavar="FILE", help="use these instead of learning some: codes of new items")
+    sub.add_argument("--name", default="sid", help="what the columns are called after (default: sid)")
 
     sub = command("search", _search, "nearest items to an item, a text or a picture")
     sub.add_argument("index", metavar="EMB_OR_INDEX")
@@ -86,6 +106,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("run_dir", metavar="RUN")
     sub.add_argument("--data", help="another dataset folder: all its impressions are scored")
     sub.add_argument("--out", help="write the numbers to this JSON file as well")
+    sub.add_argument(
+        "--item-tables",
+        nargs="*",
+        metavar="FILE",
+        help="join these to the items instead of the columns the run has kept of its data.item_tables",
+    )
 
     sub = command("compare", _compare, "ranker runs side by side, differences to the first one")
     sub.add_argument("runs", metavar="RUN", nargs="+")
@@ -142,6 +168,29 @@ def _index(arguments: argparse.Namespace) -> None:
     print(f"{out}: {len(index)} items, {index.index.d} dimensions, exact search")
 
 
+def _export(arguments: argparse.Namespace) -> None:
+    from mmctr.interchange import export
+
+    print(export(arguments.source, arguments.format, arguments.out))
+
+
+def _semantic_ids(arguments: argparse.Namespace) -> None:
+    from mmctr.semantic_ids import semantic_ids, summary
+
+    report = semantic_ids(
+        arguments.embeddings,
+        arguments.out,
+        levels=arguments.levels,
+        codes=arguments.codes,
+        seed=arguments.seed,
+        sample=arguments.sample,
+        normalize_residuals=not arguments.keep_lengths,
+        codebooks=arguments.codebooks,
+        name=arguments.name,
+    )
+    print(f"{arguments.out}: {summary(report)}")
+
+
 def _search(arguments: argparse.Namespace) -> None:
     from mmctr.index import ItemIndex
 
@@ -195,7 +244,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from mmctr.export import evaluate_run
     from mmctr.files import write_json
 
-    numbers = evaluate_run(arguments.run_dir, arguments.data)
+    numbers = evaluate_run(arguments.run_dir, arguments.data, arguments.item_tables)
     if arguments.out:
         write_json(Path(arguments.out), numbers)
     print(json.dumps(numbers, indent=2))
