@@ -15,6 +15,7 @@ from mmctr.export import evaluate_run
 from mmctr.files import read_json
 from mmctr.runs import DataConfig
 from mmctr.semantic_ids import semantic_ids
+from tests.tiny import pretrain_values, start, write_config
 from tests.worlds import log_columns, write_dataset, write_table
 
 ITEMS = {"item_id": ["a", "b", "c"], "title": ["x", None, "z"]}
@@ -164,3 +165,23 @@ def test_cold_items_are_ranked_by_their_semantic_ids(styled, tmp_path):
         evaluate_run(str(run), str(styled / "data"), [])
     source.write_bytes(kept)
     main(config)  # finished, and with the same tables nothing to say
+
+
+@pytest.mark.slow
+def test_pretraining_reads_and_keeps_joined_columns(toy_folder, tmp_path):
+    factors = pq.read_table(toy_folder / "items.parquet", columns=["item_id", "factor_colour"])
+    source = tmp_path / "more.parquet"
+    pq.write_table(factors.rename_columns(["item_id", "paint"]), source)
+    config = pretrain_values(toy_folder)
+    config["data"]["item_tables"] = [str(source)]
+    config["fit"]["epochs"], config["attributes"] = 1, ["paint", "factor_colour"]
+    run = tmp_path / "run"
+    start(tmp_path, "pretrain.train", write_config(tmp_path / "p.yaml", config), f"run_dir={run}").ok()
+    metrics = read_json(run / "metrics.json")["validation"]
+    paint = {name.replace("paint", "factor_colour"): value for name, value in metrics.items() if "paint" in name}
+    assert paint == {name: metrics[name] for name in paint} and paint
+    source.unlink()
+    again = evaluate_run(str(run), None)["validation"]
+    assert again == {name: metrics[name] for name in again} and paint.keys() <= {*metrics}
+    with pytest.raises(ValueError, match="--item-tables is for rankers"):
+        evaluate_run(str(run), None, ["x.parquet"])
