@@ -2,8 +2,8 @@
 
 The first code is the nearest of K centres; the second the nearest of K centres of what the first leaves over, and so
 on. Items alike share the first codes, so a ranker that reads prefixes of these IDs as categorical features knows
-something of an item nobody has clicked (Singh et al., 2023, arXiv 2306.08121: as features of the ranker such codes do
-more than the dense vector). Learned codebooks (RQ-VAE, as in TIGER, arXiv 2305.05065) need training and care against
+something of an item nobody has clicked (Singh et al., 2023, arXiv 2306.08121, where such codes do more for a ranker
+than the dense vector does). Learned codebooks (RQ-VAE, as in TIGER, arXiv 2305.05065) need training and care against
 codes that die; k-means has neither.
 """
 
