@@ -28,7 +28,7 @@ from mmctr.evaluation import embed_catalog, full_report, predict, predictions_ta
 from mmctr.files import replace_file, write_json
 from mmctr.fusion import ContentEncoder, ContentTable
 from mmctr.rankers import GBDTLRConfig
-from mmctr.runs import DataConfig, begin_run, item_content, make_accelerator, open_data, run_recipe
+from mmctr.runs import DataConfig, begin_run, item_content, make_accelerator, open_run_data, run_recipe
 from mmctr.tasks import PretrainTask, RankingTask, RankingTaskConfig
 from mmctr.training import FitConfig, fit
 
@@ -50,7 +50,7 @@ def main(config: FinetuneConfig) -> dict:
     identity = begin_run(config, run_dir, accelerator)
 
     # data: the log is cut first; vocabularies then see training rows alone
-    dataset = open_data(config.data, accelerator)
+    dataset = open_run_data(config.data, run_dir, accelerator)
     log, catalog = dataset.interactions, dataset.catalog
     splits = split_interactions(log, len(catalog), config.split)
     if len(np.unique(splits.train.label)) < 2:

@@ -69,6 +69,26 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--append", action="store_true", help="add the items of EMB that --out does not hold yet")
     sub.add_argument("--remove", nargs="+", metavar="ID", help="take these items out of INDEX")
 
+    sub = command("export", _export, "item vectors in the files of other programs, with their config lines")
+    sub.add_argument("source", metavar="EMB", help="embedding folder or file")
+    sub.add_argument(
+        "--format", required=True, help="parquet, npz, safetensors, datasets, fuxictr, recbole or torcheasyrec"
+    )
+    sub.add_argument("--out", required=True, help="file to write; a folder for datasets")
+
+    sub = command("semantic-ids", _semantic_ids, "a few codes an item, coarse to fine, as features of rankers")
+    sub.add_argument(
+        "embeddings", metavar="EMB", nargs="+", help="embedding folders or files; several stand side by side"
+    )
+    sub.add_argument("--out", required=True, help=".parquet file to write; a report and the codebooks go beside it")
+    sub.add_argument("--levels", type=int, help="codes an item (default: 3)")
+    sub.add_argument("--codes", type=int, help="different codes a level (default: 256)")
+    sub.add_argument("--seed", type=int, help="(default: 0)")
+    sub.add_argument("--sample", type=int, help="items the codebooks are learned from, at most (default: 256 a code)")
+    sub.add_argument("--keep-lengths", action="store_true", help="do not normalise what each level leaves over")
+    sub.add_argument("--codebooks", metavar="FILE", help="use these instead of learning some: codes of new items")
+    sub.add_argument("--name", default="sid", help="what the columns are called after (default: sid)")
+
     sub = command(
         "search", _search, "nearest items to an item, a text, a picture, a user, or a mix; or to many queries"
     )
@@ -114,6 +134,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--data", help="another dataset folder: all its impressions are scored")
     sub.add_argument("--embeddings", nargs="+", default=[], help="with --data: vectors of items new to the ranker")
     sub.add_argument("--out", help="write the numbers to this JSON file as well")
+    sub.add_argument(
+        "--item-tables",
+        nargs="*",
+        metavar="FILE",
+        help="join these to the items instead of the columns the run has kept of its data.item_tables",
+    )
 
     sub = command("compare", _compare, "ranker runs side by side, differences to the first one")
     sub.add_argument("runs", metavar="RUN", nargs="+")
@@ -204,6 +230,29 @@ def _size(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text!r} is no size; write it like 500MB or 4GB") from None
 
 
+def _export(arguments: argparse.Namespace) -> None:
+    from mmctr.interchange import export
+
+    print(export(arguments.source, arguments.format, arguments.out))
+
+
+def _semantic_ids(arguments: argparse.Namespace) -> None:
+    from mmctr.semantic_ids import semantic_ids, summary
+
+    report = semantic_ids(
+        arguments.embeddings,
+        arguments.out,
+        levels=arguments.levels,
+        codes=arguments.codes,
+        seed=arguments.seed,
+        sample=arguments.sample,
+        normalize_residuals=not arguments.keep_lengths,
+        codebooks=arguments.codebooks,
+        name=arguments.name,
+    )
+    print(f"{arguments.out}: {summary(report)}")
+
+
 def _search(arguments: argparse.Namespace) -> None:
     from mmctr.index_commands import search_command
 
@@ -231,7 +280,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from mmctr.export import evaluate_run
     from mmctr.files import write_json
 
-    numbers = evaluate_run(arguments.run_dir, arguments.data, arguments.embeddings)
+    how = (arguments.data, arguments.item_tables, arguments.embeddings)
+    numbers = evaluate_run(arguments.run_dir, *how)
     if arguments.out:
         write_json(Path(arguments.out), numbers)
     print(json.dumps(numbers, indent=2))

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
 import torch
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from mmctr.data.tables import as_ids, read_table, require_columns, rows_of
@@ -58,7 +59,8 @@ class EmbeddingTable:
 
     @classmethod
     def read(cls, path: str | Path) -> EmbeddingTable:
-        """An embedding folder, or a Parquet (`item_id` and one list column) or .npz (`item_id`, `vectors`) file.
+        """An embedding folder, a Parquet file (`item_id` and one list column), or an .npz or .safetensors file
+        (`item_id` and `vectors`).
 
         Raises ValueError naming the file and what is wrong with it.
         """
@@ -71,7 +73,11 @@ class EmbeddingTable:
             return _read_npz(path)
         if path.suffix == ".parquet":
             return _read_parquet(path)
-        raise ValueError(f"{path}: an embedding table is a folder of `mmctr embed`, a .parquet or an .npz file")
+        if path.suffix == ".safetensors":
+            return _read_safetensors(path)
+        raise ValueError(
+            f"{path}: an embedding table is a folder of `mmctr embed`, a .parquet, an .npz or a .safetensors file"
+        )
 
 
 def read_tables(paths: str | list[str], item_ids: pa.Array) -> tuple[torch.Tensor, torch.Tensor]:
@@ -124,6 +130,29 @@ def _read_npz(path: Path) -> EmbeddingTable:
     except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: needs the arrays `item_id` and `vectors` ({error})") from None
     return _checked(as_ids(pa.chunked_array([pa.array(ids)]), "item_id", path), vectors, path)
+
+
+def _read_safetensors(path: Path) -> EmbeddingTable:
+    """As `mmctr export` writes it: text ids are bytes on end, with offsets into them."""
+    try:
+        arrays = load_file(path)
+        ids, vectors = arrays["item_id"], arrays["vectors"]
+    except (KeyError, OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: needs the tensors `item_id` and `vectors` ({error})") from None
+    if "item_id_offsets" not in arrays:
+        return _checked(as_ids(pa.array(ids.ravel()), "item_id", path), vectors, path)
+    offsets = arrays["item_id_offsets"].astype(np.int64)
+    sound = ids.dtype == np.uint8 and len(offsets) and offsets[0] == 0 and offsets[-1] == len(ids)
+    if not sound or (np.diff(offsets) < 0).any():
+        raise ValueError(
+            f"{path}: `item_id_offsets` are not places in the bytes of `item_id`; export the vectors again"
+        )
+    try:
+        texts = pa.LargeStringArray.from_buffers(len(offsets) - 1, pa.py_buffer(offsets), pa.py_buffer(ids))
+        texts.validate(full=True)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{path}: the ids in `item_id` are not UTF-8 ({error})") from None
+    return _checked(as_ids(texts, "item_id", path), vectors, path)
 
 
 def _read_parquet(path: Path) -> EmbeddingTable:

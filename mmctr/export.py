@@ -13,8 +13,9 @@ from accelerate import Accelerator
 from pydantic import TypeAdapter
 
 from mmctr.data.interactions import Impressions, Interactions, SplitConfig, Splits, split_interactions
+from mmctr.data.item_tables import KEPT
 from mmctr.data.loaders import BehaviorCollator
-from mmctr.data.prepare import Dataset, open_dataset
+from mmctr.data.prepare import Dataset
 from mmctr.data.ranking import RankingData
 from mmctr.data.tables import as_text
 from mmctr.embeddings import EmbeddingTable, append_embeddings, read_tables, write_embeddings
@@ -24,7 +25,7 @@ from mmctr.fusion import ContentTable
 from mmctr.held_out import evaluate_pretraining
 from mmctr.pretraining import PretrainData, StreamData, stream_content
 from mmctr.probes import retrieval_both_ways
-from mmctr.runs import DataConfig, item_content, keep_heap, open_data, pair_rows
+from mmctr.runs import DataConfig, item_content, joined_dataset, keep_heap, open_data, pair_rows
 from mmctr.tasks import PretrainTask, RankingTask
 
 
@@ -103,19 +104,24 @@ def embed_run(
     return None
 
 
-def evaluate_run(run: str, data: str | None, embeddings: Sequence[str] = ()) -> dict[str, Any]:
+def evaluate_run(
+    run: str, data: str | None, item_tables: list[str] | None = None, embeddings: Sequence[str] = ()
+) -> dict[str, Any]:
     """The numbers of `metrics.json`, computed again from the run folder; or of a ranker on all rows of another log.
 
     Args:
+        item_tables: files to join to the items instead of the columns the run has kept, for items it did not know.
         embeddings: where items of `data` that are new to the run have their vectors; see `bind_content`.
     """
     folder, accelerator = Path(run), Accelerator()
     keep_heap()
     if read_json(folder / "task.json")["kind"] == "pretrain":
+        if item_tables is not None:
+            raise ValueError(f"{run}: --item-tables is for rankers, this is a run of pretrain.train")
         return {"validation": _evaluate_pretraining(folder, data, accelerator)}
     task = RankingTask.load(folder)
-    config = data_config(folder, data)
-    dataset = open_dataset(config.path, config.items)
+    config = data_config(folder, data, item_tables)
+    dataset = joined_dataset(config)
     own = data is None
     if not own:
         bind_content(task, dataset, config, accelerator, embeddings)
@@ -175,8 +181,7 @@ def ranked_impressions(
     run: Path, task: RankingTask
 ) -> tuple[Dataset, Impressions, Callable[[Impressions], BehaviorCollator]]:
     """The dataset of a ranker's run, its test impressions, and what makes batches of some of them."""
-    config = data_config(run, None)
-    dataset = open_dataset(config.path, config.items)
+    dataset = joined_dataset(data_config(run, None))
     task.bind(dataset.catalog.item_ids)
     return dataset, _splits(run, dataset).test, ranking_data(task, dataset).collator
 
@@ -223,9 +228,14 @@ def all_impressions(log: Interactions) -> Impressions:
     return Impressions(log.user, log.item, log.label, np.arange(len(log)), values, start, end)
 
 
-def data_config(folder: Path, data: str | None) -> DataConfig:
-    """The data section of a run, or that with another dataset folder."""
+def data_config(folder: Path, data: str | None, item_tables: list[str] | None = None) -> DataConfig:
+    """The data section of a run, or that with another dataset folder. The columns of item tables are those that the run
+    has kept, or those of the given files."""
     values = run_config(folder)["data"]
-    return DataConfig.parse(
-        values | ({"path": data, "items": None, "stream": None} if data else {}), str(folder / "config.yaml")
-    )
+    if data:
+        values |= {"path": data, "items": None, "stream": None}
+    if item_tables is not None:
+        values |= {"item_tables": item_tables}
+    elif (folder / KEPT).is_file():
+        values |= {"item_tables": [str(folder / KEPT)]}
+    return DataConfig.parse(values, str(folder / "config.yaml"))

@@ -18,6 +18,7 @@ from pydantic import Field, model_validator
 from mmctr.config import Config
 from mmctr.data.catalog import Resize
 from mmctr.data.content import ItemContent, PictureField, TextField
+from mmctr.data.item_tables import described, join_item_tables, keep_item_tables
 from mmctr.data.prepare import Dataset, open_dataset
 from mmctr.data.tables import require_columns
 from mmctr.errors import exit_on_error
@@ -46,6 +47,8 @@ class DataConfig(Config):
     """a dataset folder, or a folder made by `mmctr prepare`"""
     items: str | None = None
     """a `datasets` dataset to take the catalog from instead of `path/items.*`"""
+    item_tables: list[str] = []
+    """Parquet, CSV or JSON lines files whose columns are joined to the items by `item_id`"""
     text: list[str] = Field(default=["title"], min_length=1)
     """columns joined to the text of an item"""
     text_fields: dict[str, float] = {}
@@ -63,13 +66,32 @@ class DataConfig(Config):
     def _one_field_in_a_stream(self) -> DataConfig:
         if self.stream is not None and (self.text_fields or self.items or self.images != {"image": 1.0}):
             raise ValueError("stream reads one picture and one text an item: leave items, text_fields and images out")
+        if self.stream is not None and self.item_tables:
+            raise ValueError("stream reads items as they come: put the columns of item_tables into the shards")
         return self
 
 
 def open_data(config: DataConfig, accelerator: Accelerator) -> Dataset:
-    """Open the dataset; the main process prepares it first where that is needed."""
+    """Open the dataset, its item tables joined; the main process prepares it first where that is needed."""
     with accelerator.main_process_first():
-        return open_dataset(config.path, config.items)
+        return joined_dataset(config)
+
+
+def joined_dataset(config: DataConfig) -> Dataset:
+    """The same in a single process."""
+    dataset = open_dataset(config.path, config.items)
+    return join_item_tables(dataset, config.item_tables) if config.item_tables else dataset
+
+
+def open_run_data(config: DataConfig, run_dir: Path, accelerator: Accelerator) -> Dataset:
+    """`open_data` for a training run, which keeps the columns of its item tables in the run folder."""
+    dataset = open_data(config, accelerator)
+    if config.item_tables:
+        for line in described(dataset.report):
+            accelerator.print(line)
+        with accelerator.main_process_first():
+            keep_item_tables(dataset, run_dir)
+    return dataset
 
 
 def item_content(dataset: Dataset, config: DataConfig, task: PretrainTask, accelerator: Accelerator) -> ItemContent:

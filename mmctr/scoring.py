@@ -14,8 +14,8 @@ from accelerate import Accelerator
 
 from mmctr.data.features import FeatureColumns, encode_table
 from mmctr.data.interactions import Impressions
-from mmctr.data.prepare import open_dataset
 from mmctr.export import bind_content, data_config, ranking_data
+from mmctr.runs import joined_dataset
 from mmctr.tasks import RankingTask
 
 BATCH = 4096
@@ -37,7 +37,7 @@ class Scorer:
         accelerator = Accelerator()
         self.task = RankingTask.load(self.run)
         config = data_config(self.run, data)
-        self.dataset = open_dataset(config.path, config.items)
+        self.dataset = joined_dataset(config)
         catalog_ids, known = self.dataset.catalog.item_ids, self.task.catalog_ids
         if embeddings or (known is not None and not known.equals(catalog_ids)):
             bind_content(self.task, self.dataset, config, accelerator, embeddings)

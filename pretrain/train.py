@@ -18,7 +18,7 @@ from mmctr.data.interactions import ColdItemsSplit, SplitConfig
 from mmctr.files import write_json
 from mmctr.held_out import evaluate_pretraining
 from mmctr.pretraining import PretrainData, StreamData
-from mmctr.runs import DataConfig, begin_run, item_content, make_accelerator, open_data, run_recipe
+from mmctr.runs import DataConfig, begin_run, item_content, make_accelerator, open_run_data, run_recipe
 from mmctr.tasks import PretrainTask, PretrainTaskConfig
 from mmctr.training import FitConfig, fit
 
@@ -62,7 +62,7 @@ def main(config: PretrainConfig) -> dict:
     if config.data.stream is not None:
         data = StreamData.make(config.data, task, **given)
     else:
-        dataset = open_data(config.data, accelerator)
+        dataset = open_run_data(config.data, run_dir, accelerator)
         content = item_content(dataset, config.data, task, accelerator)
         data = PretrainData.make(
             dataset, content, task, config.split, same=config.same, source=config.data.path, **given

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -46,8 +47,8 @@ def test_help_does_not_import_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=CLONE, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for command in ("prepare", "embed", "index", "search", "evaluate", "compare", "demo"):
-        assert f"\n    {command} " in done.stdout
+    for command in ("prepare", "embed", "index", "export", "semantic-ids", "search", "evaluate", "compare", "demo"):
+        assert re.search(rf"^    {command}\s", done.stdout, re.MULTILINE), command
 
 
 def test_prepare_prints_its_report(toy_folder, tmp_path, capsys):
