@@ -9,6 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+EXPORTS = {
+    "onnx": "mmctr.onnx:export_run",
+    "pretrained": "mmctr.hub:export_run",
+}
+"""By format, the module and the function that writes it: (source, out, data, int8) -> lines to print."""
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command. A user's mistake is one line on stderr and exit code 1, not a traceback."""
@@ -94,6 +100,20 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--embeddings", help="embedding folder for the report's neighbours (default: the first one a run used)"
     )
+
+    sub = command("export", _export, "what other programs read: ONNX graphs, or a folder to share")
+    sub.add_argument("source", metavar="SOURCE", help="run folder of pretrain.train or finetune.train")
+    sub.add_argument("--format", required=True, choices=list(EXPORTS), help="what to write")
+    sub.add_argument("--out", required=True, metavar="PATH", help="folder to write")
+    sub.add_argument("--data", help="onnx: dataset folder of the item vectors of a ranker (default: the run's own)")
+    sub.add_argument(
+        "--int8", action="store_true", help="onnx: write graphs with int8 weights as well, and what they lose"
+    )
+
+    sub = command("push", _push, "upload a finished run with a model card to the Hugging Face Hub")
+    sub.add_argument("run_dir", metavar="RUN", help="run folder of pretrain.train or finetune.train")
+    sub.add_argument("repo_id", metavar="REPO_ID", help="organisation/name; made when there is none")
+    sub.add_argument("--private", action="store_true", help="a repository made now is private")
 
     sub = command("demo", _demo, "the whole story on ToyWorld: pretrain, embed, search, three rankers, comparison")
     sub.add_argument("--out", default="demo", help="folder to work in (default: demo); started again it goes on")
@@ -212,6 +232,22 @@ def _compare(arguments: argparse.Namespace) -> None:
         neighbours = sample_neighbours([Path(run) for run in arguments.runs], arguments.embeddings)
         write_report(runs, Path(arguments.html), neighbours)
         print(f"report: {arguments.html}", file=sys.stderr if arguments.json else sys.stdout)
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from importlib import import_module
+
+    module, function = EXPORTS[arguments.format].split(":")
+    write = getattr(import_module(module), function)
+    for line in write(arguments.source, arguments.out, data=arguments.data, int8=arguments.int8):
+        print(line)
+
+
+def _push(arguments: argparse.Namespace) -> None:
+    from mmctr.hub import push_run
+
+    for line in push_run(arguments.run_dir, arguments.repo_id, arguments.private):
+        print(line)
 
 
 def _demo(arguments: argparse.Namespace) -> None:

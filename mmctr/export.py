@@ -120,16 +120,8 @@ def evaluate_run(run: str, data: str | None) -> dict[str, Any]:
     keep_heap()
     if read_json(folder / "task.json")["kind"] == "pretrain":
         return {"validation": _evaluate_pretraining(folder, data, accelerator)}
-    task = RankingTask.load(folder)
-    config = data_config(folder, data)
-    dataset = open_dataset(config.path, config.items)
+    task, dataset, _ = open_ranker(folder, data, accelerator)
     own = data is None
-    if not own:
-        task.bind(dataset.catalog.item_ids)
-        if task.embedder.encoder is not None:
-            pretrained: PretrainTask = task.embedder.encoder  # type: ignore[assignment]
-            live = item_content(dataset, config, pretrained, accelerator)
-            task.embedder.refresh(*embed_catalog(pretrained, live, len(dataset.catalog), accelerator))
     ranking = _ranking_data(task, dataset)
     task.to(accelerator.device)
     if own:
@@ -142,6 +134,20 @@ def evaluate_run(run: str, data: str | None) -> dict[str, Any]:
         scores = predict(task, ranking.collator(part), accelerator)
         result[name] = full_report(part, scores, ranking.id_rows[part.item] == 0, ranking.clicks[part.item])
     return result
+
+
+def open_ranker(run: Path, data: str | None, accelerator: Accelerator) -> tuple[RankingTask, Dataset, np.ndarray]:
+    """The task of a ranker's run with the catalog it was trained on or another one, which a live encoder embeds anew;
+    and the (N,) rows of its items in the ID table, 0 for cold ones."""
+    task = RankingTask.load(run)
+    config = data_config(run, data)
+    dataset = open_dataset(config.path, config.items)
+    task.bind(dataset.catalog.item_ids)
+    if data is not None and task.embedder.encoder is not None:
+        pretrained: PretrainTask = task.embedder.encoder  # type: ignore[assignment]
+        live = item_content(dataset, config, pretrained, accelerator)
+        task.embedder.refresh(*embed_catalog(pretrained, live, len(dataset.catalog), accelerator))
+    return task, dataset, task.vocabulary.item_rows(dataset.catalog.item_ids)
 
 
 def ranked_impressions(
