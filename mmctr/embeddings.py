@@ -19,6 +19,7 @@ from mmctr.data.tables import as_ids, read_table, require_columns, rows_of
 from mmctr.files import read_json, replace_file, write_json
 
 FORMAT = 1
+_FACTS = "facts"
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,18 @@ def _read_parquet(path: Path) -> EmbeddingTable:
     return _checked(as_ids(table.column("item_id"), "item_id", path), values.reshape(len(table), -1), path)
 
 
+def begun_identity(folder: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """The identity and the facts with which a folder was begun, finished or not; None where there are none."""
+    if (folder / "manifest.json").is_file():
+        manifest = read_json(folder / "manifest.json")
+        return manifest["identity"], manifest.get(_FACTS)
+    if (folder / "begun.json").is_file():
+        identity = read_json(folder / "begun.json")
+        facts = identity.pop(_FACTS, None)
+        return identity, facts
+    return None, None
+
+
 def write_embeddings(
     folder: Path,
     item_ids: pa.Array,
@@ -144,6 +157,7 @@ def write_embeddings(
     encode: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
     identity: dict[str, Any],
     *,
+    facts: dict[str, Any] | None = None,
     shard_size: int = 8192,
     rank: int = 0,
     world_size: int = 1,
@@ -154,20 +168,21 @@ def write_embeddings(
     Args:
         encode: catalog rows (n,) -> vectors (n, D) and the (n,) bool mask of items with content.
         identity: what the vectors are made of (model, data). A folder begun with another identity is refused.
+        facts: more to say of them in the manifest; those of whoever began the folder are kept.
         wait: barrier between processes; shard s is written by process s % world_size.
     """
     names = [f"vectors-{start // shard_size:05d}.safetensors" for start in range(0, len(item_ids), shard_size)]
     begun = folder / "begun.json"
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        manifest = folder / "manifest.json"
-        old = read_json(manifest)["identity"] if manifest.is_file() else read_json(begun) if begun.is_file() else None
+        old, kept = begun_identity(folder)
         # a killed export may leave a hidden temporary file
         if old is None and any(not path.name.startswith(".") for path in folder.iterdir()):
             raise ValueError(f"{folder}: the folder is not empty and holds no embeddings; choose another --out")
         if old is not None and old != identity:
             raise ValueError(f"{folder}: holds embeddings of another run or dataset; choose another --out or delete it")
-        write_json(begun, identity)
+        facts = facts if old is None else kept
+        write_json(begun, identity | ({_FACTS: facts} if facts else {}))
     wait()
     for number, name in enumerate(names):
         if number % world_size != rank or (folder / name).is_file():
@@ -185,6 +200,7 @@ def write_embeddings(
         table = pa.table(columns)
         replace_file(folder / "items.parquet", lambda path: pyarrow.parquet.write_table(table, path))
         counts = {"items": len(item_ids), "vectors": int(has.sum()), "without content": int((~has).sum())}
-        write_json(folder / "manifest.json", {"format": FORMAT, "identity": identity, "shards": names, **counts})
+        manifest = {"format": FORMAT, "identity": identity, "shards": names, **counts}
+        write_json(folder / "manifest.json", manifest | ({_FACTS: facts} if facts else {}))
         begun.unlink(missing_ok=True)
     wait()

@@ -4,30 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from pydantic import TypeAdapter
 
 from mmctr.data.batches import ItemBatch
+from mmctr.data.content import ItemContent
 from mmctr.data.images import PictureError, decode_picture
 from mmctr.data.interactions import Impressions, Interactions, SplitConfig, Splits, split_interactions
 from mmctr.data.loaders import BehaviorCollator
 from mmctr.data.prepare import Dataset, open_dataset
 from mmctr.data.ranking import RankingData
 from mmctr.data.tables import as_text
-from mmctr.embeddings import write_embeddings
-from mmctr.evaluation import Modality, embed_catalog, embed_items, embed_rows, full_report, predict
+from mmctr.embeddings import begun_identity, write_embeddings
+from mmctr.evaluation import Modality, embed_batch, embed_catalog, embed_items, embed_rows, full_report, predict
 from mmctr.files import fingerprint, read_json
 from mmctr.fusion import ContentTable
 from mmctr.held_out import evaluate_pretraining
+from mmctr.precision import Precision, choose, lower
 from mmctr.pretraining import PretrainData, StreamData, stream_content
 from mmctr.probes import retrieval_both_ways
 from mmctr.runs import DataConfig, item_content, keep_heap, open_data, pair_rows
 from mmctr.tasks import PretrainTask, RankingTask
+
+MEASURED = 32
+"""items of a batch that precisions are compared on"""
 
 
 def run_config(run: Path) -> dict[str, Any]:
@@ -42,12 +48,26 @@ def weights_key(run: Path) -> str:
     return fingerprint((run / "model.safetensors").read_bytes())
 
 
-def embed_run(run: str, out: str, data: str | None, modality: Modality, shard_size: int) -> None:
-    """Write the vectors of a catalog into `out`; every process of a launch writes some of the shards."""
+def embed_run(
+    run: str,
+    out: str,
+    data: str | None,
+    modality: Modality,
+    shard_size: int,
+    precision: Precision | Literal["auto"] = "fp32",
+) -> None:
+    """Write the vectors of a catalog into `out`; every process of a launch writes some of the shards.
+
+    Args:
+        precision: of the towers; "auto": the one the folder was begun with, else the fastest that keeps the vectors
+            (see `mmctr.precision.choose`), measured on items of this catalog by one process for all.
+    """
     accelerator = Accelerator()
     keep_heap()
     folder = Path(run)
     task = load_encoder(folder).to(accelerator.device)
+    if precision != "fp32":  # features that a frozen tower has kept are in fp32
+        task.encoder.modes = dict.fromkeys(task.encoder.modes, "full")
     config = data_config(folder, data)
     titles = None
     if config.stream is not None:
@@ -68,6 +88,13 @@ def embed_run(run: str, out: str, data: str | None, modality: Modality, shard_si
         "shard_size": shard_size,
     }
 
+    facts = None
+    if precision == "auto":
+        precision, facts = _chosen_precision(task, content, len(item_ids), modality, Path(out), accelerator)
+    lower(task, precision)
+    if precision != "fp32":
+        identity["precision"] = precision
+
     named = np.asarray(item_ids.is_valid())  # a row of a shard may lack its id
 
     def encode(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -81,6 +108,7 @@ def embed_run(run: str, out: str, data: str | None, modality: Modality, shard_si
         titles,
         encode,
         identity,
+        facts=facts,
         shard_size=shard_size,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
@@ -89,6 +117,30 @@ def embed_run(run: str, out: str, data: str | None, modality: Modality, shard_si
     if accelerator.is_main_process:
         manifest = read_json(Path(out) / "manifest.json")
         print(f"{out}: {manifest['vectors']} vectors, {manifest['without content']} items without content")
+
+
+@torch.inference_mode()
+def _chosen_precision(
+    task: PretrainTask, content: Any, num_items: int, modality: Modality, out: Path, accelerator: Accelerator
+) -> tuple[Precision, dict[str, Any] | None]:
+    """What `auto` means for a folder, the same in every process, and what was measured, unless the folder knows."""
+    result: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        begun, _ = begun_identity(out)
+        if begun is not None:
+            result[0] = begun.get("precision", "fp32")
+            print(f"precision {result[0]}: as {out} was begun")
+        else:
+            # all over a catalog in memory; of a stream the first ones, which are in one group
+            last = num_items - 1 if isinstance(content, ItemContent) else min(num_items, 2 * MEASURED) - 1
+            rows = torch.from_numpy(np.unique(np.linspace(0, last, 2 * MEASURED).astype(np.int64)))
+            batches = [content.batch(part).to(accelerator.device) for part in rows.split(MEASURED)]
+            measured = choose(task, batches, lambda some, items: embed_batch(some, items, modality))
+            print(measured, flush=True)
+            result = [measured.precision, measured.facts()]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(result)
+    return result[0], result[1]
 
 
 @torch.inference_mode()
