@@ -77,7 +77,7 @@ def test_an_exported_run(tmp_path, capsys):
         exact, rough = (Session(out / file)(given)["vector"] for file in (name, facts["file"]))
         cosine = cosines(exact, rough)[[0, 1, 2, 4]]
         assert 0.9 < facts["differences"]["min_cosine"] < 1 and cosine.min() > 0.9 and (exact != rough).any()
-        assert facts["megabytes"] < entry["megabytes"]
+        assert facts["megabytes"] < entry["megabytes"] and facts["int8_products"] > 0 and not facts["warning"]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from dataclasses import replace
 from typing import Any
@@ -16,12 +17,13 @@ from torch import Tensor
 from mmctr.cli import main
 from mmctr.data.batches import Jagged
 from mmctr.data.trees import TreesConfig
-from mmctr.onnx import Axis, Graph, Port, Session, write_graph
+from mmctr.onnx import Axis, Graph, Port, Session, int8_entry, quantise, write_graph
 from mmctr.onnx_ranker import PREFIX, RankerGraph, catalog_vectors, context_features, draw, export_ranker
 from mmctr.rankers.layers import MLP
 from mmctr.rankers.padded import padded_logits
 from mmctr.tasks import RankingTask
 from tests.serving import MAX_HISTORY, ServingWorld, make_task, make_world, ranking_data, save_run
+from tests.tiny import CLONE
 
 RANKERS = {
     "lr": {"name": "lr"},
@@ -210,6 +212,23 @@ def test_a_graph_that_is_not_the_model_is_refused(tmp_path, one_size, message):
     graph = Graph("wrong", Wrong(one_size), {"x": torch.zeros(3)}, port, {"y": port["x"]})
     with pytest.raises(ValueError, match=message):
         write_graph(graph, tmp_path, [({"x": torch.zeros(2)}, {"y": torch.zeros(2)})])
+
+
+def test_a_graph_without_matrix_products_gains_nothing_from_int8(tmp_path):
+    port = {"x": Port([Axis("B")], "float32", "")}
+    graph = Graph("add", Wrong(False), {"x": torch.zeros(3)}, port, {"y": port["x"]})
+    write_graph(graph, tmp_path, [])
+    entry = int8_entry(quantise(tmp_path / "add.onnx"), {"min_cosine": 1.0}, "")
+    assert entry["int8_products"] == 0 and "nothing is gained" in entry["warning"]
+
+
+def test_no_module_imports_onnx_until_it_is_asked_to():
+    """It is an extra: everything else must work without it."""
+    for path in (CLONE / "mmctr").rglob("*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not [name for name in names if name.split(".")[0] in ("onnx", "onnxscript", "onnxruntime")], path
 
 
 def test_trees_are_refused_with_the_reason(world, tmp_path):
