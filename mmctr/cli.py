@@ -49,6 +49,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--shard-size", type=int, default=8192, help="items a shard (default: 8192)")
     sub.add_argument("--append", action="store_true", help="encode the items that --out lacks alone")
     sub.add_argument("--index", help="with --append: add the new items to this index as well")
+    sub.add_argument(
+        "--precision",
+        choices=["fp32", "bf16", "int8", "auto"],
+        default="fp32",
+        help="of the encoder (default: fp32); auto: the fastest one whose vectors stay, measured on this catalog",
+    )
 
     sub = command("index", _index, "build a FAISS index, measured against exact search; or add to it, merge, remove")
     sub.add_argument(
@@ -69,12 +75,18 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--append", action="store_true", help="add the items of EMB that --out does not hold yet")
     sub.add_argument("--remove", nargs="+", metavar="ID", help="take these items out of INDEX")
 
-    sub = command("export", _export, "item vectors in the files of other programs, with their config lines")
-    sub.add_argument("source", metavar="EMB", help="embedding folder or file")
+    sub = command("export", _export, "vectors in the files of other programs; runs as ONNX graphs or a folder to share")
+    sub.add_argument("source", metavar="EMB_OR_RUN", help="embedding folder or file; a run for onnx and pretrained")
     sub.add_argument(
-        "--format", required=True, help="parquet, npz, safetensors, datasets, fuxictr, recbole or torcheasyrec"
+        "--format",
+        required=True,
+        help="parquet, npz, safetensors, datasets, fuxictr, recbole, torcheasyrec; onnx, pretrained",
     )
-    sub.add_argument("--out", required=True, help="file to write; a folder for datasets")
+    sub.add_argument("--out", required=True, metavar="PATH", help="file to write; a folder for datasets and of runs")
+    sub.add_argument("--data", help="onnx: dataset folder of the item vectors of a ranker (default: the run's own)")
+    sub.add_argument(
+        "--int8", action="store_true", help="onnx: write graphs with int8 weights as well, and what they lose"
+    )
 
     sub = command("semantic-ids", _semantic_ids, "a few codes an item, coarse to fine, as features of rankers")
     sub.add_argument(
@@ -161,6 +173,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
     sub.add_argument("--port", type=int, default=8000)
 
+    sub = command("push", _push, "upload a finished run with a model card to the Hugging Face Hub")
+    sub.add_argument("run_dir", metavar="RUN", help="run folder of pretrain.train or finetune.train")
+    sub.add_argument("repo_id", metavar="REPO_ID", help="organisation/name; made when there is none")
+    sub.add_argument("--private", action="store_true", help="a repository made now is private")
+
     sub = command("demo", _demo, "the whole story on ToyWorld: pretrain, embed, search, three rankers, comparison")
     sub.add_argument("--out", default="demo", help="folder to work in (default: demo); started again it goes on")
     sub.add_argument("--seed", type=int, default=0)
@@ -197,7 +214,7 @@ def _embed(arguments: argparse.Namespace) -> None:
 
     if arguments.index and not arguments.append:
         raise ValueError("--index goes with --append; `mmctr index` makes a new one")
-    how = (arguments.modality, arguments.shard_size, arguments.append)
+    how = (arguments.modality, arguments.shard_size, arguments.precision, arguments.append)
     new = embed_run(arguments.run_dir, arguments.out, arguments.data, *how)
     if new is not None and arguments.index:
         from mmctr.index_commands import append_to_index
@@ -231,6 +248,14 @@ def _size(text: str) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> None:
+    if arguments.format in ("onnx", "pretrained"):
+        from importlib import import_module
+
+        write = import_module("mmctr.onnx" if arguments.format == "onnx" else "mmctr.hub").export_run
+        print("\n".join(write(arguments.source, arguments.out, data=arguments.data, int8=arguments.int8)))
+        return
+    if arguments.data or arguments.int8:
+        raise ValueError("--data and --int8 are for --format onnx")
     from mmctr.interchange import export
 
     print(export(arguments.source, arguments.format, arguments.out))
@@ -311,6 +336,13 @@ def _serve(arguments: argparse.Namespace) -> None:
 
     of_rankers = (arguments.ranker, arguments.baseline, arguments.data, arguments.pretrain_run, arguments.embeddings)
     serve(arguments.index, *of_rankers, arguments.host, arguments.port)
+
+
+def _push(arguments: argparse.Namespace) -> None:
+    from mmctr.hub import push_run
+
+    for line in push_run(arguments.run_dir, arguments.repo_id, arguments.private):
+        print(line)
 
 
 def _demo(arguments: argparse.Namespace) -> None:

@@ -21,6 +21,7 @@ from mmctr.files import read_json, replace_file, write_json
 
 FORMAT = 1
 ITEMS = "items.parquet"
+_FACTS = "facts"
 
 
 @dataclass(frozen=True)
@@ -173,6 +174,18 @@ def _read_parquet(path: Path) -> EmbeddingTable:
     return _checked(as_ids(table.column("item_id"), "item_id", path), values.reshape(len(table), -1), path)
 
 
+def begun_identity(folder: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """The identity and the facts with which a folder was begun, finished or not; None where there are none."""
+    if (folder / "manifest.json").is_file():
+        manifest = read_json(folder / "manifest.json")
+        return manifest["identity"], manifest.get(_FACTS)
+    if (folder / "begun.json").is_file():
+        identity = read_json(folder / "begun.json")
+        facts = identity.pop(_FACTS, None)
+        return identity, facts
+    return None, None
+
+
 def write_embeddings(
     folder: Path,
     item_ids: pa.Array,
@@ -180,6 +193,7 @@ def write_embeddings(
     encode: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
     identity: dict[str, Any],
     *,
+    facts: dict[str, Any] | None = None,
     shard_size: int = 8192,
     rank: int = 0,
     world_size: int = 1,
@@ -190,14 +204,14 @@ def write_embeddings(
     Args:
         encode: catalog rows (n,) -> vectors (n, D) and the (n,) bool mask of items with content.
         identity: what the vectors are made of (model, data). A folder begun with another identity is refused.
+        facts: more to say of them in the manifest; those of whoever began the folder are kept.
         wait: barrier between processes; shard s is written by process s % world_size.
     """
     names = [_shard(start // shard_size) for start in range(0, len(item_ids), shard_size)]
     begun = folder / "begun.json"
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        manifest = folder / "manifest.json"
-        old = read_json(manifest)["identity"] if manifest.is_file() else read_json(begun) if begun.is_file() else None
+        old, kept = begun_identity(folder)
         # a killed export may leave a hidden temporary file
         if old is None and any(not path.name.startswith(".") for path in folder.iterdir()):
             raise ValueError(f"{folder}: the folder is not empty and holds no embeddings; choose another --out")
@@ -206,7 +220,8 @@ def write_embeddings(
                 f"{folder}: holds embeddings of another run or dataset; choose another --out or delete it (--append "
                 f"adds items that are new in the same dataset)"
             )
-        write_json(begun, identity)
+        facts = facts if old is None else kept
+        write_json(begun, identity | ({_FACTS: facts} if facts else {}))
     wait()
     _write_shards(folder, names, np.arange(len(item_ids)), encode, shard_size, rank, world_size)
     wait()
@@ -214,7 +229,7 @@ def write_embeddings(
         has = _has_content(folder, names)
         items = _item_rows(item_ids, titles, np.flatnonzero(has))
         replace_file(folder / ITEMS, lambda path: pyarrow.parquet.write_table(items, path))
-        _write_manifest(folder, identity, names, ITEMS, len(has), int(has.sum()))
+        _write_manifest(folder, identity, names, ITEMS, len(has), int(has.sum()), facts)
         begun.unlink(missing_ok=True)
     wait()
 
@@ -226,6 +241,7 @@ def append_embeddings(
     encode: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
     identity: dict[str, Any],
     *,
+    facts: dict[str, Any] | None = None,
     shard_size: int = 8192,
     rank: int = 0,
     world_size: int = 1,
@@ -239,12 +255,11 @@ def append_embeddings(
     finished = EmbeddingTable.read(folder)
     old = finished.manifest["identity"]
     # the catalog has grown, and it and the run may have moved
-    fixed = [key for key in identity if key not in ("catalog", "data", "run", "shard_size")]
-    differing = next((key for key in fixed if old.get(key) != identity[key]), None)
-    if differing:
+    may_differ = ("catalog", "data", "run", "shard_size", "appended")
+    for key in [key for key in identity | old if key not in may_differ and old.get(key) != identity.get(key)]:
         raise ValueError(
-            f"{folder}: its vectors are of {differing} {old.get(differing)!r}, not {identity[differing]!r}; append "
-            f"with the run and the options they were made with"
+            f"{folder}: its vectors are of {key} {old.get(key)!r}, not {identity.get(key)!r}; append with the run and "
+            f"the options they were made with"
         )
     rows = np.flatnonzero((rows_of(item_ids, finished.ids, "catalog") < 0) & np.asarray(item_ids.is_valid()))
     done = list(finished.manifest["shards"])
@@ -268,7 +283,9 @@ def append_embeddings(
         items = pa.concat_tables([known.cast(new.schema), new])
         name = f"items-{len(done) + len(names):05d}.parquet" if names else _items_file(finished.manifest)
         replace_file(folder / name, lambda path: pyarrow.parquet.write_table(items, path))
-        _write_manifest(folder, old | identity | {"appended": True}, done + names, name, len(item_ids), len(items))
+        facts = facts or finished.manifest.get(_FACTS)
+        identity = old | identity | {"appended": True}
+        _write_manifest(folder, identity, done + names, name, len(item_ids), len(items), facts)
         if name != _items_file(finished.manifest):
             (folder / _items_file(finished.manifest)).unlink()
         begun.unlink(missing_ok=True)
@@ -313,10 +330,16 @@ def _items_file(manifest: dict[str, Any]) -> str:
 
 
 def _write_manifest(
-    folder: Path, identity: dict[str, Any], shards: list[str], items_file: str, items: int, vectors: int
+    folder: Path,
+    identity: dict[str, Any],
+    shards: list[str],
+    items_file: str,
+    items: int,
+    vectors: int,
+    facts: dict[str, Any] | None,
 ) -> None:
-    facts: dict[str, Any] = {"format": FORMAT, "identity": identity, "shards": shards}
+    manifest: dict[str, Any] = {"format": FORMAT, "identity": identity, "shards": shards}
     if items_file != ITEMS:
-        facts["items_file"] = items_file
+        manifest["items_file"] = items_file
     counts = {"items": items, "vectors": vectors, "without content": items - vectors}
-    write_json(folder / "manifest.json", facts | counts)
+    write_json(folder / "manifest.json", manifest | counts | ({_FACTS: facts} if facts else {}))

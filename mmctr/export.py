@@ -4,29 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from pydantic import TypeAdapter
 
+from mmctr.data.content import ItemContent
 from mmctr.data.interactions import Impressions, Interactions, SplitConfig, Splits, split_interactions
 from mmctr.data.item_tables import KEPT
 from mmctr.data.loaders import BehaviorCollator
 from mmctr.data.prepare import Dataset
 from mmctr.data.ranking import RankingData
 from mmctr.data.tables import as_text
-from mmctr.embeddings import EmbeddingTable, append_embeddings, read_tables, write_embeddings
-from mmctr.evaluation import Modality, embed_catalog, embed_items, embed_rows, full_report, predict
+from mmctr.embeddings import EmbeddingTable, append_embeddings, begun_identity, read_tables, write_embeddings
+from mmctr.evaluation import Modality, embed_batch, embed_catalog, embed_items, embed_rows, full_report, predict
 from mmctr.files import fingerprint, read_json
 from mmctr.fusion import ContentTable
 from mmctr.held_out import evaluate_pretraining
+from mmctr.precision import Precision, choose, lower
 from mmctr.pretraining import PretrainData, StreamData, stream_content
 from mmctr.probes import retrieval_both_ways
 from mmctr.runs import DataConfig, item_content, joined_dataset, keep_heap, open_data, pair_rows
 from mmctr.tasks import PretrainTask, RankingTask
+
+MEASURED = 32
+"""items of a batch that precisions are compared on"""
 
 
 def run_config(run: Path) -> dict[str, Any]:
@@ -42,11 +48,19 @@ def weights_key(run: Path) -> str:
 
 
 def embed_run(
-    run: str, out: str, data: str | None, modality: Modality, shard_size: int, append: bool = False
+    run: str,
+    out: str,
+    data: str | None,
+    modality: Modality,
+    shard_size: int,
+    precision: Precision | Literal["auto"] = "fp32",
+    append: bool = False,
 ) -> EmbeddingTable | None:
     """Write the vectors of a catalog into `out`; every process of a launch writes some of the shards.
 
     Args:
+        precision: of the towers; "auto": the one the folder was begun with, else the fastest that keeps the vectors
+            (see `mmctr.precision.choose`), measured on items of this catalog by one process for all.
         append: `out` holds vectors of an earlier state of the catalog: encode the items it lacks alone.
 
     Returns:
@@ -56,6 +70,8 @@ def embed_run(
     keep_heap()
     folder = Path(run)
     task = load_encoder(folder).to(accelerator.device)
+    if precision != "fp32":  # features that a frozen tower has kept are in fp32
+        task.encoder.modes = dict.fromkeys(task.encoder.modes, "full")
     config = data_config(folder, data)
     titles = None
     if config.stream is not None:
@@ -76,6 +92,13 @@ def embed_run(
         "shard_size": shard_size,
     }
 
+    facts = None
+    if precision == "auto":
+        precision, facts = _chosen_precision(task, content, len(item_ids), modality, Path(out), accelerator)
+    lower(task, precision)
+    if precision != "fp32":
+        identity["precision"] = precision
+
     named = np.asarray(item_ids.is_valid())  # a row of a shard may lack its id
 
     def encode(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -91,6 +114,7 @@ def embed_run(
         titles,
         encode,
         identity,
+        facts=facts,
         shard_size=shard_size,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
@@ -102,6 +126,30 @@ def embed_run(
         if before is not None:
             return EmbeddingTable.read(out).without(before.ids)
     return None
+
+
+@torch.inference_mode()
+def _chosen_precision(
+    task: PretrainTask, content: Any, num_items: int, modality: Modality, out: Path, accelerator: Accelerator
+) -> tuple[Precision, dict[str, Any] | None]:
+    """What `auto` means for a folder, the same in every process, and what was measured, unless the folder knows."""
+    result: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        begun, _ = begun_identity(out)
+        if begun is not None:
+            result[0] = begun.get("precision", "fp32")
+            print(f"precision {result[0]}: as {out} was begun")
+        else:
+            # all over a catalog in memory; of a stream the first ones, which are in one group
+            last = num_items - 1 if isinstance(content, ItemContent) else min(num_items, 2 * MEASURED) - 1
+            rows = torch.from_numpy(np.unique(np.linspace(0, last, 2 * MEASURED).astype(np.int64)))
+            batches = [content.batch(part).to(accelerator.device) for part in rows.split(MEASURED)]
+            measured = choose(task, batches, lambda some, items: embed_batch(some, items, modality))
+            print(measured, flush=True)
+            result = [measured.precision, measured.facts()]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(result)
+    return result[0], result[1]
 
 
 def evaluate_run(
@@ -119,12 +167,8 @@ def evaluate_run(
         if item_tables is not None:
             raise ValueError(f"{run}: --item-tables is for rankers, this is a run of pretrain.train")
         return {"validation": _evaluate_pretraining(folder, data, accelerator)}
-    task = RankingTask.load(folder)
-    config = data_config(folder, data, item_tables)
-    dataset = joined_dataset(config)
+    task, dataset, _ = open_ranker(folder, data, accelerator, item_tables, embeddings)
     own = data is None
-    if not own:
-        bind_content(task, dataset, config, accelerator, embeddings)
     ranking = ranking_data(task, dataset)
     task.to(accelerator.device)
     if own:
@@ -137,6 +181,24 @@ def evaluate_run(
         scores = predict(task, ranking.collator(part), accelerator)
         result[name] = full_report(part, scores, ranking.id_rows[part.item] == 0, ranking.clicks[part.item])
     return result
+
+
+def open_ranker(
+    run: Path,
+    data: str | None,
+    accelerator: Accelerator,
+    item_tables: list[str] | None = None,
+    embeddings: Sequence[str] = (),
+) -> tuple[RankingTask, Dataset, np.ndarray]:
+    """The task of a ranker's run with the catalog it was trained on or another one, whose content is bound to it (see
+    `bind_content`); and the (N,) rows of its items in the ID table, 0 for cold ones."""
+    task = RankingTask.load(run)
+    config = data_config(run, data, item_tables)
+    dataset = joined_dataset(config)
+    item_ids = dataset.catalog.item_ids
+    if data is not None or embeddings or (task.catalog_ids is not None and not task.catalog_ids.equals(item_ids)):
+        bind_content(task, dataset, config, accelerator, embeddings)
+    return task, dataset, task.vocabulary.item_rows(item_ids)
 
 
 def bind_content(

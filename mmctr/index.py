@@ -94,7 +94,7 @@ class ItemIndex:
         factory = "Flat" if wanted is None else index_tuning.choose_factory(len(vectors), table.dim, wanted)
         index = index_tuning.build(vectors, factory, seed)
         measured = None if wanted is None else index_tuning.tune(index, vectors, wanted.recall, seed=seed)
-        return cls(index, _items(table, columns), table.manifest, norms, None, measured, factory)
+        return cls(index, index_files.items_of(table, columns), table.manifest, norms, None, measured, factory)
 
     # --- search
 
@@ -267,7 +267,7 @@ class ItemIndex:
                 f"{int(here.sum())} items are in the index already, like {some}; replace them, or leave out"
             )
         vectors, norms = _unit(table)
-        new = _items(table, columns)
+        new = index_files.items_of(table, columns)
         lacking = [name for name in self.items.column_names if name not in new.column_names]
         if lacking and lacking != ["title"]:
             raise ValueError(f"the index filters by {lacking}; give these columns of the new items too")
@@ -399,12 +399,3 @@ def _unit(table: EmbeddingTable) -> tuple[np.ndarray, np.ndarray | None]:
     vectors = table.vectors.copy()
     faiss.normalize_L2(vectors)
     return vectors, None if np.abs(norms - 1).max(initial=0.0) < 1e-3 else norms.astype(np.float32)
-
-
-def _items(table: EmbeddingTable, columns: pa.Table | None) -> pa.Table:
-    items = {"item_id": table.ids}
-    if table.titles is not None:
-        items["title"] = pa.array(table.titles, type=pa.string())
-    for name in () if columns is None else columns.column_names:
-        items[name] = one_array(columns.column(name))  # type: ignore[union-attr]
-    return pa.table(items)

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from mmctr.data.tables import as_ids, one_array, read_table, rows_of
+from mmctr.embeddings import EmbeddingTable
 from mmctr.files import read_json, replace_folder, write_json
 
 FORMAT = 2
@@ -75,6 +76,16 @@ def _read(file: Path, facts: dict[str, Any], mmap: bool) -> Any:
             f"inner product are expected; {AGAIN}"
         )
     return index
+
+
+def items_of(table: EmbeddingTable, columns: pa.Table | None) -> pa.Table:
+    """What an index says of the items of a table: `item_id`, titles, and columns in its order."""
+    items = {"item_id": table.ids}
+    if table.titles is not None:
+        items["title"] = pa.array(table.titles, type=pa.string())
+    for name in () if columns is None else columns.column_names:
+        items[name] = one_array(columns.column(name))  # type: ignore[union-attr]
+    return pa.table(items)
 
 
 def columns_of(catalog: pa.Table, catalog_ids: pa.Array, ids: pa.Array, names: Sequence[str] | None) -> pa.Table:

@@ -14,9 +14,7 @@ from accelerate import Accelerator
 
 from mmctr.data.features import FeatureColumns, encode_table
 from mmctr.data.interactions import Impressions
-from mmctr.export import bind_content, data_config, ranking_data
-from mmctr.runs import joined_dataset
-from mmctr.tasks import RankingTask
+from mmctr.export import open_ranker, ranking_data
 
 BATCH = 4096
 
@@ -35,12 +33,7 @@ class Scorer:
     def __init__(self, run: str | Path, data: str | None = None, embeddings: Sequence[str] = ()):
         self.run = Path(run)
         accelerator = Accelerator()
-        self.task = RankingTask.load(self.run)
-        config = data_config(self.run, data)
-        self.dataset = joined_dataset(config)
-        catalog_ids, known = self.dataset.catalog.item_ids, self.task.catalog_ids
-        if embeddings or (known is not None and not known.equals(catalog_ids)):
-            bind_content(self.task, self.dataset, config, accelerator, embeddings)
+        self.task, self.dataset, _ = open_ranker(self.run, data, accelerator, embeddings=embeddings)
         self.task.to(accelerator.device).eval()
         self.device = accelerator.device
         self.ranking = ranking_data(self.task, self.dataset)

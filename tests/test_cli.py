@@ -47,7 +47,19 @@ def test_help_does_not_import_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=CLONE, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for command in ("prepare", "embed", "index", "export", "semantic-ids", "search", "evaluate", "compare", "demo"):
+    for command in (
+        "prepare",
+        "embed",
+        "index",
+        "export",
+        "semantic-ids",
+        "search",
+        "evaluate",
+        "compare",
+        "push",
+        "serve",
+        "demo",
+    ):
         assert re.search(rf"^    {command}\s", done.stdout, re.MULTILINE), command
 
 

@@ -328,7 +328,8 @@ class Dice(nn.Module):
                 self.running_var.lerp_(var, weight)
             return out.to(x.dtype)
         r = torch.rsqrt(self.running_var + self.eps)
-        if not torch.is_grad_enabled() and s.is_contiguous() and native.usable(s, self.alpha, self.running_mean):
+        plain = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        if not plain and s.is_contiguous() and native.usable(s, self.alpha, self.running_mean):
             return native.dice_forward(s, self.running_mean, r, self.alpha).to(x.dtype)
         p = torch.sigmoid((s - self.running_mean) * r)
         return (s * (p + self.alpha * (1 - p))).to(x.dtype)

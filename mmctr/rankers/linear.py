@@ -56,8 +56,12 @@ class LR(nn.Module):
         assert dim == 1, "one weight a feature"
         self.bias = nn.Parameter(torch.zeros(1))
 
+    def logits(self, weights: Tensor) -> Tensor:
+        """(B,) from the total weights (B, 1) of impressions."""
+        return (weights + self.bias).squeeze(1)
+
     def forward(self, inputs: RankerInput) -> RankerOutput:
-        return RankerOutput((total_weights(inputs) + self.bias).squeeze(1), losses={})
+        return RankerOutput(self.logits(total_weights(inputs)), losses={})
 
 
 class LSPLM(nn.Module):
@@ -70,9 +74,13 @@ class LSPLM(nn.Module):
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(dim))
 
-    def forward(self, inputs: RankerInput) -> RankerOutput:
-        gates, pieces = (total_weights(inputs) + self.bias).float().chunk(2, dim=1)
+    def logits(self, weights: Tensor) -> Tensor:
+        """(B,) from the total weights (B, 2 m) of impressions."""
+        gates, pieces = (weights + self.bias).float().chunk(2, dim=1)
         gates = F.log_softmax(gates, dim=1)
         yes = torch.logsumexp(gates + F.logsigmoid(pieces), dim=1)
         no = torch.logsumexp(gates + F.logsigmoid(-pieces), dim=1)
-        return RankerOutput(yes - no, losses={})
+        return yes - no
+
+    def forward(self, inputs: RankerInput) -> RankerOutput:
+        return RankerOutput(self.logits(total_weights(inputs)), losses={})

@@ -114,7 +114,7 @@ class _Recur(torch.autograd.Function):
             candidate = torch.addcmul(projected[now, 2 * dim :], reset, hidden[:, 2 * dim :]).tanh_()
             gates[now, 2 * dim :] = candidate
             a = None if attention is None else attention[now, None]
-            state = torch.lerp(state, candidate, _effective(update, a, gate).expand_as(state), out=states[now])
+            state = torch.lerp(state, candidate, step_size(update, a, gate).expand_as(state), out=states[now])
             begin += size
         ctx.save_for_backward(weight, attention, states)
         # not tensors of the graph: the backward pass writes its results over them, half the memory of a step
@@ -145,7 +145,7 @@ class _Recur(torch.autograd.Function):
             update, reset, c = gates[now].chunk(3, 1)
             a = None if attention is None else attention[now, None]
             d_effective = d_state * (c - previous)
-            effective = _effective(update, a, gate)
+            effective = step_size(update, a, gate)
             d_c = (d_state * effective).mul_(1 - c * c)  # of the argument of tanh
             if gate == "gru":
                 d_update = d_effective
@@ -173,7 +173,7 @@ class _Recur(torch.autograd.Function):
         return d_projected, d_weight, d_bias, d_attention, None, None
 
 
-def _effective(update: Tensor, attention: Tensor | None, gate: Gate) -> Tensor:
+def step_size(update: Tensor, attention: Tensor | None, gate: Gate) -> Tensor:
     """How far a step moves the state towards its candidate; see `Recurrence`."""
     if gate == "gru":
         return update

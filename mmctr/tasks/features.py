@@ -97,12 +97,16 @@ def item_vectors(
 ) -> Tensor:
     """(E, D) or (E, D + D'): zero rows where an item has neither. Side by side, a missing one is stood in for by the
     other where both have one size."""
-    rows = has_image[:, None]
+    rows = has_image[:, None]  # its shape, not its length: in an exported graph a length is a constant
     image = (
-        rows.new_zeros((len(rows), dims[0]), dtype=torch.float32) if image is None else torch.where(rows, image, 0.0)
+        rows.new_zeros((rows.shape[0], dims[0]), dtype=torch.float32)
+        if image is None
+        else torch.where(rows, image, 0.0)
     )
     rows = has_text[:, None]
-    text = rows.new_zeros((len(rows), dims[1]), dtype=torch.float32) if text is None else torch.where(rows, text, 0.0)
+    text = (
+        rows.new_zeros((rows.shape[0], dims[1]), dtype=torch.float32) if text is None else torch.where(rows, text, 0.0)
+    )
     if not side_by_side:
         return F.normalize(image + text, dim=-1)
     if image.shape[1] == text.shape[1]:

@@ -13,6 +13,7 @@ from mmctr.config import Config
 from mmctr.data.batches import ItemBatch, PairBatch
 from mmctr.encoders import EncoderConfig
 from mmctr.heads import HeadConfig, VariationalHead
+from mmctr.hub import Shareable
 from mmctr.objectives import BankViews, ClipConfig, Objective, ObjectivesConfig, Views
 from mmctr.tasks.bank import BankConfig, MemoryBank
 from mmctr.tasks.features import (
@@ -60,7 +61,7 @@ class PretrainTaskConfig(Config):
         return self
 
 
-class PretrainTask(nn.Module):
+class PretrainTask(Shareable, nn.Module):
     """Contrastive pretraining, and the item embeddings that come of it."""
 
     def __init__(self, config: PretrainTaskConfig, folder: Path | None = None):
@@ -101,7 +102,7 @@ class PretrainTask(nn.Module):
         projection = self.config.projection
         return self.encoder.shares_space or (projection is not None and not projection.residual)
 
-    def _require_space(self, objectives: bool) -> None:
+    def require_space(self, objectives: bool) -> None:
         """Raises ValueError where towers that share no space would be compared or averaged."""
         compared = sorted({"clip", "siglip", "query"} & set(self.config.objectives.given)) if objectives else []
         averaged = self.config.item_vector == "mean" and (self.config.objectives.given or self.head is None)
@@ -170,7 +171,7 @@ class PretrainTask(nn.Module):
 
     def terms(self, features: ItemFeatures, batch: PairBatch) -> dict[str, Tensor]:
         """The weighted objectives, each the mean over the Matryoshka sizes; `head_...` of the head."""
-        self._require_space(objectives=True)
+        self.require_space(objectives=True)
         has_image, has_text = content_masks(batch.items)
         terms: dict[str, Tensor] = {}
         sizes = [None, *self.config.matryoshka] if self.objectives else []
@@ -216,7 +217,7 @@ class PretrainTask(nn.Module):
         Args:
             size: from the first so many dimensions of the features alone, see `matryoshka`.
         """
-        self._require_space(objectives=False)
+        self.require_space(objectives=False)
         if self.head is not None:
             has_image, has_text = content_masks(items)
             mu, _ = self.head.posterior(*head_inputs(self.encode(items), has_image, has_text))

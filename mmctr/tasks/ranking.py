@@ -19,6 +19,7 @@ from mmctr.data.ranking import FeatureConfigs, RankingVocabulary
 from mmctr.data.tables import as_ids, read_table, rows_of
 from mmctr.files import read_json, replace_file, write_json
 from mmctr.fusion import ContentEncoder, FeatureEmbedder, ItemEmbedder, ItemEmbedderConfig, initial_std
+from mmctr.hub import Shareable
 from mmctr.optimizers import RowTable, share_of_processes
 from mmctr.rankers import RankerConfig
 from mmctr.rankers.din import DINConfig
@@ -43,7 +44,7 @@ class RankingTaskConfig(Config):
     and rare ones, which would overfit, much"""
 
 
-class RankingTask(nn.Module):
+class RankingTask(Shareable, nn.Module):
     """ItemEmbedder, user and context features, and a ranker; `forward` gives loss terms, `logits` scores."""
 
     item_decay: Tensor

@@ -1,0 +1,242 @@
+"""Sharing finished tasks: folders with a model card, and the Hugging Face Hub. No pickle, and no paths of a machine."""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from pathlib import Path, PureWindowsPath
+from typing import Any, Self
+
+import yaml
+
+from mmctr.files import read_json, write_json, write_text
+
+PATTERNS = ["*.safetensors", "*.json", "*.yaml", "*.parquet", "*.txt"]
+"""all that is ever fetched: none of it is code"""
+CLASSES = {"pretrain": "PretrainTask", "ranking": "RankingTask"}
+
+
+class Shareable:
+    """What tasks have for sharing, on top of `save` and `load`."""
+
+    config: Any
+
+    def save(self, folder: Path) -> None:
+        raise NotImplementedError
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Self:
+        raise NotImplementedError
+
+    def save_pretrained(self, folder: str | Path, run: str | Path | None = None, name: str | None = None) -> None:
+        """Write the task and a model card, `README.md`, into a folder that `from_pretrained` reads.
+
+        Args:
+            run: the run folder the task is of: its config and its numbers go along, paths of the machine left out.
+            name: title of the card (default: the name of the folder).
+
+        Raises ValueError for the folder of a run, whose own files this would overwrite.
+        """
+        folder = Path(folder)
+        if (folder / "log.jsonl").exists() or (folder / "checkpoints").exists():
+            raise ValueError(f"{folder}: is a run folder itself; give another folder to save into")
+        folder.mkdir(parents=True, exist_ok=True)
+        self.save(folder)
+        for path in (folder / "task.json", folder / "encoder" / "pretrain.json"):
+            if path.is_file():
+                write_json(path, without_paths(read_json(path)))
+        for pattern in ("config.json", "tokenizer_config.json"):
+            for path in (folder / "encoder").rglob(pattern):
+                values = read_json(path)
+                kept = {key: value for key, value in values.items() if key not in ("_name_or_path", "name_or_path")}
+                if kept != values:
+                    write_json(path, kept)
+        config, metrics = _of_run(run)
+        if config is not None:
+            write_text(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+        if metrics is not None:
+            write_json(folder / "metrics.json", metrics)
+        write_text(folder / "README.md", model_card(self, name or folder.resolve().name, config, metrics))
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, *, revision: str | None = None, token: str | bool | None = None) -> Self:
+        """From a folder of `save_pretrained`, a run folder, or a repository of the hub (`org/name`).
+
+        Raises ValueError when there is no such folder and the hub does not give one, or when it holds another kind of
+        task.
+        """
+        if Path(name).is_dir():
+            return cls.load(name)
+        from huggingface_hub import snapshot_download
+
+        try:
+            folder = snapshot_download(str(name), revision=revision, token=token, allow_patterns=PATTERNS)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{name}: no such folder here, and the hub did not give it ({_first_line(error)}); check the name, the "
+                "network, and `hf auth login` for a private one"
+            ) from error
+        return cls.load(folder)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        run: str | Path | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        message: str = "Upload a model of mmctr",
+    ) -> str:
+        """Save as `save_pretrained` does and upload that; the repository is made when there is none. Returns its URL.
+
+        Raises ValueError when the hub refuses.
+        """
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, run, name=repo_id)
+            try:
+                url = api.create_repo(repo_id, private=private, repo_type="model", exist_ok=True)
+                api.upload_folder(
+                    repo_id=repo_id,
+                    folder_path=folder,
+                    repo_type="model",
+                    commit_message=message,
+                    allow_patterns=[*PATTERNS, "README.md"],
+                )
+            except (OSError, ValueError) as error:
+                raise ValueError(
+                    f"{repo_id}: the hub did not take it ({_first_line(error)}); check the name, the network, and "
+                    "`hf auth login`"
+                ) from error
+        return str(url)
+
+
+def export_run(source: str, out: str, data: str | None = None, int8: bool = False) -> list[str]:
+    """Write a run folder of either kind as `save_pretrained` does; returns what there is to say."""
+    if int8:
+        raise ValueError("--int8 is for --format onnx: a pretrained folder holds the weights as they were trained")
+    if data is not None:
+        raise ValueError("--data is for --format onnx: a pretrained folder holds no dataset")
+    load_task(source).save_pretrained(out, run=source)
+    return [f"{out}: load it with {_loading(read_json(Path(out) / 'task.json')['kind'], out)}"]
+
+
+def push_run(source: str, repo_id: str, private: bool) -> list[str]:
+    """Upload a run folder of either kind; returns what there is to say."""
+    task = load_task(source)
+    lines = [task.push_to_hub(repo_id, run=source, private=private or None)]
+    vocabulary = getattr(task, "vocabulary", None)
+    if vocabulary is not None:
+        lines.append(f"note: it holds the ids of {len(vocabulary.user_ids)} users and {len(vocabulary.item_ids)} items")
+    return lines
+
+
+def load_task(source: str | Path) -> Shareable:
+    """The task of a run folder, whichever kind it is. Raises ValueError when it is none."""
+    from mmctr.tasks import PretrainTask, RankingTask
+
+    path = Path(source) / "task.json"
+    if not path.is_file():
+        raise ValueError(f"{source}: not the folder of a finished run (no task.json)")
+    return (PretrainTask if read_json(path)["kind"] == "pretrain" else RankingTask).load(source)
+
+
+def without_paths(value: Any) -> Any:
+    """A config in which of absolute paths the last part is left: they say who trained where, and help nobody else."""
+    if isinstance(value, dict):
+        return {key: without_paths(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [without_paths(part) for part in value]
+    if not isinstance(value, str):
+        return value
+    scheme, path = re.fullmatch(r"((?:local-dir:|file:(?://)?)?)(.*)", value, re.DOTALL).groups()  # type: ignore[union-attr]
+    last = PureWindowsPath(path).name if re.match(r"[A-Za-z]:[\\/]", path) else Path(path).name
+    is_path = Path(path).is_absolute() or path.startswith("~") or re.match(r"[A-Za-z]:[\\/]", path)
+    return scheme + last if is_path and last else value
+
+
+def _of_run(run: str | Path | None) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """Config without paths, and numbers, of a run folder, where it has them."""
+    if run is None:
+        return None, None
+    config = metrics = None
+    if (Path(run) / "config.yaml").is_file():
+        config = without_paths(yaml.safe_load((Path(run) / "config.yaml").read_text(encoding="utf-8")))
+        config.pop("run_dir", None)
+    if (Path(run) / "metrics.json").is_file():
+        metrics = read_json(Path(run) / "metrics.json")
+    return config, metrics
+
+
+def model_card(task: Shareable, name: str, config: dict[str, Any] | None, metrics: dict[str, Any] | None) -> str:
+    """Markdown: what the model is, how to load it, its data, numbers and config."""
+    kind = "pretrain" if type(task).__name__ == "PretrainTask" else "ranking"
+    values = without_paths(task.config.model_dump(mode="json"))
+    if kind == "pretrain":
+        tags = ["mmctr", "item-embeddings", "multimodal"]
+        objectives = [key for key, given in values["objectives"].items() if given is not None]
+        what = (
+            f"An encoder of pictures and texts of items (`{values['encoder']['name']}`), trained on "
+            f"{' and '.join(objectives) or 'a variational head'}; it gives item vectors of {task.embedding_dim} "  # type: ignore[attr-defined]
+            "dimensions."
+        )
+    else:
+        tags = ["mmctr", "ctr-prediction", "recommender-systems"]
+        content = values["embedder"]["content"]["name"]
+        what = f"A ranker (`{values['ranker']['name']}`) of click-through rates; content of items: {content}."
+    front = yaml.safe_dump({"library_name": "mmctr", "tags": tags}, sort_keys=False)
+    parts = [
+        f"---\n{front}---\n\n# {name}\n\n{what}\n",
+        f"## How to load\n\n```python\n{_loading(kind, name)}\n```\n",
+        f"## Data\n\n{_data(task, config)}\n",
+    ]
+    rows = [(key, value) for key, value in _flat(metrics or {}) if isinstance(value, int | float)]
+    if rows:
+        lines = [
+            f"| {key} | {value:.4f} |" if isinstance(value, float) else f"| {key} | {value} |" for key, value in rows
+        ]
+        parts.append("## Metrics\n\n| metric | value |\n|---|---|\n" + "\n".join(lines) + "\n")
+    shown = yaml.safe_dump(config or {"task": values}, sort_keys=False, allow_unicode=True)
+    return "\n".join([*parts, f"## Config\n\n```yaml\n{shown}```\n"])
+
+
+def _loading(kind: str, name: str) -> str:
+    return f"from mmctr.tasks import {CLASSES[kind]}\n\ntask = {CLASSES[kind]}.from_pretrained({json.dumps(name)})"
+
+
+def _data(task: Shareable, config: dict[str, Any] | None) -> str:
+    """What the task was trained on, as far as it knows."""
+    lines = []
+    data = (config or {}).get("data") or {}
+    if data.get("path"):
+        lines.append(f"- dataset: {Path(data['path']).name}")
+    if data.get("text"):
+        lines.append(f"- text of an item: {', '.join(data['text'])}")
+    if data.get("images"):
+        lines.append(f"- pictures: {', '.join(data['images'])}, resized by `{data.get('image_resize', 'shortest')}`")
+    vocabulary = getattr(task, "vocabulary", None)
+    if vocabulary is not None:
+        lines.append(f"- items and users seen in training: {len(vocabulary.item_ids)} and {len(vocabulary.user_ids)}")
+        lines.append("- the files hold the raw ids of these items and users")
+        features = task.config.features  # type: ignore[attr-defined]
+        for group in ("item", "user", "context", "cross"):
+            if getattr(features, group):
+                lines.append(f"- {group} features: {', '.join(getattr(features, group))}")
+    if (config or {}).get("split"):
+        lines.append(f"- split: {json.dumps(config['split'])}")  # type: ignore[index]
+    return "\n".join(lines) or "Not recorded."
+
+
+def _flat(values: Any, key: str = "") -> list[tuple[str, Any]]:
+    """Leaves of nested mappings with their keys joined; lists (intervals, buckets) are left out."""
+    if isinstance(values, dict):
+        return [leaf for name, part in values.items() for leaf in _flat(part, f"{key} {name}".strip())]
+    return [] if isinstance(values, list) else [(key, values)]
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
