@@ -35,6 +35,7 @@ from mmctr.disentanglement import (
 from mmctr.evaluation import embed_rows
 from mmctr.export import data_config, load_encoder
 from mmctr.runs import item_content, open_data
+from pretrain.train import PretrainConfig
 
 HERE = Path(__file__).resolve().parent
 HEADS = {
@@ -89,7 +90,9 @@ def main() -> None:
     parser.add_argument("--heads", nargs="+", choices=HEADS, default=list(HEADS))
     parser.add_argument("--set", nargs="+", default=[], help="further key=value for every head")
     options = parser.parse_args()
-    more = [*options.set, *([f"init_from={options.init_from}"] if options.init_from else [])]
+    # another kind of head would otherwise have its own default size, and sizes decide the scores
+    size = f"task.head.dim={PretrainConfig.load(options.config).task.head.dim}"
+    more = [size, *options.set, *([f"init_from={options.init_from}"] if options.init_from else [])]
     accelerator = Accelerator()
     with tempfile.TemporaryDirectory() as name:
         attributes = rows = texts = None

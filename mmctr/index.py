@@ -91,10 +91,14 @@ class ItemIndex:
         Raises ValueError when nothing that was wanted can be had, or for vectors of no length.
         """
         vectors, norms = _unit(table)
-        factory = "Flat" if wanted is None else index_tuning.choose_factory(len(vectors), table.dim, wanted)
-        index = index_tuning.build(vectors, factory, seed)
-        measured = None if wanted is None else index_tuning.tune(index, vectors, wanted.recall, seed=seed)
-        return cls(index, index_files.items_of(table, columns), table.manifest, norms, None, measured, factory)
+        if wanted is None:
+            index = index_tuning.build(vectors, "Flat")
+            return cls(index, index_files.items_of(table, columns), table.manifest, norms)
+        factory = index_tuning.choose_factory(len(vectors), table.dim, wanted)
+        index, order, measured = index_tuning.build_and_tune(vectors, factory, wanted.recall, seed)
+        items = index_files.items_of(table, columns).take(pa.array(order))
+        norms = None if norms is None else norms[order]
+        return cls(index, items, table.manifest, norms, None, measured, factory)
 
     # --- search
 
@@ -183,11 +187,7 @@ class ItemIndex:
     def search_item(
         self, item_id: Any, k: int = 10, shift: np.ndarray | None = None, where: Sequence[str] = ()
     ) -> list[Neighbour]:
-        """The k items nearest to an item, itself excluded. An id typed as text is understood as an integer one.
-
-        Args:
-            shift: (D,) added to the item's vector.
-        """
+        """The k items nearest to an item, itself excluded; `shift` (D,) is added to its vector. See `typed`."""
         item_id = self.typed(item_id)
         vector = self.vector(item_id)
         return self.search(vector if shift is None else vector + shift, k, exclude=item_id, where=where)

@@ -136,16 +136,25 @@ def parameters(index: Any, value: int, selector: Any = None) -> Any:
     return faiss.SearchParameters(**chosen) if chosen else None
 
 
-def build(vectors: np.ndarray, factory: str, seed: int = 0) -> Any:
+def _made(dim: int, factory: str) -> Any:
+    try:
+        return faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError as error:
+        raise ValueError(f"factory {factory!r}: not an index FAISS can make of {dim} dimensions ({error})") from None
+
+
+def build(vectors: np.ndarray, factory: str, seed: int = 0, rows: np.ndarray | None = None) -> Any:
     """A trained and filled inner-product index over (n, D) float32 unit vectors.
+
+    Args:
+        rows: (m,) of the vectors to train on and hold, all when None.
 
     Raises ValueError for a factory string that FAISS does not understand or cannot train on so few vectors.
     """
-    count, dim = vectors.shape
-    try:
-        index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
-    except RuntimeError as error:
-        raise ValueError(f"factory {factory!r}: not an index FAISS can make of {dim} dimensions ({error})") from None
+    dim = vectors.shape[1]
+    rows = np.arange(len(vectors)) if rows is None else rows
+    count = len(rows)
+    index = _made(dim, factory)
     if isinstance(index, faiss.IndexRefine):
         index.k_factor = RANKED_AGAIN
     if not index.is_trained:
@@ -154,17 +163,17 @@ def build(vectors: np.ndarray, factory: str, seed: int = 0) -> Any:
         if lists > count:
             raise ValueError(f"factory {factory!r}: {lists} lists for {count} vectors; use fewer, or Flat")
         wanted = max(POINTS_PER_CENTROID * lists, 256 * POINTS_PER_CENTROID)
-        rows = np.arange(count)
+        sample = rows
         if wanted < count:
-            rows = np.sort(np.random.default_rng(seed).choice(count, wanted, replace=False))
+            sample = np.sort(np.random.default_rng(seed).choice(rows, wanted, replace=False))
         try:
-            index.train(np.ascontiguousarray(vectors[rows]))
+            index.train(np.ascontiguousarray(vectors[sample]))
         except RuntimeError as error:
             raise ValueError(
-                f"factory {factory!r}: FAISS cannot train it on {len(rows)} vectors ({error}); use fewer lists, or Flat"
+                f"factory {factory!r}: FAISS cannot train it on {len(sample)} vectors ({error}); use fewer lists"
             ) from None
     for start in range(0, count, 65536):
-        index.add(np.ascontiguousarray(vectors[start : start + 65536]))
+        index.add(np.ascontiguousarray(vectors[rows[start : start + 65536]]))
     return index
 
 
@@ -181,39 +190,74 @@ class Curve:
     exact_latency_ms: float = 0.0
 
 
-def tune(index: Any, vectors: np.ndarray, recall: float, k: int = 10, seed: int = 0) -> dict[str, Any]:
+def build_and_tune(vectors: np.ndarray, factory: str, recall: float, seed: int = 0) -> tuple[Any, np.ndarray, dict]:
+    """Build an index and set it, measured with vectors that it had never seen, which are added last.
+
+    What is searched for is seldom in the index: queries of words, of users, of new items. Searching for its own vectors
+    flatters a graph (0.99 instead of 0.98 in 100 thousand clustered vectors of 512 dimensions).
+
+    Returns:
+        The index, the (n,) row of `vectors` that each of its rows is, and what `tune` found.
+    """
+    count = len(vectors)
+    approximate = count >= 100 and bool(setting_of(_made(vectors.shape[1], factory)).most)
+    held_out = np.sort(np.random.default_rng(seed).permutation(count)[: min(TUNED_ON, count // 10) * approximate])
+    if not len(held_out):
+        index = build(vectors, factory, seed)
+        return index, np.arange(count), tune(index, vectors, recall, seed=seed)
+    rest = np.setdiff1d(np.arange(count), held_out)
+    index = build(vectors, factory, seed, rest)
+    measured = tune(index, vectors[rest], recall, seed=seed, queries=vectors[held_out])
+    index.add(np.ascontiguousarray(vectors[held_out]))
+    return index, np.concatenate([rest, held_out]), measured | {"count": count}
+
+
+def tune(
+    index: Any,
+    vectors: np.ndarray,
+    recall: float,
+    k: int = 10,
+    seed: int = 0,
+    queries: np.ndarray | None = None,
+) -> dict[str, Any]:
     """Measure recall@k against exact search and the latency of single queries, and set what reaches the recall.
 
-    Queries are items of the catalog; each is left out of its own neighbours. Settings are doubled until the recall is
-    reached and the smallest that does is then sought by halves, so the curve is of few points. The setting is left in
-    the index, and so in the file, for anyone's FAISS.
+    Settings are doubled until the recall, less its standard error, is reached, and the smallest that does is then
+    sought by halves, so the curve is of few points. The setting is left in the index, and so in the file, for anyone's
+    FAISS.
 
     Args:
         vectors: (n, D) unit vectors, row by row those in the index.
+        queries: (Q, D) unit vectors that are not in it. When None some of its own are, each left out of its answer,
+            which finds a little more than other queries will.
 
     Returns:
-        `{"k", "queries", "asked", "reached", "recall", "setting", "curve": [...], "exact_latency_ms", "count"}`.
+        `{"k", "queries", "held_out", "asked", "reached", "recall", "setting", "curve": [...], "exact_latency_ms",
+        "count"}`.
     """
     count = len(vectors)
     k = min(k, count - 1)
     setting = setting_of(index)
     if k < 1:
         return {"k": 0, "queries": 0, "asked": recall, "reached": True, "recall": 1.0, "curve": [], "count": count}
+    held_out = queries is not None
     rows = np.random.default_rng(seed).permutation(count)[:TUNED_ON]
-    queries = np.ascontiguousarray(vectors[rows])
-    truth = _others(nearest_exactly(queries, vectors, k + 1)[1], rows, k)
+    queries = np.ascontiguousarray(vectors[rows]) if queries is None else np.ascontiguousarray(queries)
+    own = np.full(len(queries), -1) if held_out else rows
+    truth = _others(nearest_exactly(queries, vectors, k + 1)[1], own, k)
     curve = Curve(exact_latency_ms=_latency(lambda q: nearest_exactly(q, vectors, k), queries[:20])[0])
 
     def measure(value: int) -> float:
         chosen = parameters(index, value)
         start = time.perf_counter()
-        found = _others(index.search(queries, k + 1, params=chosen)[1], rows, k)
+        found = _others(index.search(queries, k + 1, params=chosen)[1], own, k)
         seconds = time.perf_counter() - start
-        share = float(np.mean([len(np.intersect1d(a, b)) for a, b in zip(found, truth, strict=True)]) / k)
+        shares = np.array([len(np.intersect1d(a, b)) / k for a, b in zip(found, truth, strict=True)])
+        share = float(shares.mean())
         middle, slow = _latency(lambda q: index.search(q, k, params=chosen), queries[:100])
-        point = {"recall": share, "latency_ms": middle, "latency_ms_p99": slow, "queries_per_s": len(rows) / seconds}
+        point = {"recall": share, "latency_ms": middle, "latency_ms_p99": slow, "queries_per_s": len(queries) / seconds}
         curve.points.append({setting.name: value, **point} if setting.most else point)
-        return share
+        return share - float(shares.std()) / len(shares) ** 0.5
 
     best, reached = 0, False
     if not setting.most:
@@ -235,7 +279,8 @@ def tune(index: Any, vectors: np.ndarray, recall: float, k: int = 10, seed: int 
     now = next(p for p in curve.points if p.get(setting.name, 0) == best)
     return {
         "k": k,
-        "queries": len(rows),
+        "queries": len(queries),
+        "held_out": held_out,
         "asked": recall,
         "reached": reached,
         "recall": now["recall"],
