@@ -79,9 +79,10 @@ def test_a_streamed_run_embeds_all_its_shards(done, tmp_path):
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["items"] == 120 and "no picture" in metrics["rejected_pictures"]
     assert {"text_to_image_R@1", "neighbours_share_factor_shape"} <= metrics["validation"].keys()
-    start(tmp_path, "mmctr", "embed", run, "--out", tmp_path / "streamed", "--shard-size", 50).ok()
     data = json.loads(done["pretrain"][0].read_text())["data"]["path"]
-    start(tmp_path, "mmctr", "embed", run, "--out", tmp_path / "prepared", "--data", data).ok()
+    embed = ("mmctr", "embed", run, "--out")
+    streamed = start(tmp_path, *embed, tmp_path / "streamed", "--shard-size", 50)
+    all_ok([streamed, start(tmp_path, *embed, tmp_path / "prepared", "--data", data)])
     one, two = EmbeddingTable.read(tmp_path / "streamed"), EmbeddingTable.read(tmp_path / "prepared")
     assert one.ids.equals(two.ids) and len(one) > 110
     np.testing.assert_allclose(one.vectors, two.vectors, atol=1e-6)
@@ -203,16 +204,19 @@ def test_a_finished_run_started_again_ends_the_same(done, tmp_path, name):
 def test_a_killed_export_goes_on(done, tmp_path):
     _, run = done["pretrain"]
     arguments = ("mmctr", "embed", run, "--shard-size", 16, "--out")
+    renames = (1, 4, 9, 10)  # begun.json, a shard, the last shard, items.parquet
+    outs = [tmp_path / f"killed-{rename}" for rename in renames]
+    killed = [start(tmp_path, *arguments, out, kill_at_rename=n) for n, out in zip(renames, outs, strict=True)]
     start(tmp_path, *arguments, tmp_path / "whole").ok()
-    for rename in (1, 4, 9, 10):  # begun.json, a shard, the last shard, items.parquet
-        out = tmp_path / f"killed-{rename}"
-        assert start(tmp_path, *arguments, out, kill_at_rename=rename).wait() == -9
-        times = {path: path.stat().st_mtime_ns for path in out.glob("vectors-*")}
+    assert [run.wait() for run in killed] == [-9] * 4
+    times = [{path: path.stat().st_mtime_ns for path in out.glob("vectors-*")} for out in outs]
+    for out in outs:
         with pytest.raises(ValueError, match="not a finished embedding folder"):
             EmbeddingTable.read(out)
-        start(tmp_path, *arguments, out).ok()
-        assert {path: path.stat().st_mtime_ns for path in times} == times and len(times) == max(rename - 2, 0)
-        names = {path.name for path in (tmp_path / "whole").iterdir()}
+    all_ok([start(tmp_path, *arguments, out) for out in outs])
+    names = {path.name for path in (tmp_path / "whole").iterdir()}
+    for rename, out, before in zip(renames, outs, times, strict=True):
+        assert {path: path.stat().st_mtime_ns for path in before} == before and len(before) == max(rename - 2, 0)
         assert names <= {path.name for path in out.iterdir()} and len(names) == 10
         for file in names:
             assert (out / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
