@@ -97,7 +97,7 @@ def main(config: FinetuneConfig) -> dict:
     train_collator = data.collator(
         train_rows,
         content=content if encodes else None,
-        encode_history=encodes and content_config.history == "encoder",  # type: ignore[union-attr]
+        encode_history=encodes and content_config.encodes_history,  # type: ignore[union-attr]
         max_encoded=content_config.max_encoded if encodes else None,  # type: ignore[union-attr]
         negatives=NegativeSampler(splits.train, config.seed) if ranker.needs_negatives else None,
         id_dropout=config.task.embedder.id_dropout,

@@ -13,12 +13,17 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from mmctr.adapters import ClickGate, ContentAdapter
 from mmctr.config import Config
-from mmctr.data.batches import Features, ItemBatch, Jagged
+from mmctr.data.batches import BehaviorBatch, Features, ItemBatch, Jagged
 from mmctr.data.crosses import CrossFeature
 from mmctr.data.features import FeatureConfig, Vocabulary, table_rows
 from mmctr.data.trees import LEAVES
 from mmctr.optimizers import RowTable
+from mmctr.rankers.layers import segment_ids
+from mmctr.similarity import PairCosines
+
+Role = Literal["both", "target", "history"]
 
 
 class ContentNone(Config):
@@ -38,6 +43,12 @@ class ContentTable(Config):
     hidden: list[int] = [128]
     """hidden sizes of the adapter"""
     dropout: float = Field(default=0.0, ge=0, lt=1)
+    residual: bool = False
+    """the adapter adds to its layers a linear map of what they read, or that itself where sizes agree: vectors that are
+    good as they are need not be learned again"""
+    shown_in: Role = "both"
+    """where items show their content: as targets, in histories, or in both; elsewhere they read the "absent" vector, as
+    items without content do"""
 
 
 class ContentEncoder(Config):
@@ -59,11 +70,20 @@ class ContentEncoder(Config):
     dim: int = Field(default=64, ge=1)
     hidden: list[int] = [128]
     dropout: float = Field(default=0.0, ge=0, lt=1)
+    residual: bool = False
+    shown_in: Role = "both"
+
+    @property
+    def encodes_history(self) -> bool:
+        """Whether behaviours are encoded in training, not only targets."""
+        return not self.frozen and self.history == "encoder" and self.shown_in != "target"
 
     @model_validator(mode="after")
     def _budget_needs_a_table(self) -> ContentEncoder:
         if self.max_encoded is not None and self.history == "encoder":
             raise ValueError("max_encoded needs history: table, from which the other items read")
+        if self.shown_in == "history" and self.history == "table" and not self.frozen:
+            raise ValueError("history: table trains the encoder through targets, but shown_in: history hides theirs")
         return self
 
 
@@ -89,9 +109,10 @@ class ItemEmbedderConfig(Config):
     init_std: float = Field(default=0.01, gt=0)
     """spread of freshly made embeddings"""
     content: ContentConfig = ContentNone()
-    fusion: Literal["concat", "sum", "project"] = "concat"
+    fusion: Literal["concat", "sum", "project", "gate"] = "concat"
     """`concat`: side by side; `sum`: added, all of one size; `project`: side by side, then a linear layer to
-    `fused_dim`, applied once a distinct item, so that attention over long histories works in fewer dimensions"""
+    `fused_dim`, applied once a distinct item, so that attention over long histories works in fewer dimensions; `gate`:
+    ID and content, of one size, mixed by the clicks the item had in training (see `ClickGate`), then side features"""
     fused_dim: int = Field(default=64, ge=1)
     """size after `project`"""
 
@@ -156,24 +177,6 @@ class FeatureEmbedder(nn.Module):
         return self.numbers[name](feature) if name in self.numbers else feature
 
 
-class ContentAdapter(nn.Module):
-    """Content vector -> the size the ranker uses; items without content read a learned "absent" vector instead."""
-
-    def __init__(self, in_dim: int, hidden: list[int], out_dim: int, dropout: float):
-        super().__init__()
-        self.absent = nn.Parameter(torch.randn(in_dim) * in_dim**-0.5)
-        # unit-norm vectors have entries near 1/sqrt(dim): the norm brings them to the scale layers expect
-        layers: list[nn.Module] = [nn.LayerNorm(in_dim)]
-        for width in hidden:
-            layers += [nn.Linear(in_dim, width), nn.GELU(), nn.Dropout(dropout)]
-            in_dim = width
-        self.layers = nn.Sequential(*layers, nn.Linear(in_dim, out_dim))
-
-    def forward(self, vectors: Tensor, has_content: Tensor) -> Tensor:
-        """(U, in_dim), (U,) bool -> (U, out_dim)."""
-        return self.layers(torch.where(has_content[:, None], vectors.float(), self.absent))
-
-
 def concat(parts: list[Tensor]) -> Tensor:
     """[ID; side features; content]: the ranker weighs them. (U, sum of sizes)"""
     return torch.cat(parts, dim=1)
@@ -184,14 +187,14 @@ def add(parts: list[Tensor]) -> Tensor:
     return torch.stack(parts).sum(0)
 
 
-FUSIONS: dict[str, Callable[[list[Tensor]], Tensor]] = {"concat": concat, "sum": add, "project": concat}
+FUSIONS: dict[str, Callable[[list[Tensor]], Tensor]] = {"concat": concat, "sum": add, "project": concat, "gate": concat}
 
 
 def as_weights(config: ItemEmbedderConfig, size: int) -> ItemEmbedderConfig:
     """The same sources, each a linear function to vectors of one size, added up."""
     content = config.content
     if not isinstance(content, ContentNone):
-        content = content.model_copy(update={"dim": size, "hidden": [], "dropout": 0.0})
+        content = content.model_copy(update={"dim": size, "hidden": [], "dropout": 0.0, "residual": False})
     update = {"id_dim": size if config.id_dim else 0, "content": content, "fusion": "sum"}
     return config.model_copy(update=update | {"init_std": initial_std(config, size)})
 
@@ -212,6 +215,9 @@ class ItemEmbedder(nn.Module):
         encoder: the content encoder, when content comes from one.
         weights: make weight vectors of this size, added up, of everything; the sizes and the fusion of the config are
             then not looked at.
+        clicks: (num_ids,) training clicks of each row of the ID table, for the fusion `gate`.
+
+    Raises ValueError for parts that cannot be fused as the config says.
     """
 
     content_table: Tensor
@@ -226,11 +232,13 @@ class ItemEmbedder(nn.Module):
         table: tuple[Tensor, Tensor] | None = None,
         encoder: nn.Module | None = None,
         weights: int | None = None,
+        clicks: Tensor | None = None,
     ):
         super().__init__()
         if weights:
             config = as_weights(config, weights)
         self.config = config
+        self._cosines = PairCosines()
         content = config.content
         sizes = []
         self.ids = RowTable(num_ids, config.id_dim, config.init_std) if config.id_dim else None
@@ -245,7 +253,9 @@ class ItemEmbedder(nn.Module):
             # the encoder's vectors change in training and belong to the checkpoint; a frozen table does not
             self.register_buffer("content_table", table[0], persistent=encoder is not None)
             self.register_buffer("has_content", table[1], persistent=encoder is not None)
-            self.adapter = ContentAdapter(table[0].shape[1], content.hidden, content.dim, content.dropout)
+            self.adapter = ContentAdapter(
+                table[0].shape[1], content.hidden, content.dim, content.dropout, content.residual
+            )
             sizes.append(content.dim)
         if isinstance(content, ContentEncoder) and content.frozen and encoder is not None:
             encoder.requires_grad_(False)
@@ -255,8 +265,15 @@ class ItemEmbedder(nn.Module):
             raise ValueError(
                 f"fusion 'sum' needs parts of one size, here they are {sizes}; use 'concat' or equal sizes"
             )
+        self.gate = None
+        if config.fusion == "gate":
+            if isinstance(content, ContentNone) or config.id_dim != content.dim:
+                raise ValueError("fusion 'gate' mixes IDs and content of one size; set id_dim and content.dim equal")
+            assert clicks is not None
+            self.gate = ClickGate(config.id_dim, clicks)
+            sizes = sizes[:-1]
         self.project = nn.Linear(sum(sizes), config.fused_dim) if config.fusion == "project" else nn.Identity()
-        self.dim = {"concat": sum(sizes), "sum": sizes[0], "project": config.fused_dim}[config.fusion]
+        self.dim = {"sum": sizes[0], "project": config.fused_dim}.get(config.fusion, sum(sizes))
 
     @property
     def encodes(self) -> bool:
@@ -264,21 +281,54 @@ class ItemEmbedder(nn.Module):
         frozen = isinstance(self.config.content, ContentEncoder) and self.config.content.frozen
         return self.encoder is not None and self.training and not frozen
 
-    def forward(self, items: ItemBatch, shift: Tensor | None = None) -> Tensor:
+    def forward(self, items: ItemBatch, shift: Tensor | None = None, content: bool = True) -> Tensor:
         """(U, dim).
 
         Args:
             shift: (content dim,) added to every content vector, to see what that changes.
+            content: False: all items are without content.
         """
         parts = []
         if self.ids is not None:
             parts.append(self.ids(items.features["item_id"]))
         if self.features.dim:
             parts.append(self.features(items.features, items.row))
-        if self.adapter is not None:
+        if self.adapter is not None and content:
             vectors, has = self._content(items)
             parts.append(self.adapter(vectors if shift is None else vectors + shift, has))
+        elif self.adapter is not None:
+            parts.append(self.adapter.nothing(len(items)))
+        if self.gate is not None:
+            own: Tensor = items.features["item_id"]  # type: ignore[assignment]
+            parts = [self.gate(own, parts[0], parts[-1]), *parts[1:-1]]
         return self.project(FUSIONS[self.config.fusion](parts))
+
+    def by_role(self, batch: BehaviorBatch, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Vectors (V, dim) of all items of a batch, and the positions (B,) of targets among them: in the first U places
+        items are as histories show them, and in U further ones as targets are, where that differs.
+
+        Args:
+            shift: (content dim,) added to the content vectors of targets alone.
+        """
+        shown = "both" if self.adapter is None else self.config.content.shown_in  # type: ignore[union-attr]
+        vectors, target = self(batch.items, content=shown != "target"), batch.target
+        if shift is None and shown == "both":
+            return vectors, target
+        return torch.cat([vectors, self(batch.items, shift, content=shown != "history")]), target + len(vectors)
+
+    def similarity(self, batch: BehaviorBatch, shift: Tensor | None = None) -> Tensor:
+        """(H,) cosines of the content vectors of each behaviour and its target, NaN where one of them has none.
+
+        They are of the kept table, also while an encoder is trained: no gradient, and as old as the table.
+
+        Args:
+            shift: (content dim,) added to the content vectors of targets.
+        """
+        target = batch.target[segment_ids(batch.history_offsets, len(batch.history))]
+        rows = batch.items.row
+        found = self._cosines(self.content_table, rows, target, batch.history, shift)
+        has = self.has_content[rows]
+        return torch.where(has[target] & has[batch.history], found, torch.nan)
 
     def _content(self, items: ItemBatch) -> tuple[Tensor, Tensor]:
         """(U, content dim) and (U,) mask. In training an encoder encodes what the batch carries; evaluation reads the

@@ -33,6 +33,7 @@ from mmctr.data.prepare import Dataset
 from mmctr.data.tables import as_text
 from mmctr.export import open_ranker, weights_key
 from mmctr.files import write_json
+from mmctr.fusion import ContentNone
 from mmctr.onnx import INT8_PROBABILITY, Axis, Graph, Inputs, Port, Session, int8_entry, quantise, write_graph
 from mmctr.rankers.layers import RankerInput
 from mmctr.rankers.padded import padded_logits
@@ -144,6 +145,12 @@ def export_ranker(run: Path, out: Path, data: str | None, int8: bool) -> dict[st
             f"{run}: gbdt_lr has no graph: the trees are LightGBM's and read crosses of raw columns and content, which "
             "ONNX's tensors of this export do not carry, and without its leaves the rest scores wrongly. Serve it with "
             "Python, or export lr, ls_plm, embedding_mlp, din or dien"
+        )
+    content = task.config.embedder.content
+    if task.config.compares or (not isinstance(content, ContentNone) and content.shown_in != "both"):
+        raise ValueError(
+            f"{run}: simtier, content_attention and shown_in: target or history have no graph: it reads one vector an "
+            "item, while these compare contents or give an item another vector as a target. Serve it with Python"
         )
     task.cpu().eval().requires_grad_(False)
     vectors, unknown = catalog_vectors(task, dataset)

@@ -227,6 +227,21 @@ def test_dien_with_its_auxiliary_loss_on_two_processes_equals_one(toy_folder, tm
     assert all(line["auxiliary"] > 0 for line in log_lines(tmp_path / "1") if "loss" in line)
 
 
+def test_content_in_attention_tiers_and_gate_on_two_processes_equals_one(pretrained, toy_folder, tmp_path):
+    """Compared by the table of an encoder that is trained, which is made anew amid the run."""
+    content = {"name": "encoder", "run": str(pretrained), "history": "table", "dim": 8, "hidden": [8], "residual": True}
+    values = finetune_values(toy_folder, content, epochs=0.5, evaluations=2, optimizer={"lr": 3e-3})
+    values["task"]["embedder"] |= {"fusion": "gate"}
+    values["task"]["ranker"] |= {"weights": "softmax", "content_attention": True}
+    values["task"]["simtier"] = {"tiers": 10}
+    config = write_config(tmp_path / "f.yaml", values)
+    one_and_two(tmp_path, "finetune.train", config)
+    check_same_run(tmp_path / "1", tmp_path / "2", count=6)
+    assert load_file(tmp_path / "1" / "model.safetensors")["ranker.content.log_tau"].item() != pytest.approx(
+        np.log(0.1)
+    )
+
+
 def test_gbdt_lr_on_two_processes_equals_one(toy_folder, tmp_path):
     """One process grows the trees for both. Weights start at zero, where many a gradient is a sum that cancels, and
     Adam makes a whole step of the rounding that is left: hence the small one."""
@@ -317,7 +332,7 @@ def test_every_objective_on_two_processes_equals_one(with_queries, tmp_path, ban
     values["fit"] |= {"epochs": 1, "optimizer": {"lr": 1e-3}}
     config = write_config(tmp_path / "p.yaml", values)
     one_and_two(tmp_path, "pretrain.train", config)
-    check_same_run(tmp_path / "1", tmp_path / "2", count=5)
+    check_same_run(tmp_path / "1", tmp_path / "2", count=6)
     for one, two in zip(*(log_lines(tmp_path / name) for name in ("1", "2")), strict=True):
         for name in EVERYTHING["objectives"] if "loss" in one else ():
             assert one[name] > 0.01 and one[name] == pytest.approx(two[name], abs=1e-4), name

@@ -42,7 +42,7 @@ def done(toy_folder, tmp_path_factory) -> dict[str, tuple[Path, Path]]:
         "stream": streamed(toy_folder, folder / "shards"),
         "id": finetune_values(toy_folder),
         "rows": rows | {"task": rows["task"] | {"ranker": {"name": "dien", "mlp": [16]}}},
-        "joint": finetune_values(toy_folder, joint, epochs=1, evaluations=2),
+        "joint": comparing(finetune_values(toy_folder, joint, epochs=1, evaluations=2)),
         "trees": rows
         | {"task": rows["task"] | {"ranker": {"name": "gbdt_lr", "trees": {"num_trees": 8, "min_rows": 5}}}},
     }
@@ -54,6 +54,14 @@ def done(toy_folder, tmp_path_factory) -> dict[str, tuple[Path, Path]]:
             result[name] = (config, folder / name)
         all_ok(running)
     return result
+
+
+def comparing(values: dict) -> dict:
+    """With every other way to use content: each keeps something outside of its weights, or reads the kept table."""
+    values["task"]["embedder"] |= {"fusion": "gate"}
+    values["task"]["ranker"] |= {"weights": "softmax", "content_attention": True}
+    values["task"]["simtier"] = {"tiers": 10}
+    return values
 
 
 def streamed(dataset: Path, folder: Path) -> dict:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from mmctr.rankers import native
@@ -34,7 +35,19 @@ class DINConfig(BaseRankerConfig):
     activation: Activation = "dice"
     weights: Literal["intensity", "softmax"] = "intensity"
     """`intensity` keeps the unnormalised weights of the paper, whose sum says how strong the interest is"""
+    content_attention: bool = False
+    """the softmax also sees how like the contents of behaviour and target are; see `ContentAttention`"""
     dropout: float = Field(default=0.0, ge=0, lt=1)
+
+    @property
+    def needs_similarity(self) -> bool:
+        return self.content_attention
+
+    @model_validator(mode="after")
+    def _content_attention_is_of_softmax(self) -> DINConfig:
+        if self.content_attention and self.weights != "softmax":
+            raise ValueError("content_attention enters a softmax; set weights: softmax")
+        return self
 
     def build(self, dim: int, context_dim: int) -> DIN:
         return DIN(self, dim, context_dim)
@@ -134,6 +147,28 @@ def _sums(values: Tensor, begins: Tensor) -> Tensor:
     return F.embedding_bag(torch.arange(len(values), device=values.device), values, begins, mode="sum")
 
 
+class ContentAttention(nn.Module):
+    """Semantic-aware target attention (SA-TA; Wu et al. 2025, MUSE, arXiv 2512.07216): scores that the softmax over
+    behaviours takes, g1 a + g2 R + g3 a R, with a the score of the activation unit and R = cosine / tau.
+
+    tau starts at 0.1 and is learned as its logarithm, so that it stays positive; the three g start at 1. A behaviour
+    that cannot be compared has a learned cosine, at first 0.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gammas = nn.Parameter(torch.ones(3))
+        self.log_tau = nn.Parameter(torch.tensor([math.log(0.1)]))
+        self.unknown = nn.Parameter(torch.zeros(1))
+
+    def forward(self, scores: Tensor, similarity: Tensor) -> Tensor:
+        """Scores and cosines of one shape, NaN where there is none -> scores of that shape."""
+        cosine = torch.where(similarity.isnan(), self.unknown, similarity)
+        relevance = cosine / self.log_tau.exp()
+        own, content, both = self.gammas
+        return own * scores + content * relevance + both * scores * relevance
+
+
 class DIN(nn.Module):
     """The user's interest in the target is the sum of his history weighted by an activation unit.
 
@@ -146,17 +181,24 @@ class DIN(nn.Module):
     | top MLP input | concat of all | user, target, user * target | context, target, interest, interest * target |
     | L2 of embeddings | mini-batch aware | none | `mini_batch_l2` of the task |
     | user id | one of the features | made, unused | part of the context |
+
+    `content_attention` is not of the paper: see `ContentAttention`.
     """
 
     def __init__(self, config: DINConfig, dim: int, context_dim: int):
         super().__init__()
         self.config = config
         self.unit = ActivationUnit(dim, config.attention, config.activation)
+        self.content = ContentAttention() if config.content_attention else None
         self.mlp = MLP(3 * dim + context_dim, config.mlp, 1, config.activation, config.dropout)
 
     def forward(self, inputs: RankerInput) -> RankerOutput:
         target, offsets = take_rows(inputs.items, inputs.target), inputs.history_offsets
         weights = self.unit(target, inputs.items, inputs.history, offsets)  # (H,)
+        if self.content is not None:
+            if inputs.similarity is None:
+                raise ValueError("DIN with content_attention needs the similarity of behaviours and targets")
+            weights = self.content(weights, inputs.similarity)
         if self.config.weights == "softmax":
             weights = segment_softmax(weights, segment_ids(offsets, len(weights)), len(target))
         interest = pool_rows(inputs.items, inputs.history, offsets, weights).to(target.dtype)  # (B, D)

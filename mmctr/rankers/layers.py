@@ -26,6 +26,11 @@ class BaseRankerConfig(Config):
         return False
 
     @property
+    def needs_similarity(self) -> bool:
+        """Whether the ranker reads `RankerInput.similarity`."""
+        return False
+
+    @property
     def weight_dim(self) -> int | None:
         """For linear rankers the size of the one weight vector a feature value has; None: the ranker reads embeddings
         of the sizes configured."""
@@ -52,6 +57,8 @@ class RankerInput:
     """(B, C): user vector, user and context features"""
     negatives: Tensor | None = None
     """(H,) positions in `items`"""
+    similarity: Tensor | None = None
+    """(H,) cosine of the content of each behaviour and its target, NaN where one of them has none"""
 
 
 @dataclass(frozen=True)
@@ -59,9 +66,9 @@ class RankerOutput:
     logits: Tensor
     """(B,)"""
     losses: dict[str, Tensor]
+    """auxiliary losses by name, already weighted"""
     history_weights: Tensor | None = None
     """(H,) what each behaviour counts for; of rankers with attention, when they do not train"""
-    """auxiliary losses by name, already weighted"""
 
 
 CHUNK = 4096

@@ -57,6 +57,10 @@ def _embedding_mlp(ranker: EmbeddingMLP, target: Tensor, history: Tensor, there:
 
 
 def _din(ranker: DIN, target: Tensor, history: Tensor, there: Tensor, context: Tensor) -> Tensor:
+    if ranker.content is not None:
+        raise ValueError(
+            "DIN with content_attention has no padded form: it reads cosines of contents, not item vectors"
+        )
     unit = ranker.unit
     wq, wk, wd, wp = unit.first.weight.chunk(4, dim=1)
     hidden = F.linear(target, wq + wd, unit.first.bias)[:, None] + F.linear(history, wk - wd)

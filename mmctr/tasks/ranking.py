@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -18,12 +18,13 @@ from mmctr.data.batches import BehaviorBatch
 from mmctr.data.ranking import FeatureConfigs, RankingVocabulary
 from mmctr.data.tables import as_ids, read_table, rows_of
 from mmctr.files import read_json, replace_file, write_json
-from mmctr.fusion import ContentEncoder, FeatureEmbedder, ItemEmbedder, ItemEmbedderConfig, initial_std
+from mmctr.fusion import ContentEncoder, ContentNone, FeatureEmbedder, ItemEmbedder, ItemEmbedderConfig, initial_std
 from mmctr.hub import Shareable
 from mmctr.optimizers import RowTable, share_of_processes
 from mmctr.rankers import RankerConfig
 from mmctr.rankers.din import DINConfig
 from mmctr.rankers.layers import RankerInput, RankerOutput
+from mmctr.similarity import SimTierConfig, tier_counts
 from mmctr.tasks.folder import save_task, task_config, task_weights
 from mmctr.tasks.pretrain import PretrainTask, PretrainTaskConfig
 
@@ -38,10 +39,28 @@ class RankingTaskConfig(Config):
     """chance that a training impression shows an unknown user"""
     max_history: int = Field(default=50, ge=1)
     """latest behaviours read"""
+    simtier: SimTierConfig | None = None
+    """the ranker's context also says how many behaviours are how like the target in content; null: it does not"""
     mini_batch_l2: float = Field(default=0.0, ge=0)
     """mini-batch aware regularisation of the ID vectors of items and users (Zhou et al. 2018, section 5.2): each one in
     the batch decays by this over the number of training impressions it is in, so frequent IDs decay little at a time
     and rare ones, which would overfit, much"""
+
+    @property
+    def compares(self) -> bool:
+        """Whether contents of behaviours and targets are compared."""
+        return self.simtier is not None or self.ranker.needs_similarity
+
+    @model_validator(mode="after")
+    def _content_fits_the_ranker(self) -> RankingTaskConfig:
+        content, linear = self.embedder.content, self.ranker.weight_dim is not None
+        if self.compares and isinstance(content, ContentNone):
+            raise ValueError("simtier and content_attention compare contents; give embedder.content")
+        if self.simtier and linear:
+            raise ValueError(f"simtier is for rankers with an MLP on top; {self.ranker.name} is linear")
+        if linear and not isinstance(content, ContentNone) and content.shown_in == "history":
+            raise ValueError(f"shown_in: history leaves no content to {self.ranker.name}, which reads targets alone")
+        return self
 
 
 class RankingTask(Shareable, nn.Module):
@@ -71,6 +90,7 @@ class RankingTask(Shareable, nn.Module):
             table,
             encoder,
             config.ranker.weight_dim,
+            torch.from_numpy(np.concatenate([[0], vocabulary.clicks])),
         )
         if encoder is not None:
             # what a ranking loss does not read: parameters without a gradient stop many processes
@@ -86,7 +106,8 @@ class RankingTask(Shareable, nn.Module):
             config.ranker.weight_dim,
             leaves=vocabulary.trees.num_rows if vocabulary.trees else 0,
         )
-        self.ranker = config.ranker.build(self.embedder.dim, user_dim + self.context.dim)
+        tiers = config.simtier.dim if config.simtier else 0
+        self.ranker = config.ranker.build(self.embedder.dim, user_dim + self.context.dim + tiers)
         # of training alone: see count_samples
         self.register_buffer("item_decay", torch.zeros(0), persistent=False)
         self.register_buffer("user_decay", torch.zeros(0), persistent=False)
@@ -114,13 +135,13 @@ class RankingTask(Shareable, nn.Module):
 
     def output(self, batch: BehaviorBatch, target_shift: Tensor | None = None) -> RankerOutput:
         """All that the ranker says; see `logits`."""
-        vectors, target = self.embedder(batch.items), batch.target  # (U, D)
-        if target_shift is not None:
-            target = target + len(vectors)
-            vectors = torch.cat([vectors, self.embedder(batch.items, target_shift)])
+        vectors, target = self.embedder.by_role(batch, target_shift)
+        similarity = self.embedder.similarity(batch, target_shift) if self.config.compares else None
         context = self.context(batch.context, batch.user)
         if self.users is not None:
             context = torch.cat([self.users(batch.user), context], dim=1)
+        if self.config.simtier is not None and similarity is not None:
+            context = torch.cat([context, tier_counts(similarity, batch.history_offsets, self.config.simtier)], dim=1)
         return self.ranker(
             RankerInput(
                 items=vectors,
@@ -129,6 +150,7 @@ class RankingTask(Shareable, nn.Module):
                 history_offsets=batch.history_offsets,
                 context=context,
                 negatives=batch.negatives,
+                similarity=similarity,
             )
         )
 

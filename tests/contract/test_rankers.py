@@ -24,6 +24,7 @@ RANKERS = {
     "dien aigru": DIENConfig(mlp=[5], gate="aigru"),
     "din": DINConfig(attention=[6], mlp=[5]),
     "din softmax": DINConfig(attention=[6, 4], mlp=[], weights="softmax", activation="prelu"),
+    "din content": DINConfig(attention=[6], mlp=[5], weights="softmax", content_attention=True),
 }
 D, C, LENGTHS = 4, 3, [2, 0, 4]
 
@@ -32,7 +33,8 @@ def inputs(dim: int, context_dim: int) -> RankerInput:
     g = torch.Generator().manual_seed(0)
     target, history, negatives = (torch.randn(n, dim, generator=g) for n in (3, 6, 6))
     context = torch.randn(3, context_dim, generator=g)
-    return separate(target, history, torch.tensor([0, 2, 2, 6]), context, negatives)
+    similarity = torch.tensor([0.5, -0.2, 1.0, torch.nan, 0.0, 0.7])
+    return replace(separate(target, history, torch.tensor([0, 2, 2, 6]), context, negatives), similarity=similarity)
 
 
 @pytest.mark.parametrize("name", RANKERS)
@@ -66,13 +68,13 @@ def test_ranker(name):
                 history_offsets=torch.tensor([0, end - start]),
                 context=x.context[b : b + 1],
                 negatives=x.negatives[start:end],
+                similarity=x.similarity[start:end],
             )
             torch.testing.assert_close(ranker(one).logits, logits[b : b + 1], rtol=1e-4, atol=1e-5)
 
     # no histories at all, no context at all
-    nobody = replace(
-        x, history=x.history[:0], history_offsets=torch.zeros(4, dtype=torch.int64), negatives=x.negatives[:0]
-    )
+    none = {name: getattr(x, name)[:0] for name in ("history", "negatives", "similarity")}
+    nobody = replace(x, history_offsets=torch.zeros(4, dtype=torch.int64), **none)
     assert ranker(nobody).logits.isfinite().all()
     bare = RANKERS[name].build(dim, 0)
     assert bare(replace(x, context=torch.zeros(3, 0))).logits.isfinite().all()
