@@ -230,9 +230,13 @@ def run_study(
     """Make the cells that are not finished, one after another; each is a process of its own, its output in a log.
 
     Nothing starts before all configs are checked. A cell that was killed goes on; one that fails is an outcome
-    "failed", and the others are made all the same. Raises ValueError as `study_cells` and `make_tables` do, and for a
-    folder that holds a run of another config.
+    "failed", and the others are made all the same. Raises ValueError as `study_cells` and `make_tables` do, for a
+    dataset that is not there and for a folder that holds a run of another config.
     """
+    if not Path(study.data).is_dir():
+        raise ValueError(
+            f"{source}: data: no folder {study.data!r}; name a dataset folder, from where the study is started"
+        )
     cells = study_cells(study, out, source)
     finished = [cell.is_finished() for cell in cells]
     make_tables(study, out)
@@ -243,6 +247,7 @@ def run_study(
             outcomes.append(Outcome(cell, "kept"))
             tell(f"{place}: finished before")
             continue
+        tell(f"{place}: output in {cell.log}")
         begun = time.perf_counter()
         cell.log.parent.mkdir(parents=True, exist_ok=True)
         code = (launch or _launch)(cell.arguments, cell.log)

@@ -182,7 +182,6 @@ def _metrics(protocol: dict[str, Any]) -> str:
             ]
         )
     }
-    head = "".join(f"<th scope='col'>{name}</th>" for name in ("Method", *SHOWN, "seeds"))
     rows = []
     for place, (name, found) in enumerate(methods.items()):
         cells = []
@@ -190,57 +189,64 @@ def _metrics(protocol: dict[str, Any]) -> str:
             value = found["test"][key[0]][key[1]]
             shown = _mean(value)
             shown = f"<strong>{shown}</strong>" if value and value["mean"] == best[key] and len(methods) > 1 else shown
-            cells.append(shown + (spread((value["low"], value["high"])) if value else ""))
-        columns = "".join(f"<td>{cell}</td>" for cell in [*cells, str(len(found["seeds"]))])
-        rows.append(f"<tr><th scope='row'>{line_label(place, name)}</th>{columns}</tr>")
+            cells.append(shown + (_seed_spread(value)))
+        rows.append(_row(line_label(place, name), [*cells, str(len(found["seeds"]))]))
     counts = protocol["rows"]
     note = (
         f"<p class='note'>{counts['all']:,} test rows, {counts['warm']:,} of warm items and {counts['cold']:,} of cold "
         f"ones. Mean over training seeds; in brackets the lowest and the highest seed. Bold: the best of a column.</p>"
     )
-    table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    table = _html_table(["Method", *SHOWN, "seeds"], rows)
     return scrolling("Test metrics", table) + note
+
+
+def _seed_spread(found: dict[str, Any] | None) -> str:
+    return spread((found["low"], found["high"])) if found and len(found["seeds"]) > 1 else ""
 
 
 def _differences(protocol: dict[str, Any], results: dict[str, Any]) -> str:
     compared = {name: found for name, found in protocol["methods"].items() if found["difference"]}
     if not compared:
         return "<p class='empty'>Nothing to compare with the baseline.</p>"
-    study = results["study"]
-    names = [
-        "Method",
-        *SPLITS,
-        *(["gap closed, cold"] if study["oracle"] else []),
-        *(f"{split}, by seed" for split in SPLITS),
-    ]
-    head = "".join(f"<th scope='col'>{text(name)}</th>" for name in names)
-    rows = []
+    oracle, baseline = results["study"]["oracle"], results["study"]["baseline"]
+    rows, by_seed = [], []
     for name, found in compared.items():
-        place = list(protocol["methods"]).index(name)
-        cells = []
-        for split in SPLITS:
-            one = found["difference"][split]
-            star = "&nbsp;*" if _marked(one) else ""
-            cells.append(number(one and one["gauc"], "+.4f") + star + spread(_pair(one and one["gauc_ci"]), "+.4f"))
-        if study["oracle"]:
+        label = line_label(list(protocol["methods"]).index(name), name)
+        parts = [found["difference"][split] for split in SPLITS]
+        cells = [_difference_cell(one) for one in parts]
+        if oracle:
             closed = found["gap_closed"]
             cells.append(_share(closed) + spread(_pair(closed and closed["share_ci"]), ".0%"))
-        for split in SPLITS:
-            one = found["difference"][split]
-            seeds = (
-                [f"<small>{seed['seed']}: {number(seed['gauc'], '+.4f')}</small>" for seed in one["seeds"]]
-                if one
-                else []
-            )
-            cells.append("".join(seeds) or "–")
-        columns = "".join(f"<td>{cell}</td>" for cell in cells)
-        rows.append(f"<tr><th scope='row'>{line_label(place, name)}</th>{columns}</tr>")
-    closing = f" Gap closed: the difference as a share of that of {study['oracle']}." if study["oracle"] else ""
+        rows.append(_row(label, cells))
+        for place, one in enumerate(parts[0]["seeds"]):
+            cells = [_difference_cell(part and part["seeds"][place]) for part in parts]
+            by_seed.append(_row(f"{label} seed {one['seed']}", cells))
+    closing = f" Gap closed: the difference on cold items as a share of that of {oracle}." if oracle else ""
+    columns = ["Method", *SPLITS]
     return (
-        f"<h3>gAUC minus the gAUC of {text(study['baseline'])}</h3>\n"
-        + scrolling("Differences", f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>")
-        + f"<p class='note'>{text(results['rule'] + closing)}</p>"
+        f"<h3>gAUC minus the gAUC of {text(baseline)}</h3>\n"
+        + scrolling("Differences", _html_table([*columns, "gap closed, cold"] if oracle else columns, rows))
+        + f"<p class='note'>{text(results['rule'] + closing)}</p>\n"
+        + "<details><summary>Seed by seed, with intervals over users</summary>"
+        + scrolling("Differences seed by seed", _html_table(columns, by_seed))
+        + "</details>\n"
     )
+
+
+def _difference_cell(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return "–"
+    star = "&nbsp;*" if _marked(found) else ""
+    return number(found["gauc"], "+.4f") + star + spread(_pair(found["gauc_ci"]), "+.4f")
+
+
+def _row(label: str, cells: Sequence[str]) -> str:
+    return f"<tr><th scope='row'>{label}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+
+
+def _html_table(columns: Sequence[str], rows: Sequence[str]) -> str:
+    head = "".join(f"<th scope='col'>{text(name)}</th>" for name in columns)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
 
 def _pair(ends: Sequence[float] | None) -> tuple[float, float] | None:
@@ -276,8 +282,8 @@ def _plots(place: int, protocol: dict[str, Any]) -> str:
     drawn = figure("<b>gAUC</b> on the test rows; the dashed line is a random order.", first)
     drawn += figure("<b>Validation gAUC</b> after each epoch that all seeds reached.", second)
     note = (
-        "<p class='note'>Whiskers go from the lowest to the highest seed. A line that falls after its first epoch has "
-        "learned IDs by heart; the test rows are scored with the weights of the best epoch.</p>"
+        "<p class='note'>Whiskers go from the lowest to the highest seed. IDs whose line falls after its first epoch "
+        "have begun to know the training rows by heart. Test rows are scored with the weights of the best epoch.</p>"
     )
     return f"<ul class='legend'>{legend}</ul>\n<div class='pair'>{drawn}</div>\n{note}"
 

@@ -239,9 +239,10 @@ def test_page_and_table_hold_the_numbers(made, tmp_path):
             assert f"{found['test'][split]['gauc']['mean']:.4f}" in page.text
             assert f"{found['test'][split]['gauc']['mean']:.4f}" in table
     difference = results["protocols"]["held_out"]["methods"]["content"]["difference"]["cold"]
-    assert f"{difference['gauc']:+.4f}" in page.text
+    for one in (difference, *difference["seeds"]):
+        assert f"{one['gauc']:+.4f}" in page.text and "[{:+.4f}, {:+.4f}]".format(*one["gauc_ci"]) in page.text
     assert "50 resamples" in page.text and "50 resamples" in " ".join(table.split())
-    assert page.tags.count("svg") == 2 + 2 + 2 + 1  # two plots; a mark in the legend, the metrics, the differences
+    assert page.tags.count("svg") == 2 + 2 + 2 + 1 + 2  # two plots; marks in the legend and in three tables
     assert json.loads(json.dumps(results, allow_nan=False)) == results
 
 
@@ -270,6 +271,16 @@ def test_command_goes_on_after_a_failed_cell_and_exits_with_1(made, toy_folder, 
     assert "no such embedding folder" in Path(failed["log"]).read_text()
     assert set(results["protocols"]["held_out"]["methods"]) == {"ids", "content"}
     assert study.seeds == [0]
+
+
+def test_a_study_of_which_nothing_is_finished_is_reported(made, tmp_path):
+    study, folder, _, _ = made
+    outcomes = [Outcome(cell, "failed", "why") for cell in study_cells(study, folder / "out")]
+    results = study_results(study, outcomes)
+    assert len(results["failed"]) == 4 and not results["protocols"]["held_out"]["methods"]
+    assert "no run is finished" in study_table(results) and study_table(results).count("FAILED") == 4
+    write_study_page(results, tmp_path / "report.html")
+    assert "No run is finished" in Page((tmp_path / "report.html").read_text(encoding="utf-8")).text
 
 
 def test_a_cell_of_another_config_is_refused(made):
@@ -314,7 +325,8 @@ def test_runs_on_other_rows_and_without_predictions_are_named(copied):
         (lambda v: v["methods"]["ids"].update(config="no.yaml"), "methods.ids: no.yaml: no such config file"),
         (lambda v: v["methods"]["ids"].update(set=["task.rankr.name=din"]), "methods.ids: .*did you mean 'ranker'"),
         (lambda v: v["methods"]["ids"].update(table="factors"), "methods.ids: .*task.embedder.content"),
-        (lambda v: v.update(data="nowhere"), "nowhere"),
+        (lambda v: v.update(data="nowhere", tables={}), "not among"),
+        (lambda v: v.update(data="nowhere"), "data: no folder 'nowhere'"),
     ],
 )
 def test_a_bad_study_is_one_clear_error(toy_folder, tmp_path, change, message):
