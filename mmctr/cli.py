@@ -162,6 +162,15 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     sub = command(
+        "coldstart", _coldstart, "a study of cold items: methods x protocols x seeds, run where needed and compared"
+    )
+    sub.add_argument("study", metavar="STUDY", help="a YAML file, like configs/studies/toy.yaml")
+    sub.add_argument("overrides", metavar="key=value", nargs="*", help="keys of the study to change, like seeds=[0]")
+    sub.add_argument("--out", metavar="DIR", help="folder of runs and results (default: the study's `out`)")
+    sub.add_argument("--html", metavar="FILE", help="write the page to this file (default: report.html in the folder)")
+    sub.add_argument("--json", action="store_true", help="print JSON; what goes on is told on stderr")
+
+    sub = command(
         "serve", _serve, "an HTTP API and a page: search, score, rank and explain; on this machine by default"
     )
     sub.add_argument("index", metavar="EMB_OR_INDEX")
@@ -323,6 +332,28 @@ def _compare(arguments: argparse.Namespace) -> None:
         neighbours = sample_neighbours([Path(run) for run in arguments.runs], arguments.embeddings)
         write_report(runs, Path(arguments.html), neighbours)
         print(f"report: {arguments.html}", file=sys.stderr if arguments.json else sys.stdout)
+
+
+def _coldstart(arguments: argparse.Namespace) -> None:
+    from mmctr.files import write_json
+    from mmctr.study import StudyConfig, run_study
+    from mmctr.study_report import study_table, write_study_page
+    from mmctr.study_results import study_results
+
+    study = StudyConfig.load(arguments.study, arguments.overrides)
+    out = Path(arguments.out or study.out)
+    page = Path(arguments.html or out / "report.html")
+
+    def tell(line: str) -> None:
+        print(line, file=sys.stderr if arguments.json else sys.stdout, flush=True)
+
+    results = study_results(study, run_study(study, out, arguments.study, tell=tell))
+    write_json(out / "results.json", results)
+    write_study_page(results, page)
+    print(json.dumps(results, indent=2, ensure_ascii=False) if arguments.json else f"\n{study_table(results)}")
+    tell(f"results: {out / 'results.json'}   report: {page}")
+    if results["failed"]:
+        raise ValueError(f"{len(results['failed'])} runs failed; mend what their logs say and start the study again")
 
 
 def _serve(arguments: argparse.Namespace) -> None:

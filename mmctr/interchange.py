@@ -81,7 +81,7 @@ def _parquet(table: EmbeddingTable, out: Path) -> None:
     _write_parquet({"item_id": table.ids, "vector": pa.FixedSizeListArray.from_arrays(values, table.dim)}, out)
 
 
-def _npz(table: EmbeddingTable, out: Path) -> None:
+def write_npz(table: EmbeddingTable, out: Path) -> None:
     """The arrays `item_id` (n,) and `vectors` (n, D)."""
     _ends_in(out, ".npz")
     _save_arrays(out, item_id=_numpy_ids(table.ids, out), vectors=table.vectors)
@@ -230,7 +230,7 @@ feature_configs {{
 
 FORMATS: dict[str, Callable[[str, Path], str]] = {
     "parquet": _of_table(_parquet),
-    "npz": _of_table(_npz),
+    "npz": _of_table(write_npz),
     "safetensors": _of_table(_safetensors),
     "datasets": _of_table(_datasets),
     "fuxictr": _of_table(_fuxictr),

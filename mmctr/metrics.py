@@ -126,7 +126,7 @@ def bootstrap_intervals(
     labels, scores = _checked(labels, scores)
     users = _user_rows(groups, len(labels))
     auc_samples, gauc_samples = _bootstrap(labels, [scores], users, num_samples, seed)
-    return {"auc_ci": _interval(auc_samples[:, 0], confidence), "gauc_ci": _interval(gauc_samples[:, 0], confidence)}
+    return {"auc_ci": interval(auc_samples[:, 0], confidence), "gauc_ci": interval(gauc_samples[:, 0], confidence)}
 
 
 def paired_difference(
@@ -143,15 +143,38 @@ def paired_difference(
     Both scores are of the same impressions and see the same resampled users, so what is common to both cancels and
     the interval is narrower than two separate ones. All arguments are (B,); errors and nan as `bootstrap_intervals`.
     """
-    labels_checked, a = _checked(labels, scores_a, name="scores_a")
-    _, b = _checked(labels, scores_b, name="scores_b")
-    users = _user_rows(groups, len(a))
-    auc_samples, gauc_samples = _bootstrap(labels_checked, [a, b], users, num_samples, seed)
+    found: dict[str, Any] = {}
+    for name, (values, samples) in paired_samples(labels, [scores_a], [scores_b], groups, num_samples, seed).items():
+        found |= {name: float(values[0]), f"{name}_ci": interval(samples[:, 0], confidence)}
+    return found
+
+
+def paired_samples(
+    labels: ArrayLike,
+    scores_a: Sequence[ArrayLike],
+    scores_b: Sequence[ArrayLike],
+    groups: ArrayLike,
+    num_samples: int = 200,
+    seed: int = 0,
+) -> dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]:
+    """How much better each b ranks than its a: {"auc": (b - a, of resampled users), "gauc": the same}.
+
+    labels and groups are (B,), scores_a and scores_b P arrays (B,); the pairs are (P,) and (num_samples, P), where all
+    pairs of a sample see the same users. Errors and nan as `bootstrap_intervals`.
+    """
+    truth = _checked(labels, scores_a[0], name="scores_a")[0]
+    a = [_checked(labels, scores, name="scores_a")[1] for scores in scores_a]
+    b = [_checked(labels, scores, name="scores_b")[1] for scores in scores_b]
+    users = _user_rows(groups, len(truth))
+    pairs = list(zip(a, b, strict=True))
+    values = {
+        "auc": [auc(truth, later) - auc(truth, first) for first, later in pairs],
+        "gauc": [gauc(truth, later, users) - gauc(truth, first, users) for first, later in pairs],
+    }
+    drawn = _bootstrap(truth, [*a, *b], users, num_samples, seed)
     return {
-        "auc": auc(labels_checked, b) - auc(labels_checked, a),
-        "auc_ci": _interval(auc_samples[:, 1] - auc_samples[:, 0], confidence),
-        "gauc": gauc(labels_checked, b, users) - gauc(labels_checked, a, users),
-        "gauc_ci": _interval(gauc_samples[:, 1] - gauc_samples[:, 0], confidence),
+        name: (np.array(values[name]), samples[:, len(pairs) :] - samples[:, : len(pairs)])
+        for name, samples in zip(values, drawn, strict=True)
     }
 
 
@@ -322,7 +345,8 @@ def _bootstrap(
     return aucs, gaucs
 
 
-def _interval(samples: NDArray[np.float64], confidence: float) -> list[float]:
+def interval(samples: NDArray[np.float64], confidence: float = 0.95) -> list[float]:
+    """Percentile interval [lo, hi] of the (num_samples,) values that are not nan; both ends nan where there is none."""
     if not 0 < confidence < 1:
         raise ValueError(f"confidence is {confidence}: give a number between 0 and 1, for example 0.95")
     samples = samples[~np.isnan(samples)]

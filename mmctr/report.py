@@ -28,7 +28,7 @@ from mmctr.metrics import paired_difference
 from mmctr.page import NeighbourRow
 from mmctr.report_html import finite_interval, render_page
 
-__all__ = ["Run", "comparison_json", "comparison_table", "load_runs", "write_report"]
+__all__ = ["Run", "comparison_json", "comparison_table", "load_run", "load_runs", "read_predictions", "write_report"]
 
 SPLITS = ("all", "warm", "cold")
 
@@ -79,7 +79,7 @@ def load_runs(paths: Sequence[str | Path], num_bootstrap: int = 200) -> list[Run
     if not paths:
         raise ValueError("no run folders: name at least one, for example runs/toy_din_id")
     folders = [Path(path) for path in paths]
-    runs = [_load_run(folder, name) for folder, name in zip(folders, _short_names(folders), strict=True)]
+    runs = [load_run(folder, name) for folder, name in zip(folders, _short_names(folders), strict=True)]
     differences = _differences(folders, num_bootstrap)
     return [replace(run, difference=found) for run, found in zip(runs, differences, strict=True)]
 
@@ -190,7 +190,8 @@ def _lead(run: Run, first: Run, split: str, named: bool = True) -> str:
     return f"{words}; the interval does not contain zero."
 
 
-def _load_run(folder: Path, name: str) -> Run:
+def load_run(folder: Path, name: str) -> Run:
+    """Read one finished ranker run. Errors as `load_runs`."""
     make = f"accelerate launch -m finetune.train CONFIG run_dir={folder}"
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; a ranker run is made by `{make}`")
@@ -253,10 +254,10 @@ def _short_names(folders: Sequence[Path]) -> list[str]:
 
 def _differences(folders: Sequence[Path], num_bootstrap: int) -> list[dict[str, dict[str, Any] | None] | None]:
     """Paired differences to the first run: None for itself and for runs with other rows or without predictions."""
-    first = _read_predictions(folders[0]) if len(folders) > 1 else None
+    first = read_predictions(folders[0]) if len(folders) > 1 else None
     result: list[dict[str, dict[str, Any] | None] | None] = [None]
     for folder in folders[1:]:
-        own = _read_predictions(folder) if first is not None else None
+        own = read_predictions(folder) if first is not None else None
         if first is None or own is None or not all(own[key].equals(first[key]) for key in ("user", "item", "label")):
             result.append(None)
             continue
@@ -271,8 +272,11 @@ def _differences(folders: Sequence[Path], num_bootstrap: int) -> list[dict[str, 
     return result
 
 
-def _read_predictions(folder: Path) -> Any | None:
-    """The `predictions.parquet` of a run as a pyarrow Table, None where there is none."""
+def read_predictions(folder: Path) -> Any | None:
+    """The `predictions.parquet` of a run (user, item, label, score, cold) as a pyarrow Table, None where there is none.
+
+    Raises ValueError naming the file when it cannot be read or lacks a column.
+    """
     path = folder / "predictions.parquet"
     if not path.is_file():
         return None

@@ -1,21 +1,14 @@
-"""The HTML page of `mmctr.report`: one file, inline SVG, no script, no resource from elsewhere.
-
-Plots are drawn in the units of a 460-wide box that scales with its column, so that their letters stay readable on a
-phone.
-"""
+"""The HTML page of `mmctr.report`: one file, inline SVG, no script, no resource from elsewhere."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import yaml
 
 from mmctr.page import (
-    NUM_STYLES,
     NeighbourRow,
     document,
     is_number,
@@ -26,6 +19,7 @@ from mmctr.page import (
     spread,
     text,
 )
+from mmctr.plots import Series, figure, line_label, line_plot, nice_ticks
 
 if TYPE_CHECKING:
     from mmctr.report import Run
@@ -33,18 +27,6 @@ if TYPE_CHECKING:
 METRIC_NAMES = {"auc": "AUC", "gauc": "gAUC"}
 SPLIT_NAMES = {"all": "All items", "warm": "Warm items (seen in training)", "cold": "Cold items (not in training)"}
 MAX_CURVE_POINTS = 200
-
-WIDTH, DRAWN_HEIGHT, LEFT, RIGHT, TOP = 460, 208, 48, 12, 10  # of a plot and its margins, in SVG units
-
-
-@dataclass(frozen=True)
-class _Series:
-    """One line of a plot: points (x, y, (low, high) of the whisker or None), by x; y None leaves a gap."""
-
-    name: str
-    style: int
-    points: list[tuple[float, float | None, tuple[float, float] | None]]
-    marks: bool = True
 
 
 def finite_interval(ends: Sequence[float | None] | None) -> tuple[float, float] | None:
@@ -94,7 +76,7 @@ def _metrics_table(runs: Sequence[Run]) -> str:
             cells += [number(run.metric(split, "log_loss")), number(run.metric(split, "calibration"), ".3f")]
             cells += [number(run.metric(split, count), ",.0f") for count in ("num_impressions", "num_positives")]
             columns = "".join(f"<td>{cell}</td>" for cell in cells)
-            rows.append(f"<tr><th scope='row'>{_run_label(position, run)}</th>{columns}</tr>")
+            rows.append(f"<tr><th scope='row'>{line_label(position, run.name)}</th>{columns}</tr>")
         bodies.append(f"<tbody>{''.join(rows)}</tbody>")
     table = f"<table><thead><tr>{head}</tr></thead>{''.join(bodies)}</table>"
     note = (
@@ -126,7 +108,7 @@ def _bucket_plots(runs: Sequence[Run]) -> str:
                 value = table.get(name, {}).get(metric)
                 interval = finite_interval(table.get(name, {}).get(f"{metric}_ci"))
                 points.append((position + shift, value if is_number(value) else None, interval))
-            series.append(_Series(runs[run_position].name, run_position, points))
+            series.append(Series(runs[run_position].name, run_position, points))
         title = METRIC_NAMES[metric]
         told = "; ".join(
             f"{line.name}: " + ", ".join(f"{name} {number(p[1])}" for name, p in zip(names, line.points, strict=True))
@@ -134,8 +116,8 @@ def _bucket_plots(runs: Sequence[Run]) -> str:
         )
         about, x_range = f"{title} by clicks of the item in training", (-0.5, len(names) - 0.5)
         x_name = "clicks of the item in training (n: impressions)"
-        plot = _plot(f"bucket-{metric}", about, told, series, ticks, x_range, x_name, reference=0.5)
-        figures.append(_figure(f"<b>{title}</b> with 95% intervals; the dashed line is a random order.", plot))
+        plot = line_plot(f"bucket-{metric}", about, told, series, ticks, x_range, x_name, reference=0.5)
+        figures.append(figure(f"<b>{title}</b> with 95% intervals; the dashed line is a random order.", plot))
         head = "".join(f"<th scope='col'>{text(name)}</th>" for name in (title, *names))
         rows = "".join(
             f"<tr><th scope='row'>{text(line.name)}</th>"
@@ -144,7 +126,7 @@ def _bucket_plots(runs: Sequence[Run]) -> str:
             for line in series
         )
         details.append(f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>")
-    legend = "".join(f"<li>{_run_label(position, run)}</li>" for position, run in enumerate(runs))
+    legend = "".join(f"<li>{line_label(position, run.name)}</li>" for position, run in enumerate(runs))
     plots = f"<ul class='legend'>{legend}</ul>\n<div class='pair'>{''.join(figures)}</div>\n"
     numbers = scrolling("AUC and gAUC by clicks", "".join(details))
     return f"{plots}<details><summary>The numbers of the plots</summary>{numbers}</details>"
@@ -152,28 +134,28 @@ def _bucket_plots(runs: Sequence[Run]) -> str:
 
 def _curves(run: Run, style: int, runs: Sequence[Run]) -> str:
     """Loss and validation gAUC of one run; the axes of steps and of gAUC are those of all runs, to be compared."""
-    heading = f"<h3>{_run_label(style, run)}</h3>\n"
+    heading = f"<h3>{line_label(style, run.name)}</h3>\n"
     losses = _binned([(line["step"], line["loss"]) for line in run.training if is_number(line["loss"])])
     checks = _validation_points(run)
     if not losses and not checks:
         return heading + "<p>No log of the training.</p>\n"
     last = max([1, *(line["step"] for other in runs for line in (*other.training, *other.evaluations))])
-    ticks = [(tick, short(tick), "") for tick in _nice_ticks(0, last) if tick.is_integer()]
+    ticks = [(tick, short(tick), "") for tick in nice_ticks(0, last) if tick.is_integer()]
     figures = []
     if losses:
         told = f"loss {losses[0][1]:.4f} at step {losses[0][0]:.0f}, {losses[-1][1]:.4f} at step {losses[-1][0]:.0f}"
-        series = _Series(run.name, style, [(x, y, None) for x, y in losses], marks=len(losses) == 1)
-        plot = _plot(f"loss-{style}", f"Training loss of {run.name}", told, [series], ticks, (0, last), "step")
-        figures.append(_figure("<b>Training loss</b>, on its own scale.", plot))
+        series = Series(run.name, style, [(x, y, None) for x, y in losses], marks=len(losses) == 1)
+        plot = line_plot(f"loss-{style}", f"Training loss of {run.name}", told, [series], ticks, (0, last), "step")
+        figures.append(figure("<b>Training loss</b>, on its own scale.", plot))
     if checks:
         step, highest, epoch = max(checks, key=lambda point: point[1])
         told = f"highest {highest:.4f} at step {step:,}" + (f", epoch {epoch:g}" if is_number(epoch) else "")
-        series = _Series(run.name, style, [(x, y, None) for x, y, _ in checks])
+        series = Series(run.name, style, [(x, y, None) for x, y, _ in checks])
         every = [y for other in runs for _, y, _ in _validation_points(other)]
         title = f"Validation gAUC of {run.name}"
         span = (min(every), max(every))
-        plot = _plot(f"validation-{style}", title, told, [series], ticks, (0, last), "step", y_range=span)
-        figures.append(_figure(f"<b>Validation gAUC</b>, {told}.", plot))
+        plot = line_plot(f"validation-{style}", title, told, [series], ticks, (0, last), "step", y_range=span)
+        figures.append(figure(f"<b>Validation gAUC</b>, {told}.", plot))
     return f"{heading}<div class='pair'>{''.join(figures)}</div>\n"
 
 
@@ -187,102 +169,3 @@ def _binned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     if len(points) <= MAX_CURVE_POINTS:
         return points
     return [tuple(part.mean(axis=0).tolist()) for part in np.array_split(np.array(points, float), MAX_CURVE_POINTS)]
-
-
-def _nice_ticks(low: float, high: float) -> list[float]:
-    """Three to seven round numbers from low to high, which differ."""
-    raw = (high - low) / 5
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * 0.999)
-    return [index * step for index in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
-
-
-def _plot(
-    uid: str,
-    title: str,
-    description: str,
-    series: Sequence[_Series],
-    ticks: Sequence[tuple[float, str, str]],
-    x_range: tuple[float, float],
-    x_name: str,
-    y_range: tuple[float, float] | None = None,
-    reference: float | None = None,
-) -> str:
-    """An SVG line plot; ticks are (x, label, second line of the label), reference a dashed horizontal line."""
-    values = [value for line in series for _, y, ends in line.points if y is not None for value in (y, *(ends or ()))]
-    if not values:
-        return "<p class='empty'>Nothing to draw: not defined for these rows.</p>"
-    low, high = y_range or (min(values), max(values))
-    if reference is not None:
-        low, high = min(low, reference), max(high, reference)
-    pad = 0.06 * (high - low) or 0.02 * abs(high) or 0.02
-    low, high = low - pad, high + pad
-
-    def place_x(x: float) -> float:
-        return LEFT + (x - x_range[0]) / (x_range[1] - x_range[0]) * (WIDTH - LEFT - RIGHT)
-
-    def place_y(y: float) -> float:
-        return TOP + (high - y) / (high - low) * DRAWN_HEIGHT
-
-    bottom, parts = TOP + DRAWN_HEIGHT, []
-    levels = _nice_ticks(low, high)
-    decimals = max(0, -math.floor(math.log10(levels[1] - levels[0]) + 1e-9)) if len(levels) > 1 else 3
-    for level in levels:
-        y = place_y(level)
-        parts.append(f"<path class='grid' d='M{LEFT} {y:.1f}H{WIDTH - RIGHT}'/>")
-        parts.append(f"<text class='end' x='{LEFT - 6}' y='{y + 4:.1f}'>{level:.{decimals}f}</text>")
-    if reference is not None:
-        parts.append(f"<path class='reference' d='M{LEFT} {place_y(reference):.1f}H{WIDTH - RIGHT}'/>")
-    for x, label, below in ticks:
-        parts.append(f"<text x='{place_x(x):.1f}' y='{bottom + 17}'>{text(label)}</text>")
-        parts.append(
-            f"<text class='minor' x='{place_x(x):.1f}' y='{bottom + 32}'>{text(below)}</text>" if below else ""
-        )
-    name_y = bottom + (52 if any(below for _, _, below in ticks) else 36)
-    parts.append(f"<text class='minor' x='{(LEFT + WIDTH - RIGHT) / 2}' y='{name_y}'>{text(x_name)}</text>")
-    for line in series:
-        path, pen, whiskers, marks = [], "M", [], []
-        for x, y, ends in line.points:
-            if y is None:
-                pen = "M"
-                continue
-            left, top = place_x(x), place_y(y)
-            path.append(f"{pen}{left:.1f} {top:.1f}")
-            pen = "L"
-            if ends:
-                whiskers += [f"M{left:.1f} {place_y(ends[0]):.1f}V{place_y(ends[1]):.1f}"]
-                whiskers += [f"M{left - 3:.1f} {place_y(end):.1f}h6" for end in ends]
-            marks.append(_mark(line.style, left, top) if line.marks else "")
-        parts.append(
-            f"<g class='{_style(line.style)}'><path class='line' d='{''.join(path)}'/>"
-            f"<path class='whisker' d='{''.join(whiskers)}'/>{''.join(marks)}</g>"
-        )
-    return (
-        f"<svg viewBox='0 0 {WIDTH} {name_y + 10}' role='img' aria-labelledby='{uid}-title {uid}-desc'>"
-        f"<title id='{uid}-title'>{text(title)}</title><desc id='{uid}-desc'>{text(description)}</desc>"
-        f"{''.join(parts)}</svg>"
-    )
-
-
-def _style(index: int) -> str:
-    return f"c{index % NUM_STYLES}" + (" again" if index >= NUM_STYLES else "")
-
-
-def _mark(index: int, x: float, y: float) -> str:
-    """Circle, square, triangle, diamond, downward triangle, cross: runs differ without their colours too."""
-    shape = (
-        "m-4.5 0a4.5 4.5 0 1 0 9 0a4.5 4.5 0 1 0-9 0z", "m-4-4h8v8h-8z", "m0-5l5 9h-10z",
-        "m0-5.5l5.5 5.5l-5.5 5.5l-5.5-5.5z", "m0 5l5-9h-10z", "m-4.5-1.5h3v-3h3v3h3v3h-3v3h-3v-3h-3z",
-    )[index % NUM_STYLES]  # fmt: skip
-    return f"<path class='mark' d='M{x:.1f} {y:.1f}{shape}'/>"
-
-
-def _run_label(index: int, run: Run) -> str:
-    """The name of a run beside its mark."""
-    key = f"<path class='line' d='M1 7H25'/>{_mark(index, 13, 7)}"
-    svg = f"<svg class='key {_style(index)}' viewBox='0 0 26 14' aria-hidden='true'>{key}</svg>"
-    return f"<span class='run'>{svg}<span>{text(run.name)}</span></span>"
-
-
-def _figure(caption: str, content: str) -> str:
-    return f"<figure><figcaption>{caption}</figcaption>{content}</figure>"

@@ -180,7 +180,7 @@ def begin_run(config: Config, run_dir: Path, accelerator: Accelerator) -> str:
         path = run_dir / "config.yaml"
         if path.is_file():
             old = type(config).load(path).model_dump(mode="json")
-            differing = _first_difference(old, values)
+            differing = first_difference(old, values)
             if differing:
                 key, before, now = differing
                 raise ValueError(
@@ -193,12 +193,16 @@ def begin_run(config: Config, run_dir: Path, accelerator: Accelerator) -> str:
     return fingerprint({key: value for key, value in values.items() if key != "run_dir"})
 
 
-def _first_difference(old: Any, new: Any, key: str = "") -> tuple[str, Any, Any] | None:
+def first_difference(old: Any, new: Any, key: str = "") -> tuple[str, Any, Any] | None:
+    """(key, old value, new value) of the first difference between two dumped configs, None when they agree.
+
+    `run_dir` does not count.
+    """
     if isinstance(old, dict) and isinstance(new, dict):
         for name in [*old, *(n for n in new if n not in old)]:
             if key == "" and name == "run_dir":
                 continue  # the folder may have been moved
-            found = _first_difference(old.get(name), new.get(name), f"{key}.{name}".lstrip("."))
+            found = first_difference(old.get(name), new.get(name), f"{key}.{name}".lstrip("."))
             if found:
                 return found
         return None

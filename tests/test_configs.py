@@ -10,6 +10,7 @@ from pydantic import TypeAdapter
 
 from finetune.train import FinetuneConfig
 from mmctr.optimizers import make_optimizer
+from mmctr.study import StudyConfig, study_cells
 from pretrain.train import PretrainConfig
 from tests.tiny import CLONE
 
@@ -34,10 +35,23 @@ def test_a_config_loads_and_saves_equal(path: Path, tmp_path):
 
 def test_there_are_configs_of_both_recipes_and_no_others():
     assert {path.relative_to(CLONE / "configs").parts[0] for path in CONFIGS} == set(RECIPES)
-    assert {path.name for path in (CLONE / "configs").iterdir()} == {*RECIPES, "accelerate"}
+    assert {path.name for path in (CLONE / "configs").iterdir()} == {*RECIPES, "accelerate", "studies"}
     for path in (CLONE / "configs" / "accelerate").glob("*.yaml"):
         values = yaml.safe_load(path.read_text())
         assert values["num_processes"] >= 1 and isinstance(values["use_cpu"], bool)
+
+
+@pytest.mark.parametrize("path", sorted((CLONE / "configs" / "studies").glob("*.yaml")), ids=lambda path: path.name)
+def test_a_study_and_its_cells_load(path: Path, tmp_path, monkeypatch):
+    monkeypatch.chdir(CLONE)  # as recipes are run
+    study = StudyConfig.load(path)
+    cells = study_cells(study, tmp_path, path.name)
+    assert len(cells) == len(study.protocols) * len(study.methods) * len(study.seeds) and len(study.methods) > 5
+    assert len({cell.folder for cell in cells}) == len(cells)
+    for cell in cells:
+        again = FinetuneConfig.load(cell.arguments[0], cell.arguments[1:])
+        assert again == cell.config and again.run_dir == str(cell.folder) and again.data.path == study.data
+    assert (study.methods["shuffled"].table, study.seeds) == ("shuffled", [0, 1, 2])
 
 
 def test_parts_of_the_optimizer_are_those_of_the_task():

@@ -75,15 +75,21 @@ def test_the_union_of_the_worked_example_takes_it(recency):
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
-def test_yaml_loads(path, tmp_path):
-    """Every YAML block is valid over a config of the recipe it speaks of."""
+def test_yaml_loads(path, tmp_path, monkeypatch):
+    """Every YAML block is valid over a config of the recipe it speaks of, or a whole study."""
     from finetune.train import FinetuneConfig
+    from mmctr.study import StudyConfig, study_cells
     from pretrain.train import PretrainConfig
+
+    monkeypatch.chdir(CLONE)
 
     for kind, body in FENCE.findall(page(path)):
         if kind != "yaml":
             continue
         values = yaml.safe_load(body)
+        if "protocols" in values:
+            study_cells(StudyConfig.parse(values), tmp_path)
+            continue
         pretrain = "encoder" in values.get("task", {}) or "attributes" in values
         base = CLONE / "configs" / ("pretrain/toy.yaml" if pretrain else "finetune/toy_din_id.yaml")
         (tmp_path / "block.yaml").write_text(yaml.safe_dump({"base": str(base), **values}), encoding="utf-8")

@@ -1,0 +1,294 @@
+"""The results of a study as a text table and as one HTML page."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from mmctr.files import write_text
+from mmctr.page import document, is_number, number, scrolling, short, spread, text
+from mmctr.plots import Series, figure, line_label, line_plot, nice_ticks
+from mmctr.report import SPLITS
+
+SHOWN = {"gAUC all": ("all", "gauc"), "gAUC warm": ("warm", "gauc"), "gAUC cold": ("cold", "gauc")} | {
+    "AUC all": ("all", "auc"),
+    "log loss": ("all", "log_loss"),
+}
+"""column -> (split, metric)"""
+
+
+def study_table(results: dict[str, Any]) -> str:
+    """The results as plain text, 100 columns wide: per protocol the metrics, the differences, validation by epoch."""
+    console = Console(width=100, file=io.StringIO(), color_system=None, highlight=False)
+    for name, protocol in results["protocols"].items():
+        for title, table in _tables(name, protocol, results["study"]):
+            console.print(Text(title))
+            console.print(table)
+    console.print(Text(results["rule"]))
+    for cell in results["failed"]:
+        console.print(Text(f"\nFAILED: {_cell_name(cell)}; {cell['log']} ends with\n{cell['said']}"))
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    return "\n".join(line.rstrip() for line in lines).strip("\n")
+
+
+def _tables(name: str, protocol: dict[str, Any], study: dict[str, Any]) -> Iterator[tuple[str, Table | str]]:
+    """(title, table) one after another."""
+    methods, rows = protocol["methods"], protocol["rows"]
+    if not methods:
+        yield name, "no run is finished\n"
+        return
+    counts = f"{rows['all']:,} test rows, {rows['cold']:,} of them of cold items"
+    table = _table([*SHOWN, "seeds"])
+    for method, found in methods.items():
+        cells = [_text_summary(found["test"][split][metric]) for split, metric in SHOWN.values()]
+        table.add_row(Text(method), *cells, str(len(found["seeds"])))
+    yield f"{name}: {counts}; mean over seeds, lowest–highest", table
+    compared = {method: found for method, found in methods.items() if found["difference"]}
+    if compared:
+        columns = [*SPLITS, *(["gap closed"] if study["oracle"] else [])]
+        table = _table(columns)
+        for method, found in compared.items():
+            cells = [_text_difference(found["difference"][split]) for split in SPLITS]
+            table.add_row(Text(method), *cells, *([_share(found["gap_closed"])] if study["oracle"] else []))
+        yield f"{name}: gAUC minus the gAUC of {study['baseline']} (95% interval)", table
+    epochs = _epochs(methods)
+    if epochs:
+        part = ", the first eight" if len(epochs) > 8 else ""
+        table = _table([f"{epoch:g}" for epoch in epochs[:8]])
+        for method, found in methods.items():
+            curve = {point["epoch"]: point["gauc"] for point in found["validation"]}
+            table.add_row(Text(method), *(_mean(curve.get(epoch)) for epoch in epochs[:8]))
+        yield f"{name}: validation gAUC by epoch{part}", table
+
+
+def _table(columns: Sequence[str]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("method", overflow="fold")
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def _text_summary(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return "–"
+    both = "" if len(found["seeds"]) == 1 else f"\n{_bare(found['low'], '')}–{_bare(found['high'], '')}"
+    return f"{found['mean']:.4f}{both}"
+
+
+def _text_difference(found: dict[str, Any] | None) -> Text:
+    if found is None or found["gauc"] is None:
+        return Text("–")
+    ends = found["gauc_ci"]
+    star = " *" if _marked(found) else "  "
+    return Text(_bare(found["gauc"]) + star + (f"\n[{_bare(ends[0])}, {_bare(ends[1])}]" if ends else ""))
+
+
+def _bare(value: float, sign: str = "+") -> str:
+    """+.1234: without the leading zero, so that the columns fit."""
+    shown = f"{value:{sign}.4f}"
+    return shown.replace("+0.", "+.").replace("-0.", "-.") if sign else shown.removeprefix("0")
+
+
+def _marked(found: dict[str, Any] | None) -> bool:
+    """Whether the interval of a difference in gAUC holds no zero."""
+    ends = _pair(found["gauc_ci"]) if found else None
+    return ends is not None and not ends[0] <= 0 <= ends[1]
+
+
+def _mean(found: dict[str, Any] | None) -> str:
+    return number(found and found["mean"])
+
+
+def _share(found: dict[str, Any] | None) -> str:
+    return "–" if found is None else number(found["share"], ".0%")
+
+
+def _epochs(methods: dict[str, Any]) -> list[float]:
+    return sorted({point["epoch"] for found in methods.values() for point in found["validation"]})
+
+
+def _cell_name(cell: dict[str, Any]) -> str:
+    return f"{cell['protocol']} / {cell['method']} / seed {cell['seed']}"
+
+
+# The page ------------------------------------------------------------------------------------------------------------
+
+
+def write_study_page(results: dict[str, Any], path: str | Path) -> None:
+    """Write one HTML file that needs nothing else. It appears whole or not at all; OSError when it cannot be."""
+    study = results["study"]
+    sections = [f"<h1>Cold items: {text(study['data'])}</h1>\n<p class='lead'>{text(_lead(results))}</p>"]
+    for cell in results["failed"]:
+        sections.append(
+            f"<h2>Failed: {text(_cell_name(cell))}</h2>\n<p>{text(cell['log'])} ends with</p>"
+            f"<pre tabindex='0'>{text(cell['said'])}</pre>"
+        )
+    for place, (name, protocol) in enumerate(results["protocols"].items()):
+        heading = f"<h2>{text(name)}</h2>\n"
+        if not protocol["methods"]:
+            sections.append(f"{heading}<p class='empty'>No run is finished.</p>")
+            continue
+        sections.append(f"{heading}{_metrics(protocol)}{_differences(protocol, results)}{_plots(place, protocol)}")
+    shown = yaml.safe_dump(study, sort_keys=False, allow_unicode=True)
+    sections.append(f"<h2>The study</h2>\n<pre tabindex='0'>{text(shown)}</pre>")
+    write_text(Path(path), document(f"Cold items: {study['data']}", sections))
+
+
+def _lead(results: dict[str, Any]) -> str:
+    """The result on cold items in a sentence or two a protocol."""
+    study, words = results["study"], []
+    for name, protocol in results["protocols"].items():
+        outer = (study["baseline"], study["oracle"])
+        known = {key: found["test"]["cold"]["gauc"] for key, found in protocol["methods"].items() if key not in outer}
+        ranked = sorted((found["mean"], key) for key, found in known.items() if found)
+        if not ranked:
+            words.append(f"{name}: no gAUC on cold items to compare.")
+            continue
+        mean, best = ranked[-1]
+        found = protocol["methods"][best]
+        words.append(
+            f"{name}: on {protocol['rows']['cold']:,} rows of cold items {best} has the highest gAUC, {mean:.4f}"
+        )
+        difference = found["difference"] and found["difference"]["cold"]
+        if difference and difference["gauc"] is not None and difference["gauc_ci"]:
+            low, high = difference["gauc_ci"]
+            words[-1] += (
+                f", {difference['gauc']:+.4f} against {study['baseline']} (95% interval {low:+.4f} to {high:+.4f})"
+            )
+            words[-1] += "" if _marked(difference) else ", which does not tell the two apart"
+        if found["gap_closed"]:
+            words[-1] += f"; that is {_share(found['gap_closed'])} of the way to {study['oracle']}"
+        words[-1] += "."
+    return " ".join(words)
+
+
+def _metrics(protocol: dict[str, Any]) -> str:
+    methods = protocol["methods"]
+    best = {
+        (split, metric): (min if metric == "log_loss" else max)(values)
+        for split, metric in SHOWN.values()
+        if (
+            values := [
+                found["test"][split][metric]["mean"] for found in methods.values() if found["test"][split][metric]
+            ]
+        )
+    }
+    rows = []
+    for place, (name, found) in enumerate(methods.items()):
+        cells = []
+        for key in SHOWN.values():
+            value = found["test"][key[0]][key[1]]
+            shown = _mean(value)
+            shown = f"<strong>{shown}</strong>" if value and value["mean"] == best[key] and len(methods) > 1 else shown
+            cells.append(shown + (_seed_spread(value)))
+        rows.append(_row(line_label(place, name), [*cells, str(len(found["seeds"]))]))
+    counts = protocol["rows"]
+    note = (
+        f"<p class='note'>{counts['all']:,} test rows, {counts['warm']:,} of warm items and {counts['cold']:,} of cold "
+        f"ones. Mean over training seeds; in brackets the lowest and the highest seed. Bold: the best of a column.</p>"
+    )
+    table = _html_table(["Method", *SHOWN, "seeds"], rows)
+    return scrolling("Test metrics", table) + note
+
+
+def _seed_spread(found: dict[str, Any] | None) -> str:
+    return spread((found["low"], found["high"])) if found and len(found["seeds"]) > 1 else ""
+
+
+def _differences(protocol: dict[str, Any], results: dict[str, Any]) -> str:
+    compared = {name: found for name, found in protocol["methods"].items() if found["difference"]}
+    if not compared:
+        return "<p class='empty'>Nothing to compare with the baseline.</p>"
+    oracle, baseline = results["study"]["oracle"], results["study"]["baseline"]
+    rows, by_seed = [], []
+    for name, found in compared.items():
+        label = line_label(list(protocol["methods"]).index(name), name)
+        parts = [found["difference"][split] for split in SPLITS]
+        cells = [_difference_cell(one) for one in parts]
+        if oracle:
+            closed = found["gap_closed"]
+            cells.append(_share(closed) + spread(_pair(closed and closed["share_ci"]), ".0%"))
+        rows.append(_row(label, cells))
+        for place, one in enumerate(parts[0]["seeds"]):
+            cells = [_difference_cell(part and part["seeds"][place]) for part in parts]
+            by_seed.append(_row(f"{label} seed {one['seed']}", cells))
+    closing = f" Gap closed: the difference on cold items as a share of that of {oracle}." if oracle else ""
+    columns = ["Method", *SPLITS]
+    return (
+        f"<h3>gAUC minus the gAUC of {text(baseline)}</h3>\n"
+        + scrolling("Differences", _html_table([*columns, "gap closed, cold"] if oracle else columns, rows))
+        + f"<p class='note'>{text(results['rule'] + closing)}</p>\n"
+        + "<details><summary>Seed by seed, with intervals over users</summary>"
+        + scrolling("Differences seed by seed", _html_table(columns, by_seed))
+        + "</details>\n"
+    )
+
+
+def _difference_cell(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return "–"
+    star = "&nbsp;*" if _marked(found) else ""
+    return number(found["gauc"], "+.4f") + star + spread(_pair(found["gauc_ci"]), "+.4f")
+
+
+def _row(label: str, cells: Sequence[str]) -> str:
+    return f"<tr><th scope='row'>{label}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+
+
+def _html_table(columns: Sequence[str], rows: Sequence[str]) -> str:
+    head = "".join(f"<th scope='col'>{text(name)}</th>" for name in columns)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+
+
+def _pair(ends: Sequence[float] | None) -> tuple[float, float] | None:
+    return (ends[0], ends[1]) if ends else None
+
+
+def _plots(place: int, protocol: dict[str, Any]) -> str:
+    """gAUC by clicks of the item, and validation gAUC by epoch: a line a method, whiskers from seed to seed."""
+    methods = protocol["methods"]
+    names = [bucket["clicks"] for bucket in next(iter(methods.values()))["buckets"]]
+    counts = [bucket["num_impressions"] for bucket in next(iter(methods.values()))["buckets"]]
+    by_clicks, by_epoch = [], []
+    for style, (name, found) in enumerate(methods.items()):
+        # methods stand beside each other, or their whiskers would hide one another
+        shift = (style - (len(methods) - 1) / 2) * min(0.14, 0.7 / len(methods))
+        values = [bucket["gauc"] for bucket in found["buckets"]]
+        by_clicks.append(Series(name, style, [_point(at + shift, value) for at, value in enumerate(values)]))
+        curve = [_point(point["epoch"], point["gauc"]) for point in found["validation"]]
+        by_epoch.append(Series(name, style, curve))
+    ticks = [
+        (float(at), str(name), f"n = {short(n or 0)}") for at, (name, n) in enumerate(zip(names, counts, strict=True))
+    ]
+    told = "; ".join(f"{line.name}: {', '.join(number(y) for _, y, _ in line.points)}" for line in by_clicks)
+    title, x_range = "gAUC by clicks of the item in training", (-0.5, len(names) - 0.5)
+    x_name = "clicks of the item in training (n: impressions)"
+    first = line_plot(f"clicks-{place}", title, told, by_clicks, ticks, x_range, x_name, reference=0.5)
+    epochs = _epochs(methods)
+    told = "; ".join(f"{line.name}: {', '.join(number(y) for _, y, _ in line.points)}" for line in by_epoch)
+    ends = (min([0.5, *epochs]), max([1.0, *epochs]) + 0.5)
+    whole = [(tick, short(tick), "") for tick in nice_ticks(*ends) if tick.is_integer()]
+    second = line_plot(f"epochs-{place}", "Validation gAUC by epoch", told, by_epoch, whole, ends, "epoch")
+    legend = "".join(f"<li>{line_label(style, name)}</li>" for style, name in enumerate(methods))
+    drawn = figure("<b>gAUC</b> on the test rows; the dashed line is a random order.", first)
+    drawn += figure("<b>Validation gAUC</b> after each epoch that all seeds reached.", second)
+    note = (
+        "<p class='note'>Whiskers go from the lowest to the highest seed. IDs whose line falls after its first epoch "
+        "have begun to know the training rows by heart. Test rows are scored with the weights of the best epoch.</p>"
+    )
+    return f"<ul class='legend'>{legend}</ul>\n<div class='pair'>{drawn}</div>\n{note}"
+
+
+def _point(x: float, found: dict[str, Any] | None) -> tuple[float, float | None, tuple[float, float] | None]:
+    if found is None or not is_number(found["mean"]):
+        return x, None, None
+    return x, found["mean"], (found["low"], found["high"]) if len(found["seeds"]) > 1 else None

@@ -1,0 +1,194 @@
+"""The numbers of a study: means over seeds, paired differences to the baseline, the share of a gap that is closed.
+
+Everything is read from the run folders: metrics.json, log.jsonl and predictions.parquet. A summary S of a value over
+seeds is {"mean", "low", "high", "seeds": [one value a seed, None where it is not defined]}, or None without any value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from mmctr.metrics import interval, paired_samples
+from mmctr.page import is_number
+from mmctr.report import SPLITS, Run, load_run, read_predictions
+from mmctr.study import Cell, Outcome, StudyConfig
+
+METRICS = ("gauc", "auc", "log_loss")
+RULE = (
+    "The difference of a method is its gAUC minus that of the baseline on the same rows, averaged over seeds, seed by "
+    "seed. Its 95% interval comes from {samples} resamples: each draws users with replacement, the same for both "
+    "methods and all seeds, and then as many seeds as there are, with replacement. A star marks an interval without "
+    "zero. With few seeds their spread is underestimated, so an interval that ends near zero decides nothing."
+)
+
+
+def study_results(study: StudyConfig, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """What the finished cells of a study say, ready for JSON.
+
+    {"study", "rule", "failed": [{"protocol", "method", "seed", "log", "said"}], "protocols": {protocol: {"rows":
+    {"all", "warm", "cold"}, "methods": {method: R}}}}, where R of a method with a finished seed is {"seeds", "folders",
+    "test": {split: {metric: S}}, "buckets": [{"clicks", "num_impressions", "gauc": S}], "validation": [{"epoch",
+    "gauc": S}] of the epochs that all seeds reached, "difference": {split: D} or None, "gap_closed": G or None}.
+
+    D is {"auc", "auc_ci", "gauc", "gauc_ci", "seeds": [{"seed", the same keys}]}, None where the split has no rows. G
+    is the difference on cold gAUC over that of the oracle, {"share", "share_ci", "seeds"}; None where there is no
+    oracle, or it is not above the baseline beyond doubt. Raises ValueError for runs of other rows, naming them.
+    """
+    protocols = {}
+    for protocol in study.protocols:
+        cells = [one.cell for one in outcomes if one.cell.protocol == protocol and one.state != "failed"]
+        protocols[protocol] = _protocol_results(study, cells)
+    failed = [
+        {**{key: getattr(one.cell, key) for key in ("protocol", "method", "seed")}, "log": str(one.cell.log)}
+        | {"said": one.said}
+        for one in outcomes
+        if one.state == "failed"
+    ]
+    rule = RULE.format(samples=study.bootstrap)
+    return {"study": study.model_dump(mode="json"), "rule": rule, "failed": failed, "protocols": protocols}
+
+
+def summary(values: Sequence[Any]) -> dict[str, Any] | None:
+    """S of one value a seed."""
+    known = [float(value) for value in values if is_number(value)]
+    if not known:
+        return None
+    seeds = [value if is_number(value) else None for value in values]
+    return {"mean": sum(known) / len(known), "low": min(known), "high": max(known), "seeds": seeds}
+
+
+def _protocol_results(study: StudyConfig, cells: Sequence[Cell]) -> dict[str, Any]:
+    if not cells:
+        return {"rows": dict.fromkeys(SPLITS, 0), "methods": {}}
+    rows = _Rows(cells)
+    methods = {}
+    for name in study.methods:
+        own = [cell for cell in cells if cell.method == name]
+        if not own:
+            continue
+        runs = [load_run(cell.folder, name) for cell in own]
+        methods[name] = {
+            "seeds": [cell.seed for cell in own],
+            "folders": [str(cell.folder) for cell in own],
+            "test": {
+                split: {metric: summary([run.metric(split, metric) for run in runs]) for metric in METRICS}
+                for split in SPLITS
+            },
+            "buckets": _buckets(runs),
+            "validation": _validation(runs),
+            "difference": None if name == study.baseline else rows.differences(name, study.baseline, study.bootstrap),
+            "gap_closed": rows.gap_closed(name, study),
+        }
+    return {"rows": rows.counts(), "methods": methods}
+
+
+def _buckets(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """The rows of a protocol are the same for all seeds, and so are the buckets."""
+    result = []
+    for parts in zip(*(run.test["buckets"] for run in runs), strict=True):
+        counts = {key: parts[0].get(key) for key in ("clicks", "num_impressions")}
+        result.append(counts | {"gauc": summary([part.get("gauc") for part in parts])})
+    return result
+
+
+def _validation(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """By epoch. A mean over the seeds that happened to go on longer would be of other runs, so it stops before."""
+    curves = [{round(line["epoch"], 4): line["validation"].get("gauc") for line in run.evaluations} for run in runs]
+    shared = sorted(set.intersection(*(set(curve) for curve in curves)))
+    return [{"epoch": epoch, "gauc": summary([curve[epoch] for curve in curves])} for epoch in shared]
+
+
+class _Rows:
+    """The test rows of a protocol, and the scores each run gives them."""
+
+    def __init__(self, cells: Sequence[Cell]) -> None:
+        self.scores: dict[tuple[str, int], np.ndarray] = {}
+        first: tuple[Cell, pa.Table] | None = None
+        for cell in cells:
+            table = read_predictions(cell.folder)
+            if table is None:
+                raise ValueError(
+                    f"{cell.folder}: has no predictions.parquet; write it with `mmctr evaluate {cell.folder}`"
+                )
+            first = first or (cell, table)
+            if not all(table[key].equals(first[1][key]) for key in ("user", "item", "label", "cold")):
+                raise ValueError(
+                    f"{cell.folder}: its test rows are not those of {first[0].folder}, as the dataset has changed "
+                    f"between the two; delete the older one of them and start the study again"
+                )
+            self.scores[cell.method, cell.seed] = table["score"].to_numpy()
+        assert first is not None
+        self.labels, self.users = (first[1][key].to_numpy() for key in ("label", "user"))
+        cold = first[1]["cold"].to_numpy().astype(bool)
+        self.masks = {"all": np.ones_like(cold), "warm": ~cold, "cold": cold}
+
+    def counts(self) -> dict[str, int]:
+        return {split: int(mask.sum()) for split, mask in self.masks.items()}
+
+    def shared_seeds(self, *methods: str) -> list[int]:
+        """Seeds of which all these methods are finished."""
+        seeds = dict.fromkeys(seed for _, seed in self.scores)
+        return [seed for seed in seeds if all((method, seed) in self.scores for method in methods)]
+
+    def samples(self, method: str, baseline: str, seeds: Sequence[int], split: str, count: int) -> dict[str, Any]:
+        """`paired_samples` of seeds; the users of a sample depend on the split alone."""
+        mask = self.masks[split]
+        a, b = ([self.scores[name, seed][mask] for seed in seeds] for name in (baseline, method))
+        return paired_samples(self.labels[mask], a, b, self.users[mask], count)
+
+    def differences(self, method: str, baseline: str, count: int) -> dict[str, Any] | None:
+        seeds = self.shared_seeds(method, baseline)
+        if not seeds:
+            return None
+        found: dict[str, Any] = {}
+        for split, mask in self.masks.items():
+            if not mask.any():
+                found[split] = None
+                continue
+            together: dict[str, Any] = {}
+            one_by_one: list[dict[str, Any]] = [{"seed": seed} for seed in seeds]
+            for metric, (values, samples) in self.samples(method, baseline, seeds, split, count).items():
+                together |= {metric: _number(values.mean()), f"{metric}_ci": _ends(_over_seeds(samples))}
+                for place, one in enumerate(one_by_one):
+                    one |= {metric: _number(values[place]), f"{metric}_ci": _ends(samples[:, place])}
+            found[split] = together | {"seeds": one_by_one}
+        return found
+
+    def gap_closed(self, method: str, study: StudyConfig) -> dict[str, Any] | None:
+        if study.oracle is None or method in (study.baseline, study.oracle) or not self.masks["cold"].any():
+            return None
+        seeds = self.shared_seeds(method, study.baseline, study.oracle)
+        if not seeds:
+            return None
+        own, gap = (
+            self.samples(name, study.baseline, seeds, "cold", study.bootstrap)["gauc"]
+            for name in (method, study.oracle)
+        )
+        low = _ends(_over_seeds(gap[1]))
+        if low is None or low[0] <= 0:
+            return None
+        # both see the same users and seeds in a sample, so their ratio is one of it
+        with np.errstate(divide="ignore", invalid="ignore"):
+            drawn, each = _over_seeds(own[1]) / _over_seeds(gap[1]), own[0] / gap[0]
+        share = _number(own[0].mean() / gap[0].mean())
+        return {"share": share, "share_ci": _ends(drawn), "seeds": [_number(value) for value in each]}
+
+
+def _over_seeds(samples: np.ndarray) -> np.ndarray:
+    """(num_samples, S) -> (num_samples,): the mean over as many seeds, drawn with replacement in each sample."""
+    count = samples.shape[1]
+    drawn = np.random.default_rng(count).integers(0, count, samples.shape)
+    return np.take_along_axis(samples, drawn, axis=1).mean(axis=1)
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def _ends(samples: np.ndarray) -> list[float] | None:
+    ends = interval(samples)
+    return ends if np.isfinite(ends).all() else None
