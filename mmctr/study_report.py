@@ -254,18 +254,16 @@ def _pair(ends: Sequence[float] | None) -> tuple[float, float] | None:
 
 
 def _plots(place: int, protocol: dict[str, Any]) -> str:
-    """gAUC by clicks of the item, and validation gAUC by epoch: a line a method, whiskers from seed to seed."""
+    """gAUC by clicks of the item, and validation by epoch: a line a method, whiskers from seed to seed."""
     methods = protocol["methods"]
     names = [bucket["clicks"] for bucket in next(iter(methods.values()))["buckets"]]
     counts = [bucket["num_impressions"] for bucket in next(iter(methods.values()))["buckets"]]
-    by_clicks, by_epoch = [], []
+    by_clicks = []
     for style, (name, found) in enumerate(methods.items()):
         # methods stand beside each other, or their whiskers would hide one another
         shift = (style - (len(methods) - 1) / 2) * min(0.14, 0.7 / len(methods))
         values = [bucket["gauc"] for bucket in found["buckets"]]
         by_clicks.append(Series(name, style, [_point(at + shift, value) for at, value in enumerate(values)]))
-        curve = [_point(point["epoch"], point["gauc"]) for point in found["validation"]]
-        by_epoch.append(Series(name, style, curve))
     ticks = [
         (float(at), str(name), f"n = {short(n or 0)}") for at, (name, n) in enumerate(zip(names, counts, strict=True))
     ]
@@ -273,19 +271,28 @@ def _plots(place: int, protocol: dict[str, Any]) -> str:
     title, x_range = "gAUC by clicks of the item in training", (-0.5, len(names) - 0.5)
     x_name = "clicks of the item in training (n: impressions)"
     first = line_plot(f"clicks-{place}", title, told, by_clicks, ticks, x_range, x_name, reference=0.5)
-    epochs = _epochs(methods)
-    told = "; ".join(f"{line.name}: {', '.join(number(y) for _, y, _ in line.points)}" for line in by_epoch)
-    ends = (min([0.5, *epochs]), max([1.0, *epochs]) + 0.5)
-    whole = [(tick, short(tick), "") for tick in nice_ticks(*ends) if tick.is_integer()]
-    second = line_plot(f"epochs-{place}", "Validation gAUC by epoch", told, by_epoch, whole, ends, "epoch")
     legend = "".join(f"<li>{line_label(style, name)}</li>" for style, name in enumerate(methods))
     drawn = figure("<b>gAUC</b> on the test rows; the dashed line is a random order.", first)
-    drawn += figure("<b>Validation gAUC</b> after each epoch that all seeds reached.", second)
+    for metric, name in (("gauc", "Validation gAUC"), ("log_loss", "Validation log loss")):
+        curves = _epoch_plot(f"{metric}-{place}", name, metric, methods)
+        drawn += figure(f"<b>{name}</b> after each epoch that all seeds reached.", curves)
     note = (
-        "<p class='note'>Whiskers go from the lowest to the highest seed. IDs whose line falls after its first epoch "
-        "have begun to know the training rows by heart. Test rows are scored with the weights of the best epoch.</p>"
+        "<p class='note'>Whiskers go from the lowest to the highest seed. A method whose log loss rises, or whose gAUC "
+        "falls, from its first epoch on has begun to know the training rows by heart, as IDs do sooner than content. "
+        "Test rows are scored with the weights of the best epoch.</p>"
     )
     return f"<ul class='legend'>{legend}</ul>\n<div class='pair'>{drawn}</div>\n{note}"
+
+
+def _epoch_plot(uid: str, title: str, metric: str, methods: dict[str, Any]) -> str:
+    lines = []
+    for style, (name, found) in enumerate(methods.items()):
+        lines.append(Series(name, style, [_point(point["epoch"], point[metric]) for point in found["validation"]]))
+    told = "; ".join(f"{line.name}: {', '.join(number(y) for _, y, _ in line.points)}" for line in lines)
+    epochs = _epochs(methods)
+    ends = (min([0.5, *epochs]), max([1.0, *epochs]) + 0.5)
+    ticks = [(tick, short(tick), "") for tick in nice_ticks(*ends) if tick.is_integer()]
+    return line_plot(uid, f"{title} by epoch", told, lines, ticks, ends, "epoch")
 
 
 def _point(x: float, found: dict[str, Any] | None) -> tuple[float, float | None, tuple[float, float] | None]:

@@ -32,7 +32,8 @@ def study_results(study: StudyConfig, outcomes: Sequence[Outcome]) -> dict[str, 
     {"study", "rule", "failed": [{"protocol", "method", "seed", "log", "said"}], "protocols": {protocol: {"rows":
     {"all", "warm", "cold"}, "methods": {method: R}}}}, where R of a method with a finished seed is {"seeds", "folders",
     "test": {split: {metric: S}}, "buckets": [{"clicks", "num_impressions", "gauc": S}], "validation": [{"epoch",
-    "gauc": S}] of the epochs that all seeds reached, "difference": {split: D} or None, "gap_closed": G or None}.
+    "gauc": S, "log_loss": S}] of the epochs that all seeds reached, "difference": {split: D} or None, "gap_closed": G
+    or None}.
 
     D is {"auc", "auc_ci", "gauc", "gauc_ci", "seeds": [{"seed", the same keys}]}, None where the split has no rows. G
     is the difference on cold gAUC over that of the oracle, {"share", "share_ci", "seeds"}; None where there is no
@@ -97,9 +98,13 @@ def _buckets(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 def _validation(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """By epoch. A mean over the seeds that happened to go on longer would be of other runs, so it stops before."""
-    curves = [{round(line["epoch"], 4): line["validation"].get("gauc") for line in run.evaluations} for run in runs]
+    curves = [{round(line["epoch"], 4): line["validation"] for line in run.evaluations} for run in runs]
     shared = sorted(set.intersection(*(set(curve) for curve in curves)))
-    return [{"epoch": epoch, "gauc": summary([curve[epoch] for curve in curves])} for epoch in shared]
+    return [
+        {"epoch": epoch}
+        | {name: summary([curve[epoch].get(name) for curve in curves]) for name in ("gauc", "log_loss")}
+        for epoch in shared
+    ]
 
 
 class _Rows:

@@ -158,7 +158,12 @@ def test_numbers_are_those_of_the_predictions(made):
     zero = ids[0]["clicks"] == 0
     expected = [gauc(run["label"][zero], run["score"][zero], run["user"][zero]) for run in ids]
     assert buckets[0]["clicks"] == "0" and buckets[0]["gauc"]["seeds"] == pytest.approx(expected, abs=1e-9)
-    assert [point["epoch"] for point in protocol["methods"]["ids"]["validation"]] == [1, 2]
+    curve = protocol["methods"]["ids"]["validation"]
+    assert [point["epoch"] for point in curve] == [1, 2]
+    logs = [log_lines(Path(folder)) for folder in protocol["methods"]["ids"]["folders"]]
+    last = [[line["validation"] for line in lines if "validation" in line][-1] for lines in logs]
+    for name in ("gauc", "log_loss"):
+        assert curve[-1][name]["seeds"] == [line[name] for line in last]
 
 
 def with_scores(out: Path, change: Callable[[str, int, dict], np.ndarray]) -> None:
@@ -242,7 +247,7 @@ def test_page_and_table_hold_the_numbers(made, tmp_path):
     for one in (difference, *difference["seeds"]):
         assert f"{one['gauc']:+.4f}" in page.text and "[{:+.4f}, {:+.4f}]".format(*one["gauc_ci"]) in page.text
     assert "50 resamples" in page.text and "50 resamples" in " ".join(table.split())
-    assert page.tags.count("svg") == 2 + 2 + 2 + 1 + 2  # two plots; marks in the legend and in three tables
+    assert page.tags.count("svg") == 3 + 2 + 2 + 1 + 2  # three plots; marks in the legend and in three tables
     assert json.loads(json.dumps(results, allow_nan=False)) == results
 
 
