@@ -124,6 +124,8 @@ def main() -> None:
                 f"{name}_to_plain": round(own[name] / beside[name], 2) for name in ("single_per_s", "batched_per_s")
             }
             found = search(queries)[1]
+            if kind != "autofaiss":
+                found = np.asarray(index.ids)[found]  # rows of an index are in its own order
             numbers = {"build_s": round(built, 1), "memory_mb": round(memory), "recall": round(recall(found, truth), 4)}
             print(json.dumps({"kind": kind, **common, **facts, **numbers, **own, **ratios}), flush=True)
             del index, search
