@@ -222,7 +222,7 @@ def tune(
 ) -> dict[str, Any]:
     """Measure recall@k against exact search and the latency of single queries, and set what reaches the recall.
 
-    Settings are doubled until the recall, less its standard error, is reached, and the smallest that does is then
+    Settings are doubled until the recall, less two standard errors, is reached, and the smallest that does is then
     sought by halves, so the curve is of few points. The setting is left in the index, and so in the file, for anyone's
     FAISS.
 
@@ -257,7 +257,7 @@ def tune(
         middle, slow = _latency(lambda q: index.search(q, k, params=chosen), queries[:100])
         point = {"recall": share, "latency_ms": middle, "latency_ms_p99": slow, "queries_per_s": len(queries) / seconds}
         curve.points.append({setting.name: value, **point} if setting.most else point)
-        return share - float(shares.std()) / len(shares) ** 0.5
+        return share - 2 * float(shares.std()) / len(shares) ** 0.5
 
     best, reached = 0, False
     if not setting.most:
