@@ -177,9 +177,9 @@ def test_the_recall_that_was_measured_is_the_recall_there_is(indexes, kind):
         recalls = [point["recall"] for point in measured["curve"]]
         assert settings == sorted(settings) and len(set(settings)) == len(settings)
         assert np.all(np.diff(recalls) > -0.02) and recalls[-1] > recalls[0]
-        # the least setting that was tried and reaches it
-        reaching = [setting for setting, recall in zip(settings, recalls, strict=True) if recall >= 0.95]
-        assert not reaching or next(iter(measured["setting"].values())) == min(reaching)
+        # with room for the error of the measurement, and no more than was tried
+        chosen = next(iter(measured["setting"].values()))
+        assert chosen in settings and (not measured["reached"] or recalls[settings.index(chosen)] > 0.95)
 
 
 @pytest.mark.parametrize("kind", KINDS)
