@@ -60,7 +60,12 @@ def test_every_ranker_takes_it(world, name):
         vocabulary = RankingVocabulary(**vars(vocabulary) | {"trees": trees})
     data = RankingData(dataset, vocabulary, features, MAX_HISTORY)
     torch.manual_seed(0)
-    task = RankingTask(RankingTaskConfig(features=features, ranker=RANKERS[name], max_history=MAX_HISTORY), vocabulary)
+    values = {"features": features, "ranker": RANKERS[name], "max_history": MAX_HISTORY}
+    table = None
+    if RANKERS[name].needs_similarity:  # which some items do not have
+        values["embedder"] = {"content": {"name": "table", "path": "", "dim": 4, "hidden": []}}
+        table = torch.randn(ITEMS, 3), torch.arange(ITEMS) % 5 > 0
+    task = RankingTask(RankingTaskConfig.model_validate(values), vocabulary, table)
     optimizer = make_optimizer(task, OptimizerConfig())
     collator = data.collator(splits.train, negatives=NegativeSampler(splits.train, 0), id_dropout=0.1)
     lengths = splits.train.history_end - splits.train.history_start
