@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from mmctr.data.toy import ToyWorld, ToyWorldConfig
-from mmctr.files import replace_folder
+from mmctr.files import clone_folder, replace_folder
 
 RANKERS = ("id", "table", "joint")
 
@@ -21,11 +21,7 @@ def run_demo(out: Path, seed: int) -> None:
     Works from a clone, whose recipes and configs it runs. Every step can be resumed: started again it goes on where
     it stopped. Raises ValueError when a step fails.
     """
-    clone = Path(__file__).resolve().parents[1]
-    if not (clone / "pretrain" / "train.py").is_file():
-        raise ValueError(
-            "mmctr demo runs the recipes of a clone of the repository; clone it and `pip install -e .` there"
-        )
+    clone = clone_folder("mmctr demo")
     started = time.perf_counter()
     out = out.resolve()
     data, pretrain, embeddings = out / "data", out / "pretrain", out / "embeddings"

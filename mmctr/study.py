@@ -24,10 +24,10 @@ from mmctr.config import Config
 from mmctr.controls import factor_table, shuffled_table
 from mmctr.data.interactions import SplitConfig
 from mmctr.embeddings import EmbeddingTable
+from mmctr.files import clone_folder
 from mmctr.interchange import write_npz
 from mmctr.runs import first_difference
 
-CLONE = Path(__file__).resolve().parents[1]
 OWN_KEYS = ("data.path", "split", "seed", "run_dir")
 """keys of a cell's config that the study sets"""
 Launch = Callable[[Sequence[str], Path], int]
@@ -168,12 +168,9 @@ def study_cells(study: StudyConfig, out: Path, source: str = "study") -> list[Ce
     The first seed of all methods comes before the second of any, so that a study stopped halfway compares something.
     Raises ValueError naming the study and the method for a config that does not load, or is not of a clone.
     """
-    if not (CLONE / "finetune" / "train.py").is_file():
-        raise ValueError(
-            "mmctr coldstart runs the recipes of a clone of the repository; clone it and `pip install -e .` there"
-        )
-    if str(CLONE) not in sys.path:  # the console script knows the library alone
-        sys.path.insert(0, str(CLONE))
+    clone = str(clone_folder("mmctr coldstart"))
+    if clone not in sys.path:  # the console script knows the library alone
+        sys.path.insert(0, clone)
     from finetune.train import FinetuneConfig
 
     cells = []
@@ -271,7 +268,8 @@ def _table_file(out: Path, name: str) -> Path:
 
 def _launch(arguments: Sequence[str], log: Path) -> int:
     environment = dict(os.environ)
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(CLONE), os.environ.get("PYTHONPATH")]))
+    clone = str(clone_folder("mmctr coldstart"))
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [clone, os.environ.get("PYTHONPATH")]))
     with open(log, "ab") as output:  # a cell that goes on keeps what it said before
         command = [sys.executable, "-m", "finetune.train", *arguments]
         return subprocess.run(command, env=environment, stdout=output, stderr=subprocess.STDOUT, check=False).returncode
