@@ -105,13 +105,20 @@ def _checked(ids: pa.Array, vectors: np.ndarray, path: Path, **more: Any) -> Emb
     return EmbeddingTable(ids, vectors, **more)
 
 
-def _read_folder(folder: Path) -> EmbeddingTable:
+def _read_items(folder: Path) -> tuple[dict[str, Any], pa.Table]:
+    """The manifest of a finished folder, and the items that have a vector there."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such embedding folder or file")
     if not (folder / "manifest.json").is_file():
         raise ValueError(
             f"{folder}: not a finished embedding folder (no manifest.json); run `mmctr embed` again, it goes on"
         )
     manifest = read_json(folder / "manifest.json")
-    items = read_table(folder / _items_file(manifest), ("item_id",))
+    return manifest, read_table(folder / _items_file(manifest), ("item_id",))
+
+
+def _read_folder(folder: Path) -> EmbeddingTable:
+    manifest, items = _read_items(folder)
     try:
         shards = [load_file(folder / name) for name in manifest["shards"]]
     except Exception as error:
@@ -193,23 +200,60 @@ def write_embeddings(
     encode: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
     identity: dict[str, Any],
     *,
+    append: bool = False,
     facts: dict[str, Any] | None = None,
     shard_size: int = 8192,
     rank: int = 0,
     world_size: int = 1,
     wait: Callable[[], None] = lambda: None,
-) -> None:
+) -> EmbeddingTable | None:
     """Encode a catalog shard by shard; shards that are there already are kept, so a killed export goes on.
 
     Args:
         encode: catalog rows (n,) -> vectors (n, D) and the (n,) bool mask of items with content.
         identity: what the vectors are made of (model, data). A folder begun with another identity is refused.
+        append: the catalog has grown: encode the items a finished folder has no vector of, into further shards. Until
+            the last moment the folder reads as it was. The catalog, its folder and that of the run may be others.
         facts: more to say of them in the manifest; those of whoever began the folder are kept.
         wait: barrier between processes; shard s is written by process s % world_size.
+
+    Returns:
+        With `append`, for rank 0, the items that are new.
     """
+
+    def write_shards(names: list[str], rows: np.ndarray) -> None:
+        wait()
+        for number, name in enumerate(names):
+            if number % world_size != rank or (folder / name).is_file():
+                continue
+            vectors, has = encode(rows[number * shard_size : (number + 1) * shard_size])
+            arrays = {"vectors": np.ascontiguousarray(vectors, np.float32), "has_content": np.ascontiguousarray(has)}
+            replace_file(folder / name, lambda path, arrays=arrays: save_file(arrays, path))
+        wait()
+
+    write = _write_further if append else _write_all
+    new = write(folder, item_ids, titles, identity, facts, shard_size, rank == 0, write_shards)
+    wait()
+    return new
+
+
+WriteShards = Callable[[list[str], np.ndarray], None]
+"""(names, catalog rows) -> all processes have written these rows into shards of these names"""
+
+
+def _write_all(
+    folder: Path,
+    item_ids: pa.Array,
+    titles: list[str | None] | None,
+    identity: dict[str, Any],
+    facts: dict[str, Any] | None,
+    shard_size: int,
+    is_main: bool,
+    write_shards: WriteShards,
+) -> None:
     names = [_shard(start // shard_size) for start in range(0, len(item_ids), shard_size)]
     begun = folder / "begun.json"
-    if rank == 0:
+    if is_main:
         folder.mkdir(parents=True, exist_ok=True)
         old, kept = begun_identity(folder)
         # a killed export may leave a hidden temporary file
@@ -222,38 +266,27 @@ def write_embeddings(
             )
         facts = facts if old is None else kept
         write_json(begun, identity | ({_FACTS: facts} if facts else {}))
-    wait()
-    _write_shards(folder, names, np.arange(len(item_ids)), encode, shard_size, rank, world_size)
-    wait()
-    if rank == 0:
-        has = _has_content(folder, names)
+    write_shards(names, np.arange(len(item_ids)))
+    if is_main:
+        has = np.concatenate([load_file(folder / name)["has_content"] for name in names])
         items = _item_rows(item_ids, titles, np.flatnonzero(has))
         replace_file(folder / ITEMS, lambda path: pyarrow.parquet.write_table(items, path))
         _write_manifest(folder, identity, names, ITEMS, len(has), int(has.sum()), facts)
         begun.unlink(missing_ok=True)
-    wait()
 
 
-def append_embeddings(
+def _write_further(
     folder: Path,
     item_ids: pa.Array,
     titles: list[str | None] | None,
-    encode: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
     identity: dict[str, Any],
-    *,
-    facts: dict[str, Any] | None = None,
-    shard_size: int = 8192,
-    rank: int = 0,
-    world_size: int = 1,
-    wait: Callable[[], None] = lambda: None,
-) -> None:
-    """Encode the items of a grown catalog that a finished folder has no vector of, into further shards.
-
-    Until the last moment the folder reads as it was; a killed call goes on where it stopped. Arguments are those of
-    `write_embeddings`. Raises ValueError for vectors of another run, and for titles where the folder has none.
-    """
-    finished = EmbeddingTable.read(folder)
-    old = finished.manifest["identity"]
+    facts: dict[str, Any] | None,
+    shard_size: int,
+    is_main: bool,
+    write_shards: WriteShards,
+) -> EmbeddingTable | None:
+    manifest, known = _read_items(folder)
+    old = manifest["identity"]
     # the catalog has grown, and it and the run may have moved
     may_differ = ("catalog", "data", "run", "shard_size", "appended")
     for key in [key for key in identity | old if key not in may_differ and old.get(key) != identity.get(key)]:
@@ -261,11 +294,12 @@ def append_embeddings(
             f"{folder}: its vectors are of {key} {old.get(key)!r}, not {identity.get(key)!r}; append with the run and "
             f"the options they were made with"
         )
-    rows = np.flatnonzero((rows_of(item_ids, finished.ids, "catalog") < 0) & np.asarray(item_ids.is_valid()))
-    done = list(finished.manifest["shards"])
+    known_ids = as_ids(known.column("item_id"), "item_id", folder)
+    rows = np.flatnonzero((rows_of(item_ids, known_ids, "catalog") < 0) & np.asarray(item_ids.is_valid()))
+    done = list(manifest["shards"])
     names = [_shard(len(done) + start // shard_size) for start in range(0, len(rows), shard_size)]
     begun = folder / "appending.json"
-    if rank == 0:
+    if is_main:
         mark = identity | {"shard_size": shard_size}
         if not begun.is_file() or read_json(begun) != mark:
             # shards of a call that was killed, for another state of the catalog
@@ -273,48 +307,33 @@ def append_embeddings(
                 if path.name not in done:
                     path.unlink()
             write_json(begun, mark)
-    wait()
-    _write_shards(folder, names, rows, encode, shard_size, rank, world_size)
-    wait()
-    if rank == 0:
-        has = _has_content(folder, names) if names else np.zeros(0, bool)
-        known = pa.table({"item_id": finished.ids} | ({} if finished.titles is None else {"title": finished.titles}))
-        new = _item_rows(item_ids, None if finished.titles is None else titles, rows[has])
-        items = pa.concat_tables([known.cast(new.schema), new])
-        name = f"items-{len(done) + len(names):05d}.parquet" if names else _items_file(finished.manifest)
-        replace_file(folder / name, lambda path: pyarrow.parquet.write_table(items, path))
-        facts = facts or finished.manifest.get(_FACTS)
-        identity = old | identity | {"appended": True}
-        _write_manifest(folder, identity, done + names, name, len(item_ids), len(items), facts)
-        if name != _items_file(finished.manifest):
-            (folder / _items_file(finished.manifest)).unlink()
-        begun.unlink(missing_ok=True)
-    wait()
+    write_shards(names, rows)
+    if not is_main:
+        return None
+    shards = [load_file(folder / name) for name in names]
+    has = np.concatenate([np.zeros(0, bool), *(shard["has_content"] for shard in shards)])
+    new = _item_rows(item_ids, titles if "title" in known.column_names else None, rows[has])
+    items = pa.concat_tables([known.cast(new.schema), new])
+    before = _items_file(manifest)
+    name = f"items-{len(done) + len(names):05d}.parquet" if names else before
+    replace_file(folder / name, lambda path: pyarrow.parquet.write_table(items, path))
+    facts = facts or manifest.get(_FACTS)
+    identity = old | identity | {"appended": True}
+    _write_manifest(folder, identity, done + names, name, len(item_ids), len(items), facts)
+    if name != before:
+        (folder / before).unlink()
+    begun.unlink(missing_ok=True)
+    vectors = [shard["vectors"][shard["has_content"]] for shard in shards]
+    return EmbeddingTable(
+        new.column("item_id").combine_chunks(),
+        np.concatenate(vectors) if vectors else np.zeros((0, 0), np.float32),
+        new.column("title").to_pylist() if "title" in new.column_names else None,
+        read_json(folder / "manifest.json"),
+    )
 
 
 def _shard(number: int) -> str:
     return f"vectors-{number:05d}.safetensors"
-
-
-def _write_shards(
-    folder: Path,
-    names: list[str],
-    rows: np.ndarray,
-    encode: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
-    shard_size: int,
-    rank: int,
-    world_size: int,
-) -> None:
-    for number, name in enumerate(names):
-        if number % world_size != rank or (folder / name).is_file():
-            continue
-        vectors, has = encode(rows[number * shard_size : (number + 1) * shard_size])
-        arrays = {"vectors": np.ascontiguousarray(vectors, np.float32), "has_content": np.ascontiguousarray(has)}
-        replace_file(folder / name, lambda path, arrays=arrays: save_file(arrays, path))
-
-
-def _has_content(folder: Path, names: list[str]) -> np.ndarray:
-    return np.concatenate([load_file(folder / name)["has_content"] for name in names])
 
 
 def _item_rows(item_ids: pa.Array, titles: list[str | None] | None, rows: np.ndarray) -> pa.Table:

@@ -20,7 +20,7 @@ from mmctr.data.loaders import BehaviorCollator
 from mmctr.data.prepare import Dataset
 from mmctr.data.ranking import RankingData
 from mmctr.data.tables import as_text
-from mmctr.embeddings import EmbeddingTable, append_embeddings, begun_identity, read_tables, write_embeddings
+from mmctr.embeddings import EmbeddingTable, begun_identity, read_tables, write_embeddings
 from mmctr.evaluation import Modality, embed_batch, embed_catalog, embed_items, embed_rows, full_report, predict
 from mmctr.files import fingerprint, read_json
 from mmctr.fusion import ContentTable
@@ -30,6 +30,7 @@ from mmctr.pretraining import PretrainData, StreamData, stream_content
 from mmctr.probes import retrieval_both_ways
 from mmctr.runs import DataConfig, item_content, joined_dataset, keep_heap, open_data, pair_rows
 from mmctr.tasks import PretrainTask, RankingTask
+from mmctr.tasks.folder import task_kind
 
 MEASURED = 32
 """items of a batch that precisions are compared on"""
@@ -106,14 +107,13 @@ def embed_run(
         vectors, has = embed_items(task, content, rows, accelerator.device, modality)
         return vectors, has & named[rows]
 
-    before = EmbeddingTable.read(out) if append else None
-    write = append_embeddings if append else write_embeddings
-    write(
+    new = write_embeddings(
         Path(out),
         item_ids,
         titles,
         encode,
         identity,
+        append=append,
         facts=facts,
         shard_size=shard_size,
         rank=accelerator.process_index,
@@ -123,9 +123,7 @@ def embed_run(
     if accelerator.is_main_process:
         manifest = read_json(Path(out) / "manifest.json")
         print(f"{out}: {manifest['vectors']} vectors, {manifest['without content']} items without content")
-        if before is not None:
-            return EmbeddingTable.read(out).without(before.ids)
-    return None
+    return new
 
 
 @torch.inference_mode()
@@ -163,7 +161,7 @@ def evaluate_run(
     """
     folder, accelerator = Path(run), Accelerator()
     keep_heap()
-    if read_json(folder / "task.json")["kind"] == "pretrain":
+    if task_kind(folder) == "pretrain":
         if item_tables is not None:
             raise ValueError(f"{run}: --item-tables is for rankers, this is a run of pretrain.train")
         return {"validation": _evaluate_pretraining(folder, data, accelerator)}

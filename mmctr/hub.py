@@ -14,7 +14,6 @@ from mmctr.files import read_json, write_json, write_text
 
 PATTERNS = ["*.safetensors", "*.json", "*.yaml", "*.parquet", "*.txt"]
 """all that is ever fetched: none of it is code"""
-CLASSES = {"pretrain": "PretrainTask", "ranking": "RankingTask"}
 
 
 class Shareable:
@@ -120,8 +119,9 @@ def export_run(source: str, out: str, data: str | None = None, int8: bool = Fals
         raise ValueError("--int8 is for --format onnx: a pretrained folder holds the weights as they were trained")
     if data is not None:
         raise ValueError("--data is for --format onnx: a pretrained folder holds no dataset")
-    load_task(source).save_pretrained(out, run=source)
-    return [f"{out}: load it with {_loading(read_json(Path(out) / 'task.json')['kind'], out)}"]
+    task = load_task(source)
+    task.save_pretrained(out, run=source)
+    return [f"{out}: load it with {_loading(task, out)}"]
 
 
 def push_run(source: str, repo_id: str, private: bool) -> list[str]:
@@ -137,11 +137,9 @@ def push_run(source: str, repo_id: str, private: bool) -> list[str]:
 def load_task(source: str | Path) -> Shareable:
     """The task of a run folder, whichever kind it is. Raises ValueError when it is none."""
     from mmctr.tasks import PretrainTask, RankingTask
+    from mmctr.tasks.folder import task_kind
 
-    path = Path(source) / "task.json"
-    if not path.is_file():
-        raise ValueError(f"{source}: not the folder of a finished run (no task.json)")
-    return (PretrainTask if read_json(path)["kind"] == "pretrain" else RankingTask).load(source)
+    return (PretrainTask if task_kind(Path(source)) == "pretrain" else RankingTask).load(source)
 
 
 def without_paths(value: Any) -> Any:
@@ -173,9 +171,8 @@ def _of_run(run: str | Path | None) -> tuple[dict[str, Any] | None, dict[str, An
 
 def model_card(task: Shareable, name: str, config: dict[str, Any] | None, metrics: dict[str, Any] | None) -> str:
     """Markdown: what the model is, how to load it, its data, numbers and config."""
-    kind = "pretrain" if type(task).__name__ == "PretrainTask" else "ranking"
     values = without_paths(task.config.model_dump(mode="json"))
-    if kind == "pretrain":
+    if type(task).__name__ == "PretrainTask":
         tags = ["mmctr", "item-embeddings", "multimodal"]
         objectives = [key for key, given in values["objectives"].items() if given is not None]
         what = (
@@ -190,7 +187,7 @@ def model_card(task: Shareable, name: str, config: dict[str, Any] | None, metric
     front = yaml.safe_dump({"library_name": "mmctr", "tags": tags}, sort_keys=False)
     parts = [
         f"---\n{front}---\n\n# {name}\n\n{what}\n",
-        f"## How to load\n\n```python\n{_loading(kind, name)}\n```\n",
+        f"## How to load\n\n```python\n{_loading(task, name)}\n```\n",
         f"## Data\n\n{_data(task, config)}\n",
     ]
     rows = [(key, value) for key, value in _flat(metrics or {}) if isinstance(value, int | float)]
@@ -203,8 +200,9 @@ def model_card(task: Shareable, name: str, config: dict[str, Any] | None, metric
     return "\n".join([*parts, f"## Config\n\n```yaml\n{shown}```\n"])
 
 
-def _loading(kind: str, name: str) -> str:
-    return f"from mmctr.tasks import {CLASSES[kind]}\n\ntask = {CLASSES[kind]}.from_pretrained({json.dumps(name)})"
+def _loading(task: Shareable, name: str) -> str:
+    kind = type(task).__name__
+    return f"from mmctr.tasks import {kind}\n\ntask = {kind}.from_pretrained({json.dumps(name)})"
 
 
 def _data(task: Shareable, config: dict[str, Any] | None) -> str:

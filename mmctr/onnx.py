@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mmctr.files import read_json, replace_folder, write_json
+from mmctr.files import replace_folder, write_json
+from mmctr.tasks.folder import task_kind
 
 FORMAT = 1
 OPSET = 20
@@ -71,11 +72,9 @@ def export_run(source: str, out: str, data: str | None = None, int8: bool = Fals
     """
     require_onnx()
     folder = Path(source)
-    if not (folder / "task.json").is_file():
-        raise ValueError(f"{folder}: not the folder of a finished run (no task.json)")
+    kind = task_kind(folder)
     if Path(out).exists() and not (Path(out) / "onnx.json").is_file():
         raise ValueError(f"{out}: exists and holds no earlier ONNX export; choose another --out")
-    kind = read_json(folder / "task.json")["kind"]
     lines: list[str] = []
 
     def write(temporary: Path) -> None:

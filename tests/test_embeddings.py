@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mmctr.embeddings import EmbeddingTable, append_embeddings, read_tables, write_embeddings
+from mmctr.embeddings import EmbeddingTable, read_tables, write_embeddings
 
 VECTORS = np.arange(12, dtype=np.float32).reshape(4, 3)
 IDS = ["a", "b", "c", "d"]
@@ -184,7 +184,9 @@ def append(folder, order, identity=None, calls=None, titles=True, stop_at=None, 
 
     ids, names = pa.array([f"i{row}" for row in order]), [f"t{row}" for row in order]
     identity = {"run": "x", "catalog": str(order)} | (identity or {})
-    append_embeddings(folder, ids, names if titles else None, counted, identity, shard_size=4, **more)
+    return write_embeddings(
+        folder, ids, names if titles else None, counted, identity, append=True, shard_size=4, **more
+    )
 
 
 def test_appending_encodes_new_items_alone(tmp_path):
@@ -192,7 +194,9 @@ def test_appending_encodes_new_items_alone(tmp_path):
     write(folder, identity={"run": "x", "catalog": "12"})
     before = contents(folder)
     order = [30, *range(11, -1, -1), *range(40, 47)]  # a catalog in another order, with items before and after
-    append(folder, order, calls=calls)
+    new = append(folder, order, calls=calls)
+    assert new.ids.to_pylist() == [f"i{row}" for row in (30, 40, 41, 42, 43, 45, 46)]
+    assert new.vectors.tolist() == [[row, 2 * row] for row in (30, 40, 41, 42, 43, 45, 46)] and new.titles[0] == "t30"
     # rows 4 and 9 had no content, and may have some now
     assert calls == [[30, 9, 4, 40], [41, 42, 43, 44], [45, 46]]
     table = EmbeddingTable.read(folder)
