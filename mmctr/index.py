@@ -132,20 +132,18 @@ class ItemIndex:
         k = min(k, there)
         if not k:
             return np.zeros((len(queries), 0), np.float32), np.zeros((len(queries), 0), np.int64)
-        setting, inner = index_tuning.setting_of(self.index), index_tuning.inner_index(self.index)
-        value, selector = setting.value, None
-        exact = there <= max(FEW, len(self.items) // 20) and allowed is not None
+        selector = None
         if allowed is not None:
             selector = faiss.IDSelectorBitmap(np.packbits(allowed, bitorder="little"))
-        if setting.most:
-            # what a filter hides must be made up for by looking further
-            value = max(value, k) if setting.name == "efSearch" else value
-            value = min(setting.most, int(np.ceil(value * len(self.items) / there)))
-        if exact:
-            return self._exactly(queries, k, selector)
+            if there <= max(FEW, len(self.items) // 20):
+                return self._exactly(queries, k, selector)
+        setting = index_tuning.setting_of(self.index)
+        # what a filter hides must be made up for by looking further
+        value = max(setting.value, k) if setting.name == "efSearch" else setting.value
+        value = min(setting.most, int(np.ceil(value * len(self.items) / there)))
         scores, rows = self.index.search(queries, k, params=index_tuning.parameters(self.index, value, selector))
-        short = (rows < 0).any(1)
-        if short.any() and not isinstance(inner, faiss.IndexFlat):
+        short = (rows < 0).any(1)  # never of exact search
+        if short.any():
             scores[short], rows[short] = self._exactly(queries[short], k, selector)
         return scores, rows
 
@@ -230,14 +228,13 @@ class ItemIndex:
 
     def vector(self, item_id: Any) -> np.ndarray:
         """The (D,) vector of an item, as it came, or what its code stands for. Raises ValueError when it has none."""
-        row = self.row(item_id)
-        vector = self.vectors(np.array([row]))[0]
-        return vector if self.norms is None else vector * self.norms[row]
+        return self.vectors(np.array([self.row(item_id)]), unit=False)[0]
 
-    def vectors(self, rows: np.ndarray) -> np.ndarray:
-        """(m, D) unit vectors of rows."""
+    def vectors(self, rows: np.ndarray, unit: bool = True) -> np.ndarray:
+        """(m, D) vectors of rows, of unit norm or as they came."""
         self._prepare_lookup()
-        return self.index.reconstruct_batch(np.ascontiguousarray(rows, np.int64))
+        vectors = self.index.reconstruct_batch(np.ascontiguousarray(rows, np.int64))
+        return vectors if unit or self.norms is None else vectors * self.norms[rows, None]
 
     def _prepare_lookup(self) -> None:
         inner = index_tuning.inner_index(self.index)
@@ -315,39 +312,6 @@ class ItemIndex:
         vectors = self.vectors(np.arange(len(self.items)))
         self.measured = index_tuning.tune(self.index, vectors, recall)
         return self.measured
-
-    @classmethod
-    def merge(cls, parts: Sequence[ItemIndex]) -> ItemIndex:
-        """One index of several over the same run's vectors, by the structure of the first. Removed items go.
-
-        Raises ValueError for other dimensions, other columns, vectors of another run, or an item that is in two.
-        """
-        first, *others = (part.compact() if part.removed.any() else part for part in parts)
-        for number, part in enumerate(others, 1):
-            if part.dim != first.dim:
-                raise ValueError(f"part {number} has {part.dim} dimensions, the first {first.dim}")
-            weights = [p.manifest.get("identity", {}).get("weights") for p in (first, part)]
-            if weights[0] != weights[1]:
-                raise ValueError(f"part {number} is of another run's vectors than the first: they cannot be compared")
-            if part.items.schema != first.items.schema:
-                raise ValueError(
-                    f"part {number} has columns {part.items.column_names}, the first {first.items.column_names}, or "
-                    f"they differ in type"
-                )
-        ids = pa.concat_arrays([part.ids for part in (first, *others)])
-        if len(ids.unique()) != len(ids):
-            counted = ids.value_counts()
-            twice = counted.field("values").filter(pa.array(np.asarray(counted.field("counts")) > 1))
-            raise ValueError(f"items are in several parts, like {examples(twice)}; remove them from all but one")
-        index = faiss.clone_index(first.index)
-        for part in others:
-            index_tuning.append(index, part.index, lambda rows, part=part: part.vectors(rows))
-        norms = None
-        if any(part.norms is not None for part in (first, *others)):
-            parts_norms = [np.ones(len(p.items), np.float32) if p.norms is None else p.norms for p in (first, *others)]
-            norms = np.concatenate(parts_norms)
-        items = pa.concat_tables([part.items for part in (first, *others)])
-        return cls(index, items, first.manifest, norms, None, first.measured, first.factory)
 
     def _check_writable(self) -> None:
         if self.mapped:

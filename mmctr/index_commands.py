@@ -17,6 +17,7 @@ from mmctr.embeddings import EmbeddingTable
 from mmctr.files import replace_file
 from mmctr.index import ItemIndex
 from mmctr.index_files import columns_of, is_index
+from mmctr.index_merging import merge
 from mmctr.index_tuning import Wanted
 from mmctr.search import Part, Searcher
 
@@ -47,7 +48,7 @@ def index_command(arguments: argparse.Namespace) -> str:
             index = index.compact()
             index.tune(arguments.recall)
     else:
-        index = ItemIndex.merge([ItemIndex.load(source) for source in sources])
+        index = merge([ItemIndex.load(source) for source in sources])
         index.tune(arguments.recall)
     index.save(out)
     return f"{out}: {described(index)}"

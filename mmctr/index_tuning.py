@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import faiss
@@ -182,14 +182,6 @@ def nearest_exactly(queries: np.ndarray, vectors: np.ndarray, k: int) -> tuple[n
     return faiss.knn(queries, vectors, min(k, len(vectors)), metric=faiss.METRIC_INNER_PRODUCT)
 
 
-@dataclass
-class Curve:
-    """What one setting after another finds of the exact neighbours, and how fast."""
-
-    points: list[dict[str, Any]] = field(default_factory=list)
-    exact_latency_ms: float = 0.0
-
-
 def build_and_tune(vectors: np.ndarray, factory: str, recall: float, seed: int = 0) -> tuple[Any, np.ndarray, dict]:
     """Build an index and set it, measured with vectors that it had never seen, which are added last.
 
@@ -245,7 +237,8 @@ def tune(
     queries = np.ascontiguousarray(vectors[rows]) if queries is None else np.ascontiguousarray(queries)
     own = np.full(len(queries), -1) if held_out else rows
     truth = _others(nearest_exactly(queries, vectors, k + 1)[1], own, k)
-    curve = Curve(exact_latency_ms=_latency(lambda q: nearest_exactly(q, vectors, k), queries[:20])[0])
+    exact_latency = _latency(lambda q: nearest_exactly(q, vectors, k), queries[:20])[0]
+    curve: list[dict[str, Any]] = []
 
     def measure(value: int) -> float:
         chosen = parameters(index, value)
@@ -256,7 +249,7 @@ def tune(
         share = float(shares.mean())
         middle, slow = _latency(lambda q: index.search(q, k, params=chosen), queries[:100])
         point = {"recall": share, "latency_ms": middle, "latency_ms_p99": slow, "queries_per_s": len(queries) / seconds}
-        curve.points.append({setting.name: value, **point} if setting.most else point)
+        curve.append({setting.name: value, **point} if setting.most else point)
         return share - 2 * float(shares.std()) / len(shares) ** 0.5
 
     best, reached = 0, False
@@ -272,11 +265,11 @@ def tune(
             low, best = (low, middle) if measure(middle) >= recall else (middle, best)
         if not reached:
             # the same recall for less
-            shares = {p[setting.name]: p["recall"] for p in curve.points}
+            shares = {p[setting.name]: p["recall"] for p in curve}
             best = min(v for v, share in shares.items() if share >= max(shares.values()) - 1e-3)
         _set(index, best)
-    curve.points.sort(key=lambda p: p.get(setting.name, 0))
-    now = next(p for p in curve.points if p.get(setting.name, 0) == best)
+    curve.sort(key=lambda p: p.get(setting.name, 0))
+    now = next(p for p in curve if p.get(setting.name, 0) == best)
     return {
         "k": k,
         "queries": len(queries),
@@ -286,9 +279,9 @@ def tune(
         "recall": now["recall"],
         "setting": {setting.name: best} if setting.most else {},
         "latency_ms": now["latency_ms"],
-        "exact_latency_ms": curve.exact_latency_ms,
+        "exact_latency_ms": exact_latency,
         "count": count,
-        "curve": curve.points,
+        "curve": curve,
     }
 
 
@@ -322,22 +315,3 @@ def emptied(index: Any) -> Any:
     copy = faiss.clone_index(index)
     copy.reset()
     return copy
-
-
-def append(index: Any, other: Any, vectors_of: Any) -> None:
-    """Add all vectors of `other`: by their codes where both were trained alike, else by what the codes stand for.
-
-    Args:
-        vectors_of: rows of `other` -> (m, D) unit vectors.
-    """
-    inner = inner_index(index)
-    if isinstance(inner, faiss.IndexIVF) and not is_wrapped(index):
-        same = faiss.serialize_index(emptied(index)), faiss.serialize_index(emptied(other))
-        if np.array_equal(*same):
-            copy = faiss.clone_index(other)
-            inner.set_direct_map_type(faiss.DirectMap.NoMap)
-            faiss.downcast_index(copy).set_direct_map_type(faiss.DirectMap.NoMap)
-            inner.merge_from(copy, inner.ntotal)
-            return
-    for start in range(0, other.ntotal, 65536):
-        index.add(vectors_of(np.arange(start, min(start + 65536, other.ntotal))))

@@ -154,7 +154,7 @@ class Searcher:
             values = [part.value for _, part in found]
             if kind == "item_id":
                 ids = [self.index.typed(value) for value in values]
-                vectors = np.stack([self.index.vector(item) for item in ids])
+                vectors = self.index.vectors(np.array([self.index.row(item) for item in ids]), unit=False)
                 for number, item in zip(numbers, ids, strict=True):
                     made_of[number].add(item)
             elif kind == "user_id":

@@ -131,12 +131,10 @@ class Service:
         # heavy arithmetic side by side would take turns on the same cores
         self.busy = threading.Semaphore(os.cpu_count() or 1)
         self._text_vector = lru_cache(maxsize=4096)(lambda text: searcher.encoder.texts([text])[0])
-        self._places = None if self.catalog is None else self._rows_in_index()
-
-    def _rows_in_index(self) -> np.ndarray:
-        assert self.catalog is not None
-        rows = rows_of(self.index.ids, self.catalog.item_ids, "the index and the catalog")
-        return rows  # (n,) catalog row of each row of the index
+        self._places: np.ndarray | None = None
+        if self.catalog is not None:
+            # (n,) catalog row of each row of the index
+            self._places = rows_of(self.index.ids, self.catalog.item_ids, "the index and the catalog")
 
     def title(self, item_id: Any) -> str | None:
         if item_id in self.index and "title" in self.index.items.column_names:
@@ -178,23 +176,12 @@ class Service:
         scorer = self.scorer(request.ranker)
         user = scorer.stranger if request.user_id is None else scorer.dataset.user_row(request.user_id)
         if request.history is not None:
-            return scorer, user, self.catalog_rows(scorer, request.history)
+            return scorer, user, scorer.dataset.catalog.rows(request.history)
         return scorer, user, scorer.history(user, request.at)
-
-    def catalog_rows(self, scorer: Scorer, item_ids: list[Any]) -> np.ndarray:
-        catalog = scorer.dataset.catalog
-        try:
-            wanted = pa.array(item_ids, catalog.item_ids.type) if item_ids else pa.nulls(0, catalog.item_ids.type)
-        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
-            raise UnknownId(f"item ids here look like {catalog.item_ids[0].as_py()!r}") from None
-        rows = rows_of(wanted, catalog.item_ids, "catalog")
-        if (rows < 0).any():
-            raise UnknownId(f"item {item_ids[int(np.argmin(rows))]!r} is not in the catalog of {len(catalog)} items")
-        return rows
 
     def score(self, request: ScoreRequest) -> Ranking:
         scorer, user, history = self.moment(request)
-        rows = self.catalog_rows(scorer, request.items)
+        rows = scorer.dataset.catalog.rows(request.items)
         with self.busy:
             scores = scorer.score(user, rows, history, request.context, request.at)
         return self._ranking(scorer, rows, scores, len(history))
@@ -225,7 +212,7 @@ class Service:
 
     def explain(self, request: ExplainRequest) -> Explanation:
         scorer, user, history = self.moment(request)
-        row = int(self.catalog_rows(scorer, [request.item_id])[0])
+        row = int(scorer.dataset.catalog.rows([request.item_id])[0])
         with self.busy:
             found = scorer.explain(user, row, history, request.context, request.at)
         ids = scorer.dataset.catalog.item_ids.take(pa.array(found["history"])).to_pylist()

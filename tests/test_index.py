@@ -11,6 +11,7 @@ import pytest
 from mmctr.embeddings import EmbeddingTable
 from mmctr.index import ItemIndex
 from mmctr.index_files import columns_of
+from mmctr.index_merging import merge
 from mmctr.index_tuning import Wanted, choose_factory, num_lists
 
 N, D = 60, 8
@@ -241,7 +242,7 @@ def test_append_remove_and_merge_give_what_one_index_gives(kind):
 
     appended = ItemIndex.build(halves[0], wanted)
     assert appended.add(halves[1]) == 1000 and len(appended) == 3000
-    merged = ItemIndex.merge([ItemIndex.build(half, wanted) for half in halves])
+    merged = merge([ItemIndex.build(half, wanted) for half in halves])
     for index in (appended, merged):
         if index.measured["setting"]:
             index.tune(1.0)
@@ -278,7 +279,7 @@ def test_codes_of_parts_trained_alike_are_merged_as_they_are(indexes):
             held = faiss.rev_swig_ptr(lists.get_ids(number), size)
             held[:] = np.searchsorted(rows, held)
         halves.append(ItemIndex(half, whole.items.take(pa.array(rows)), factory=whole.factory))
-    merged = ItemIndex.merge(halves)
+    merged = merge(halves)
     queries = clustered().vectors[:50]
     for a, b in zip(merged.nearest(queries, 5), whole.nearest(queries, 5), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -300,13 +301,13 @@ def test_changes_that_cannot_be_made(tmp_path):
     np.testing.assert_array_equal(index.vector(3), replaced[0])
     parts = [ItemIndex.build(clustered(50, seed=seed)) for seed in (0, 1)]
     with pytest.raises(ValueError, match=r"items are in several parts, like \[0, 3, 6\]"):
-        ItemIndex.merge([parts[0], parts[0]])
+        merge([parts[0], parts[0]])
     with pytest.raises(ValueError, match="part 1 has 8 dimensions"):
-        ItemIndex.merge([parts[0], ItemIndex.build(clustered(50, dim=8, seed=1))])
+        merge([parts[0], ItemIndex.build(clustered(50, dim=8, seed=1))])
     for one, other in zip(parts, ("a", "b"), strict=True):
         one.manifest = {"identity": {"weights": other}}
     with pytest.raises(ValueError, match="another run's vectors"):
-        ItemIndex.merge(parts)
+        merge(parts)
     with pytest.raises(ValueError, match="the vector of item 3 is zero"):
         ItemIndex.build(EmbeddingTable(pa.array([0, 3]), np.array([[1, 0], [0, 0]], np.float32)))
 

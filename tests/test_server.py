@@ -8,7 +8,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +27,7 @@ from mmctr.scoring import Scorer
 from mmctr.search import Searcher
 from mmctr.server import create_app
 from mmctr.service import MAX_BODY, MAX_PICTURE, Service
-from tests.tiny import CLONE, finetune_values, start, write_config
+from tests.tiny import CLONE
 from tests.worlds import picture
 
 pytestmark = pytest.mark.slow
@@ -102,36 +101,6 @@ def test_served_scores_are_those_of_evaluate(runs, toy_folder, name):
     assert spelled["score"] == pytest.approx(expected[row], rel=1e-5)
     stranger = ask(client, "score", {"items": [item_id], "history": history})["items"][0]["score"]
     assert 0 < stranger < 1
-
-
-def test_context_columns_are_those_given_or_the_latest(runs, toy_folder, tmp_path):
-    data = tmp_path / "data"
-    shutil.copytree(toy_folder, data)
-    log = pq.read_table(data / "interactions.parquet")
-    places = pa.array([["top", "side"][n % 2] for n in range(len(log))])
-    pq.write_table(log.append_column("place", places), data / "interactions.parquet")
-    values = finetune_values(data, None, epochs=1)
-    values["task"]["features"] = {"context": {"place": {"name": "categorical"}}}
-    start(tmp_path, "finetune.train", write_config(tmp_path / "c.yaml", values), f"run_dir={tmp_path / 'run'}").ok()
-    scorer = Scorer(tmp_path / "run")
-    part, times = all_impressions(scorer.dataset.interactions), scorer.dataset.interactions.time
-    expected = predict(scorer.task, scorer.ranking.collator(part), Accelerator())
-    places = scorer.dataset.context["place"].to_pylist()
-    for row in range(5, 600, 53):
-        user, at = int(part.user[row]), int(times[row])
-        history, item = scorer.history(user, at), part.item[row : row + 1]
-        given = scorer.score(user, item, history, {"place": places[row]})
-        np.testing.assert_allclose(given, expected[row], rtol=1e-5)
-        other = scorer.score(user, item, history, {"place": {"top": "side", "side": "top"}[places[row]]})
-        assert other[0] != given[0]
-        latest = max(np.flatnonzero((part.user == user) & (times <= at)))
-        np.testing.assert_array_equal(
-            scorer.score(user, item, history, at=at), scorer.score(user, item, history, {"place": places[latest]})
-        )
-    assert scorer.score(scorer.stranger, item, history).shape == (1,)
-    for context, message in (({"shop": 1}, "reads place"), ({"place": 7}, "7 is no")):
-        with pytest.raises(ValueError, match=message):
-            scorer.score(user, item, history, context)
 
 
 def test_a_ranking_is_the_scores_sorted_and_marks_cold_items(client, service):
@@ -424,23 +393,3 @@ def test_what_cannot_be_served(runs, tmp_path, capsys):
         with pytest.raises(SystemExit) as stopped:
             main(["serve", *map(str, arguments), "--port", "0"])
         assert stopped.value.code == 1 and message in capsys.readouterr().err
-
-
-def test_scores_do_not_depend_on_threads(service):
-    scorer = service.rankers["ranker"]
-    rows, history = np.arange(50), scorer.history(1)
-    expected = scorer.score(1, rows, history)
-    found, barrier = [], threading.Barrier(8)
-
-    def one():
-        barrier.wait()
-        found.append(scorer.score(1, rows, history))
-
-    threads = [threading.Thread(target=one) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(found) == 8
-    for scores in found:
-        np.testing.assert_allclose(scores, expected, rtol=1e-6)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mmctr.data.images import PictureError, decode_picture, read_picture
 from mmctr.data.tables import as_ids, as_text, one_array, require_columns, rows_of
+from mmctr.errors import UnknownId
 from mmctr.files import fingerprint, locked, read_json, replace_file, write_json
 
 if TYPE_CHECKING:
@@ -81,16 +82,18 @@ class Catalog:
         return Dataset(self.table.drop_columns(["image"]) if "image" in self.table.column_names else self.table)
 
     def rows(self, item_ids: Sequence[Any] | pa.Array) -> np.ndarray:
-        """Catalog rows of raw ids: (n,) int64. Raises ValueError naming an id that is not in the catalog."""
+        """Catalog rows of raw ids: (n,) int64. Raises UnknownId naming an id that is not in the catalog."""
         try:
             wanted = item_ids if isinstance(item_ids, pa.Array) else pa.array(item_ids)
+            wanted = as_ids(wanted, "item_id", "catalog")
+            rows = rows_of(wanted, self.item_ids, "catalog")
         except (pa.ArrowException, OverflowError) as error:
-            raise ValueError(f"item ids are all integers or all strings: {error}") from None
-        wanted = as_ids(wanted, "item_id", "catalog")
-        rows = rows_of(wanted, self.item_ids, "catalog")
+            raise UnknownId(f"item ids are all integers or all strings: {error}") from None
+        except ValueError as error:
+            raise UnknownId(str(error)) from None
         if (rows < 0).any():
             unknown = wanted[int(np.argmin(rows))].as_py()
-            raise ValueError(f"item id {unknown!r} is not in the catalog of {len(self)} items")
+            raise UnknownId(f"item id {unknown!r} is not in the catalog of {len(self)} items")
         return rows
 
     def texts(self, columns: Sequence[str]) -> list[str]:
