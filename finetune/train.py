@@ -28,7 +28,7 @@ from mmctr.evaluation import embed_catalog, full_report, predict, predictions_ta
 from mmctr.files import replace_file, write_json
 from mmctr.fusion import ContentEncoder, ContentTable
 from mmctr.rankers import GBDTLRConfig
-from mmctr.runs import DataConfig, begin_run, item_content, make_accelerator, open_run_data, run_recipe
+from mmctr.runs import DataConfig, begin_run, end_run, item_content, make_accelerator, open_run_data, run_recipe
 from mmctr.tasks import PretrainTask, RankingTask, RankingTaskConfig
 from mmctr.training import FitConfig, fit
 
@@ -159,7 +159,7 @@ def main(config: FinetuneConfig) -> dict:
                     f"test {name:4}  AUC {m['auc']:.4f}  gAUC {m['gauc'] or float('nan'):.4f}  "
                     f"log loss {m['log_loss']:.4f}"
                 )
-    accelerator.end_training()
+    end_run(accelerator)
     return result
 
 

@@ -193,6 +193,16 @@ def begin_run(config: Config, run_dir: Path, accelerator: Accelerator) -> str:
     return fingerprint({key: value for key, value in values.items() if key != "run_dir"})
 
 
+def end_run(accelerator: Accelerator) -> None:
+    """Finish trackers and leave the process group, all processes together.
+
+    The main process still writes when the others are done. One that leaves alone is now and then aborted by gloo (3 of
+    24 runs of two processes), and the launcher then stops the main one as well.
+    """
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
 def first_difference(old: Any, new: Any, key: str = "") -> tuple[str, Any, Any] | None:
     """(key, old value, new value) of the first difference between two dumped configs, None when they agree.
 

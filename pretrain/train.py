@@ -18,7 +18,7 @@ from mmctr.data.interactions import ColdItemsSplit, SplitConfig
 from mmctr.files import write_json
 from mmctr.held_out import evaluate_pretraining
 from mmctr.pretraining import PretrainData, StreamData
-from mmctr.runs import DataConfig, begin_run, item_content, make_accelerator, open_run_data, run_recipe
+from mmctr.runs import DataConfig, begin_run, end_run, item_content, make_accelerator, open_run_data, run_recipe
 from mmctr.tasks import PretrainTask, PretrainTaskConfig
 from mmctr.training import FitConfig, fit
 
@@ -99,7 +99,7 @@ def main(config: PretrainConfig) -> dict:
         )
         for name, value in numbers.items():
             print(f"held-out {name:28} {value:.4f}   untrained {result['untrained'][name]:.4f}")
-    accelerator.end_training()
+    end_run(accelerator)
     return numbers
 
 
