@@ -196,8 +196,8 @@ def begin_run(config: Config, run_dir: Path, accelerator: Accelerator) -> str:
 def end_run(accelerator: Accelerator) -> None:
     """Finish trackers and leave the process group, all processes together.
 
-    The main process still writes when the others are done. One that leaves alone is now and then aborted by gloo (3 of
-    24 runs of two processes), and the launcher then stops the main one as well.
+    The main process still writes when the others are done. One that leaves alone is now and then aborted by gloo, and
+    the launcher then stops the main one as well: 3 of 24 runs of two processes, 1 of 102 since they wait.
     """
     accelerator.wait_for_everyone()
     accelerator.end_training()
