@@ -111,14 +111,13 @@ def main(config: FinetuneConfig) -> dict:
     validation_collator, test_collator = data.collator(splits.validation), data.collator(splits.test)
     cold = {"validation": splits.seen[splits.validation.item] == 0, "test": splits.seen[splits.test.item] == 0}
 
-    def refresh() -> None:
+    def evaluate() -> dict[str, float]:
+        stale: dict[str, float] = {}
         if encodes:
             assert encoder is not None and content is not None
-            task.embedder.refresh(*embed_catalog(encoder.eval(), content, len(catalog), accelerator))
-
-    def evaluate() -> dict[str, float]:
-        refresh()
-        return quick_metrics(splits.validation, predict(task, validation_collator, accelerator), cold["validation"])
+            stale = task.embedder.refresh(*embed_catalog(encoder.eval(), content, len(catalog), accelerator))
+        scores = predict(task, validation_collator, accelerator)
+        return quick_metrics(splits.validation, scores, cold["validation"]) | stale
 
     result = fit(
         task,

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Annotated, Literal, Protocol
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from mmctr.adapters import ClickGate, ContentAdapter
@@ -19,6 +19,7 @@ from mmctr.data.batches import BehaviorBatch, Features, ItemBatch, Jagged
 from mmctr.data.crosses import CrossFeature
 from mmctr.data.features import FeatureConfig, Vocabulary, table_rows
 from mmctr.data.trees import LEAVES
+from mmctr.memory_bank import MemoryBank
 from mmctr.optimizers import RowTable
 from mmctr.rankers.layers import segment_ids
 from mmctr.similarity import PairCosines
@@ -57,14 +58,11 @@ class ContentEncoder(Config):
     name: Literal["encoder"] = "encoder"
     run: str
     """run folder of `pretrain.train`"""
-    history: Literal["encoder", "table"] = "encoder"
-    """`encoder`: every distinct item of a batch is encoded with gradient. `table`: only targets are; histories read
-    a table of the encoder's own vectors that is made anew before each evaluation. Much faster, and what a history
-    reads is up to one evaluation old"""
     max_encoded: int | None = Field(default=None, ge=1)
-    """with `history: table`: encode at most this many distinct targets a step, another draw each step; the others read
-    the table as histories do. The cost of a step then no longer grows with its batch. Each process draws among its own
-    targets, so unlike all else here the result depends on the number of processes"""
+    """encode at most this many distinct items of a step with gradient, another draw each step; the others are read from
+    a memory bank as they were when they were last encoded (`mmctr.memory_bank`), so that the cost of a step does not
+    grow with its batch or its histories. None: all are encoded. Each process draws among its own items, so unlike all
+    else here the result depends on the number of processes"""
     frozen: bool = False
     """no gradient into the encoder: equals `table` with the vectors of the same run"""
     dim: int = Field(default=64, ge=1)
@@ -76,15 +74,7 @@ class ContentEncoder(Config):
     @property
     def encodes_history(self) -> bool:
         """Whether behaviours are encoded in training, not only targets."""
-        return not self.frozen and self.history == "encoder" and self.shown_in != "target"
-
-    @model_validator(mode="after")
-    def _budget_needs_a_table(self) -> ContentEncoder:
-        if self.max_encoded is not None and self.history == "encoder":
-            raise ValueError("max_encoded needs history: table, from which the other items read")
-        if self.shown_in == "history" and self.history == "table" and not self.frozen:
-            raise ValueError("history: table trains the encoder through targets, but shown_in: history hides theirs")
-        return self
+        return not self.frozen and self.shown_in != "target"
 
 
 ContentConfig = Annotated[ContentNone | ContentTable | ContentEncoder, Field(discriminator="name")]
@@ -257,8 +247,14 @@ class ItemEmbedder(nn.Module):
                 table[0].shape[1], content.hidden, content.dim, content.dropout, content.residual
             )
             sizes.append(content.dim)
-        if isinstance(content, ContentEncoder) and content.frozen and encoder is not None:
-            encoder.requires_grad_(False)
+        self.bank = None
+        if isinstance(content, ContentEncoder) and encoder is not None:
+            if content.frozen:
+                encoder.requires_grad_(False)
+            elif content.max_encoded is not None:
+                self.bank = MemoryBank(len(self.content_table), content.max_encoded)
+                # it is written to, and the caller's is his own
+                self.content_table, self.has_content = self.content_table.clone(), self.has_content.clone()
         if not sizes:
             raise ValueError("the embedder has nothing to read: give id_dim > 0, item features or content")
         if config.fusion == "sum" and len(set(sizes)) > 1:
@@ -326,7 +322,8 @@ class ItemEmbedder(nn.Module):
         """
         target = batch.target[segment_ids(batch.history_offsets, len(batch.history))]
         rows = batch.items.row
-        found = self._cosines(self.content_table, rows, target, batch.history, shift)
+        # a table that changes every step has no use for cosines of all its pairs
+        found = self._cosines(self.content_table, rows, target, batch.history, shift, keep=not self.encodes)
         has = self.has_content[rows]
         return torch.where(has[target] & has[batch.history], found, torch.nan)
 
@@ -338,14 +335,21 @@ class ItemEmbedder(nn.Module):
         if items.image is None and items.input_ids is None:
             raise ValueError("this batch carries no pictures or texts, but the encoder is being trained")
         vectors, has = self.encoder.embed(items)  # type: ignore[union-attr, operator]
-        if items.encode is None:
-            return vectors, has
-        return (
-            self.content_table[items.row].index_copy(0, items.encode, vectors.to(self.content_table.dtype)),
-            self.has_content[items.row].index_copy(0, items.encode, has),
-        )
+        shown = vectors, has
+        if items.encode is not None:
+            shown = (
+                self.content_table[items.row].index_copy(0, items.encode, vectors.to(self.content_table.dtype)),
+                self.has_content[items.row].index_copy(0, items.encode, has),
+            )
+        if self.bank is not None:
+            self.bank.step(self.content_table, self.has_content, items.row, items.encode, vectors, has)
+        return shown
 
-    def refresh(self, vectors: Tensor, has_content: Tensor) -> None:
-        """Replace the kept vectors of the whole catalog, (N, content dim) and (N,)."""
-        self.content_table = vectors.to(self.content_table.device)
+    def refresh(self, vectors: Tensor, has_content: Tensor) -> dict[str, float]:
+        """Replace the kept vectors of the whole catalog, (N, content dim) and (N,).
+
+        Returns how stale those of a memory bank were, see `MemoryBank.renew`.
+        """
+        old, self.content_table = self.content_table, vectors.to(self.content_table.device)
         self.has_content = has_content.to(self.has_content.device)
+        return {} if self.bank is None else self.bank.renew(old, self.content_table, self.has_content)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def _world_size() -> int:
+def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
@@ -40,7 +40,7 @@ class _Gather(torch.autograd.Function):
 
 def gather_rows(x: Tensor) -> Tensor:
     """(B, ...) of this process -> (W * B, ...) of all in rank order, differentiable. B is equal everywhere."""
-    if _world_size() == 1:
+    if world_size() == 1:
         return x
     if x.is_floating_point() and x.requires_grad:
         return _Gather.apply(x)  # type: ignore[return-value]
@@ -57,14 +57,14 @@ def mean_over_processes(values: Tensor, valid: Tensor | None = None) -> Tensor:
     if valid is None:
         return values.mean()
     count = valid.sum()
-    if _world_size() > 1:
+    if world_size() > 1:
         dist.all_reduce(count)
-    return torch.where(valid, values, 0.0).sum() * _world_size() / count.clamp(min=1)
+    return torch.where(valid, values, 0.0).sum() * world_size() / count.clamp(min=1)
 
 
 def own_columns(num_rows: int, device: torch.device) -> Tensor:
     """(B,) the columns of the gathered batch that hold this process's rows."""
-    first = dist.get_rank() * num_rows if _world_size() > 1 else 0
+    first = dist.get_rank() * num_rows if world_size() > 1 else 0
     return torch.arange(first, first + num_rows, device=device)
 
 
@@ -108,7 +108,7 @@ class _Candidates:
         valid = None if valid is None else gather_rows(valid)
         if bank is not None:
             if valid is None:
-                valid = torch.ones(num_rows * _world_size(), dtype=torch.bool, device=vectors.device)
+                valid = torch.ones(num_rows * world_size(), dtype=torch.bool, device=vectors.device)
             vectors, valid = torch.cat([vectors, bank.vectors.float()]), torch.cat([valid, bank.valid])
             keys = None if keys is None else torch.cat([keys, bank.keys])
         return cls(vectors, keys, valid, own)

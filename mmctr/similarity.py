@@ -59,7 +59,9 @@ class PairCosines:
         self._kept: Tensor | None = None
 
     @torch.no_grad()
-    def __call__(self, table: Tensor, rows: Tensor, i: Tensor, j: Tensor, shift: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, table: Tensor, rows: Tensor, i: Tensor, j: Tensor, shift: Tensor | None = None, keep: bool = True
+    ) -> Tensor:
         """(n,) fp32 cosines of table[rows[i]] and table[rows[j]], without gradient.
 
         Args:
@@ -67,9 +69,10 @@ class PairCosines:
             rows: (U,)
             i, j: (n,) positions in `rows`.
             shift: (C,) added to the vectors of i.
+            keep: whether the table stays as it is for a while.
         """
         with torch.inference_mode(False), torch.autocast(table.device.type, enabled=False):
-            if shift is None and len(table) <= self.MAX_KEPT:
+            if keep and shift is None and len(table) <= self.MAX_KEPT:
                 return self._all(table)[rows[i], rows[j]].clamp(-1, 1)
             second = F.normalize(table[rows].float(), dim=1)
             first = second if shift is None else F.normalize(table[rows].float() + shift, dim=1)

@@ -228,9 +228,10 @@ def test_dien_with_its_auxiliary_loss_on_two_processes_equals_one(toy_folder, tm
 
 
 def test_content_in_attention_tiers_and_gate_on_two_processes_equals_one(pretrained, toy_folder, tmp_path):
-    """Compared by the table of an encoder that is trained, which is made anew amid the run."""
-    content = {"name": "encoder", "run": str(pretrained), "history": "table", "dim": 8, "hidden": [8], "residual": True}
+    """Compared by the bank of an encoder that is trained: each process reads what the others have written."""
+    content = {"name": "encoder", "run": str(pretrained), "max_encoded": 1000, "dim": 8, "hidden": [8]}
     values = finetune_values(toy_folder, content, epochs=0.5, evaluations=2, optimizer={"lr": 3e-3})
+    content["residual"] = True
     values["task"]["embedder"] |= {"fusion": "gate"}
     values["task"]["ranker"] |= {"weights": "softmax", "content_attention": True}
     values["task"]["simtier"] = {"tiers": 10}

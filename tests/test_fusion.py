@@ -168,16 +168,14 @@ def test_a_live_encoder_equals_its_table_and_gets_a_gradient():
         live.train()(items([0], carry=False))
 
 
-def test_a_history_table_equals_encoding_all_while_it_is_fresh():
+def test_encoding_some_equals_encoding_all_while_the_table_is_fresh():
     encoder = Pixels()
-    model = embedder(
-        ContentEncoder(run="x", history="table", dim=3, hidden=[7]), encoder=encoder, table=table_of(encoder)
-    ).train()
+    model = embedder(ContentEncoder(run="x", dim=3, hidden=[7]), encoder=encoder, table=table_of(encoder)).train()
     rows = [0, 1, 2, 4, 5]
     some = items(rows, encode=torch.tensor([1, 2, 3]))
     torch.testing.assert_close(model(some), model(items(rows)))
     with torch.no_grad():
-        encoder.layer.bias += torch.arange(K)  # now the table is stale: histories still read it, targets do not
+        encoder.layer.bias += torch.arange(K)  # now the table is stale, for those that are not encoded
     stale, full = model(some), model(items(rows))
     same = [torch.allclose(a, b) for a, b in zip(stale, full, strict=True)]
     assert same == [False, True, True, True, True]  # the last one has no picture
@@ -325,8 +323,6 @@ def test_a_live_encoder_shown_in_targets_needs_to_encode_no_history():
         torch.testing.assert_close(vectors[target], other[0][other[1]])
         torch.testing.assert_close(vectors[2:5], other[0][2:5])
     assert not content.encodes_history and ContentEncoder(run="x").encodes_history
-    with pytest.raises(ValueError, match="shown_in: history hides theirs"):
-        ContentEncoder(run="x", history="table", shown_in="history")
 
 
 def test_a_live_encoder_is_compared_by_its_kept_table():

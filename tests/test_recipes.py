@@ -27,7 +27,7 @@ def done(toy_folder, tmp_path_factory) -> dict[str, tuple[Path, Path]]:
     """Recipe name -> its config and the folder of a run that was never stopped."""
     folder = tmp_path_factory.mktemp("done")
     result = {}
-    joint = {"name": "encoder", "run": str(folder / "pretrain"), "history": "table", "dim": 8, "hidden": [8]}
+    joint = {"name": "encoder", "run": str(folder / "pretrain"), "max_encoded": 9, "dim": 8, "hidden": [8]}
     rows = finetune_values(toy_folder, optimizer={"lr": 1e-2, "rows_from": 0})
     behavior = pretrain_values(
         toy_folder,

@@ -173,7 +173,7 @@ def behaviors_read(part: Impressions, rows: np.ndarray | slice, max_history: int
 class BehaviorCollator:
     """Rows of a split -> BehaviorBatch. Everything is columns; there is no Python per row.
 
-    `content` is given when items are encoded inside the ranker; `encode_history` says whether histories are too.
+    `content` is given when items are encoded inside the ranker; `encode_history` says whether behaviours are too.
     """
 
     impressions: Impressions
@@ -187,7 +187,7 @@ class BehaviorCollator:
     content: ItemContent | None = None
     encode_history: bool = True
     max_encoded: int | None = None
-    """without `encode_history`: at most this many distinct targets of a step are encoded"""
+    """at most this many distinct items of a step are encoded"""
     derived: tuple[Callable[[BehaviorView], Features], ...] = ()
     """make further context features: crosses, leaves of trees"""
     negatives: NegativeSampler | None = None
@@ -211,8 +211,7 @@ class BehaviorCollator:
             distinct, position = torch.unique(torch.cat([target, history]), return_inverse=True)
             num_targets = len(distinct)
         else:
-            # targets are encoded, histories read the table: an item that is both has a slot for each, so that what a
-            # history reads does not depend on which targets share its batch (or its process)
+            # targets alone are encoded: an item that is a behaviour as well has a slot for each
             targets, of_target = torch.unique(target, return_inverse=True)
             others, of_history = torch.unique(history, return_inverse=True)
             num_targets = len(targets)
@@ -226,9 +225,9 @@ class BehaviorCollator:
             items = ItemBatch(row=distinct, features=features)
         else:
             encode = None if self.encode_history else torch.arange(num_targets)
-            if encode is not None and self.max_encoded is not None and len(encode) > self.max_encoded:
-                draw = hashed_uniform(self.seed + 2, step, distinct[encode].numpy())
-                encode = encode[torch.from_numpy(np.argsort(draw)[: self.max_encoded])]
+            if self.max_encoded is not None and num_targets > self.max_encoded:
+                draw = hashed_uniform(self.seed + 2, step, distinct[:num_targets].numpy())
+                encode = torch.from_numpy(np.sort(np.argsort(draw)[: self.max_encoded]))
             items = self.content.batch(distinct, features, encode)
 
         user = torch.from_numpy(part.user[rows]).long()

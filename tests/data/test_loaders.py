@@ -216,6 +216,15 @@ def test_content_of_targets_and_histories(tmp_path):
     drawn = [budget(rows, step).items for step in range(3)]
     assert all(len(items.encode) == 5 and len(items.image) == 5 for items in drawn)
     assert not drawn[0].encode.equal(drawn[1].encode)  # another draw each step
+    assert set(drawn[0].encode.tolist()) <= set(few.items.encode.tolist())
+    of_all = collator(part, content=content, max_encoded=7)
+    steps = [of_all(rows, step) for step in range(60)]
+    assert all(len(step.items.encode) == len(step.items.image) == 7 for step in steps)
+    assert all(step.history.equal(whole.history) and step.items.row.equal(whole.items.row) for step in steps)
+    # behaviours are drawn as targets are
+    counts = np.bincount(torch.cat([step.items.encode for step in steps]), minlength=len(whole.items))
+    assert counts.min() > 0 and counts.max() < 5 * counts.mean()
+    assert collator(part, content=content, max_encoded=1000)(rows).items.encode is None
     for items, encoded in ((whole.items, whole.items.row), (few.items, few.items.row[few.items.encode])):
         assert items.image is not None and items.input_ids is not None
         assert items.has_image.tolist() == [row % 7 > 0 for row in encoded.tolist()]

@@ -50,6 +50,7 @@ CONTENTS = {
     "none": None,
     "table": ContentTable(path="x", dim=6, hidden=[5]),
     "encoder": ContentEncoder(run="x", dim=6, hidden=[5]),
+    "bank": ContentEncoder(run="x", max_encoded=20, dim=6, hidden=[5]),
     "frozen": ContentEncoder(run="x", frozen=True, dim=6, hidden=[5]),
 }
 
@@ -85,9 +86,9 @@ def test_a_frozen_encoder_gives_the_logits_and_gradients_of_its_table(world):
 def test_every_trained_parameter_of_a_joint_ranker_gets_a_gradient(world):
     """Data-parallel training stops at a parameter without one."""
     _, splits, _, data, content, _ = world
-    for history in ("encoder", "table"):
-        task = ranking_task(world, ContentEncoder(run="x", history=history, dim=6, hidden=[5])).train()
-        batch = data.collator(splits.train, content=content, encode_history=history == "encoder")(np.arange(32))
+    for max_encoded in (None, 8):
+        task = ranking_task(world, ContentEncoder(run="x", max_encoded=max_encoded, dim=6, hidden=[5])).train()
+        batch = data.collator(splits.train, content=content, max_encoded=max_encoded)(np.arange(32))
         task(batch)["log_loss"].backward()
         missing = [name for name, p in task.named_parameters() if p.requires_grad and p.grad is None]
         assert not missing
@@ -96,7 +97,7 @@ def test_every_trained_parameter_of_a_joint_ranker_gets_a_gradient(world):
         assert {id(p) for part in parts.values() for p in part} >= {id(p) for p in task.parameters() if p.requires_grad}
 
 
-def test_a_history_table_gives_the_logits_of_encoding_all(world):
+def test_encoding_targets_alone_gives_the_logits_of_encoding_all(world):
     """While the table is fresh: it was made by the same encoder in evaluation mode, which has no dropout here."""
     _, splits, _, data, content, _ = world
     rows, logits = np.arange(40), []
