@@ -42,7 +42,7 @@ def runs(toy_folder, tmp_path_factory) -> Path:
     contents = {
         "id": None,
         "table": {"name": "table", "path": str(folder / "embeddings"), "dim": 8, "hidden": [8]},
-        "joint": {"name": "encoder", "run": str(folder / "pretrain"), "history": "table", "dim": 8, "hidden": [8]},
+        "joint": {"name": "encoder", "run": str(folder / "pretrain"), "max_encoded": 20, "dim": 8, "hidden": [8]},
     }
     contents["trees"] = contents["table"]
     for name, content in contents.items():
