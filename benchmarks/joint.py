@@ -1,7 +1,7 @@
 """What a budget of encoded items saves when an encoder is trained inside a ranker: rows a second and memory.
 
     python benchmarks/joint.py configs/finetune/toy_din_joint.yaml [key=value ...] \
-        [--budgets none 256 48] [--steps 12] [--rounds 2]
+        [--budgets none 128 32] [--steps 12] [--rounds 2]
 
 Each measurement is the recipe itself in a process of its own, by turns; `none` encodes every distinct item of a step.
 Prints JSON: of each budget the rows a second (median of the rounds), the peak memory in MB, and how many times the rows
@@ -58,7 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*")
-    parser.add_argument("--budgets", nargs="+", default=["none", "256", "48"])
+    parser.add_argument("--budgets", nargs="+", default=["none", "128", "32"])
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=2)
     arguments = parser.parse_intermixed_args()
