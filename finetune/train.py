@@ -3,22 +3,24 @@
     accelerate launch -m finetune.train configs/finetune/toy_din_table.yaml [key=value ...]
 
 Every recipe knows `data.path=`, `run_dir=` and `seed=`. The run folder holds config.yaml, model.safetensors,
-metrics.json, log.jsonl, predictions.parquet and checkpoints/. Started again after a crash it goes on.
+metrics.json, log.jsonl, predictions.parquet and checkpoints/, of `task.embedder.cold_ids` also cold_ids/, of a `staged`
+split also stages.parquet. Started again after a crash it goes on.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow.parquet
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from mmctr.cold_training import train_cold_ids
 from mmctr.config import Config
-from mmctr.data.interactions import ColdItemsSplit, SplitConfig, split_interactions
+from mmctr.data.interactions import ColdItemsSplit, SplitConfig, StagedSplit, split_interactions
 from mmctr.data.loaders import BatchPlan, NegativeSampler, TrainBatches
 from mmctr.data.ranking import RankingData, RankingVocabulary
 from mmctr.data.tables import one_array
@@ -31,6 +33,7 @@ from mmctr.rankers import GBDTLRConfig
 from mmctr.runs import DataConfig, begin_run, end_run, item_content, make_accelerator, open_run_data, run_recipe
 from mmctr.tasks import PretrainTask, RankingTask, RankingTaskConfig
 from mmctr.training import FitConfig, fit
+from mmctr.warmup import StagesConfig, check_stages, save_stages, warm_up
 
 
 class FinetuneConfig(Config):
@@ -40,8 +43,18 @@ class FinetuneConfig(Config):
     fit: FitConfig = FitConfig()
     primary: Literal["gauc", "auc", "gauc_warm", "gauc_cold"] = "gauc"
     """what early stopping looks at, on the validation rows"""
+    cold_fit: FitConfig = FitConfig()
+    """how `task.embedder.cold_ids` are learned, after `fit`"""
+    stages: StagesConfig = StagesConfig()
+    """how new items of a `staged` split are warmed up, after that"""
     run_dir: str
     seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _new_items_can_be_warmed_up(self) -> FinetuneConfig:
+        if isinstance(self.split, StagedSplit):
+            check_stages(self.task, self.stages)
+        return self
 
 
 def main(config: FinetuneConfig) -> dict:
@@ -84,8 +97,11 @@ def main(config: FinetuneConfig) -> dict:
             data.fit_trees(ranker.trees, part, config.task.embedder.id_dropout, config.seed).save(run_dir)
         accelerator.wait_for_everyone()
         vocabulary = replace(vocabulary, trees=Trees.load(run_dir))
-    data = RankingData(dataset, vocabulary, config.task.features, config.task.max_history, frozen)
 
+    def see(known: RankingVocabulary) -> RankingData:
+        return RankingData(dataset, known, config.task.features, config.task.max_history, frozen)
+
+    data = see(vocabulary)
     torch.manual_seed(config.seed)
     task = RankingTask(config.task, vocabulary, table, encoder, catalog.item_ids)
     if config.task.mini_batch_l2:
@@ -119,21 +135,29 @@ def main(config: FinetuneConfig) -> dict:
         scores = predict(task, validation_collator, accelerator)
         return quick_metrics(splits.validation, scores, cold["validation"]) | stale
 
-    result = fit(
-        task,
-        train,
-        config.fit,
-        run_dir=run_dir,
-        accelerator=accelerator,
-        evaluate=evaluate,
-        primary=config.primary,
-        seed=config.seed,
-        identity=identity,
-    )
+    common: dict[str, Any] = {
+        "run_dir": run_dir,
+        "accelerator": accelerator,
+        "seed": config.seed,
+        "identity": identity,
+    }
+    result = fit(task, train, config.fit, evaluate=evaluate, primary=config.primary, **common)
+
+    # cold IDs: the ranker is frozen, and what items without an ID of their own read is learned on the others
+    if task.embedder.generator is not None:
+        result["cold_ids"] = train_cold_ids(
+            task, data, train_rows, splits.validation, config.cold_fit, primary=config.primary, **common
+        )
 
     # the test rows are touched once, with the weights of the best validation
     parts = {"validation": (splits.validation, validation_collator), "test": (splits.test, test_collator)}
     scores = {name: predict(task, collator, accelerator) for name, (_, collator) in parts.items()}
+
+    # stages: a few rows of new items at a time train their own IDs, and the same test rows are scored again
+    stages: dict[str, np.ndarray] = {}
+    if splits.stages:
+        warmed = warm_up(task, see, splits, config.stages, catalog.item_ids, run_dir, accelerator, config.seed)
+        stages = {"cold": scores["test"], **warmed}
     if accelerator.is_main_process:
         task.save(run_dir)
         clicks = {name: splits.clicks[part.item] for name, (part, _) in parts.items()}
@@ -147,17 +171,17 @@ def main(config: FinetuneConfig) -> dict:
             catalog.item_ids,
         )
         replace_file(run_dir / "predictions.parquet", lambda path: pyarrow.parquet.write_table(predictions, path))
+        if stages:
+            metrics["stages"] = save_stages(run_dir, splits.test, predictions, stages)
         tables = {"tables": task.sparsity()} if ranker.weight_dim else {}
         write_json(run_dir / "metrics.json", {**metrics, "training": result, "split": splits.report, **tables})
         for name, count in tables.get("tables", {}).items():
             print(f"{name}: {count['rows'] - count['nonzero']} of {count['rows']} features dropped")
-        for name in ("all", "warm", "cold"):
-            m = metrics["test"][name]
+        shown = {f"test {name:4}": metrics["test"][name] for name in ("all", "warm", "cold")}
+        for name, m in (shown | metrics.get("stages", {})).items():
             if m["auc"] is not None:
-                print(
-                    f"test {name:4}  AUC {m['auc']:.4f}  gAUC {m['gauc'] or float('nan'):.4f}  "
-                    f"log loss {m['log_loss']:.4f}"
-                )
+                gauc = m["gauc"] or float("nan")
+                print(f"{name:9}  AUC {m['auc']:.4f}  gAUC {gauc:.4f}  log loss {m['log_loss']:.4f}")
     end_run(accelerator)
     return result
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -16,15 +16,19 @@ from mmctr.data.content import Content, ItemContent
 from mmctr.data.interactions import Impressions
 from mmctr.data.loaders import BehaviorCollator
 from mmctr.metrics import auc, gauc, log_loss, ranking_report
-from mmctr.tasks import PretrainTask, RankingTask
+from mmctr.tasks import PretrainTask
 
 Modality = Literal["both", "image", "text"]
 
 
+class Scores(Protocol):
+    """What gives (B,) logits of a batch, and losses that are not looked at."""
+
+    def logits(self, batch: BehaviorBatch, /) -> tuple[Tensor, dict[str, Tensor]]: ...
+
+
 @torch.inference_mode()
-def predict(
-    task: RankingTask, collator: BehaviorCollator, accelerator: Accelerator, batch_size: int = 4096
-) -> np.ndarray:
+def predict(task: Scores, collator: BehaviorCollator, accelerator: Accelerator, batch_size: int = 4096) -> np.ndarray:
     """(n,) click probabilities of all impressions of a collator, the work divided over processes. fp32."""
     num_rows = len(collator.impressions)
     starts = range(0, num_rows, batch_size)

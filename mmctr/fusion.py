@@ -14,6 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mmctr.adapters import ClickGate, ContentAdapter
+from mmctr.cold_ids import ColdIdsConfig, IdGenerator, NoColdIds
 from mmctr.config import Config
 from mmctr.data.batches import BehaviorBatch, Features, ItemBatch, Jagged
 from mmctr.data.crosses import CrossFeature
@@ -105,6 +106,14 @@ class ItemEmbedderConfig(Config):
     ID and content, of one size, mixed by the clicks the item had in training (see `ClickGate`), then side features"""
     fused_dim: int = Field(default=64, ge=1)
     """size after `project`"""
+    cold_ids: ColdIdsConfig = NoColdIds()
+    """what items without an ID row of their own read in its place, learned after the ranker, which is then frozen"""
+
+    @model_validator(mode="after")
+    def _the_gate_reads_no_cold_id(self) -> ItemEmbedderConfig:
+        if self.fusion == "gate" and not isinstance(self.cold_ids, NoColdIds):
+            raise ValueError("fusion: gate reads no ID of a cold item, so cold_ids would change nothing; drop one")
+        return self
 
 
 class FeatureEmbedder(nn.Module):
@@ -228,6 +237,9 @@ class ItemEmbedder(nn.Module):
         if weights:
             config = as_weights(config, weights)
         self.config = config
+        self.generator: IdGenerator | None = None
+        self.generates = False
+        """whether items without an ID row read what `generator` makes; not before it is trained"""
         self._cosines = PairCosines()
         content = config.content
         sizes = []
@@ -277,16 +289,19 @@ class ItemEmbedder(nn.Module):
         frozen = isinstance(self.config.content, ContentEncoder) and self.config.content.frozen
         return self.encoder is not None and self.training and not frozen
 
-    def forward(self, items: ItemBatch, shift: Tensor | None = None, content: bool = True) -> Tensor:
+    def forward(
+        self, items: ItemBatch, shift: Tensor | None = None, content: bool = True, ids: Tensor | None = None
+    ) -> Tensor:
         """(U, dim).
 
         Args:
             shift: (content dim,) added to every content vector, to see what that changes.
             content: False: all items are without content.
+            ids: (U, id_dim) in the place of the ID vectors.
         """
         parts = []
         if self.ids is not None:
-            parts.append(self.ids(items.features["item_id"]))
+            parts.append(self._ids(items, shift) if ids is None else ids)
         if self.features.dim:
             parts.append(self.features(items.features, items.row))
         if self.adapter is not None and content:
@@ -299,18 +314,39 @@ class ItemEmbedder(nn.Module):
             parts = [self.gate(own, parts[0], parts[-1]), *parts[1:-1]]
         return self.project(FUSIONS[self.config.fusion](parts))
 
-    def by_role(self, batch: BehaviorBatch, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def _ids(self, items: ItemBatch, shift: Tensor | None) -> Tensor:
+        """(U, id_dim) ID vectors: an item's own, else a generated one, else that of the unknown item."""
+        rows: Tensor = items.features["item_id"]  # type: ignore[assignment]
+        own = self.ids(rows)  # type: ignore[misc]
+        if self.generator is None or not self.generates:
+            return own
+        return torch.where((rows == 0)[:, None], self.generator.cold(self.describe(items, shift)), own)
+
+    def describe(self, items: ItemBatch, shift: Tensor | None = None) -> Tensor:
+        """(U, X) what the generator of ID vectors reads of items; content is that of the kept table."""
+        assert self.generator is not None
+        vectors = has = None
+        if self.adapter is not None:
+            vectors, has = self.content_table[items.row], self.has_content[items.row]
+            vectors = vectors if shift is None else vectors + shift
+        return self.generator.describe(self.features(items.features, items.row), vectors, has)
+
+    def by_role(
+        self, batch: BehaviorBatch, shift: Tensor | None = None, target_ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Vectors (V, dim) of all items of a batch, and the positions (B,) of targets among them: in the first U places
         items are as histories show them, and in U further ones as targets are, where that differs.
 
         Args:
             shift: (content dim,) added to the content vectors of targets alone.
+            target_ids: (U, id_dim) in the place of the ID vectors of targets alone.
         """
         shown = "both" if self.adapter is None else self.config.content.shown_in  # type: ignore[union-attr]
         vectors, target = self(batch.items, content=shown != "target"), batch.target
-        if shift is None and shown == "both":
+        if shift is None and target_ids is None and shown == "both":
             return vectors, target
-        return torch.cat([vectors, self(batch.items, shift, content=shown != "history")]), target + len(vectors)
+        as_targets = self(batch.items, shift, shown != "history", target_ids)
+        return torch.cat([vectors, as_targets]), target + len(vectors)
 
     def similarity(self, batch: BehaviorBatch, shift: Tensor | None = None) -> Tensor:
         """(H,) cosines of the content vectors of each behaviour and its target, NaN where one of them has none.

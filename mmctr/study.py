@@ -30,6 +30,8 @@ from mmctr.runs import first_difference
 
 OWN_KEYS = ("data.path", "split", "seed", "run_dir")
 """keys of a cell's config that the study sets"""
+STAGES_FILE = "stages.parquet"
+"""of a run under a `staged` split: its test rows, and a score a stage"""
 Launch = Callable[[Sequence[str], Path], int]
 """(arguments of `finetune.train`, log file) -> exit code"""
 

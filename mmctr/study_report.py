@@ -23,6 +23,8 @@ SHOWN = {"gAUC all": ("all", "gauc"), "gAUC warm": ("warm", "gauc"), "gAUC cold"
     "log loss": ("all", "log_loss"),
 }
 """column -> (split, metric)"""
+STAGE_METRICS = {"gauc": "gAUC", "auc": "AUC"}
+"""what is shown by stage"""
 
 
 def study_table(results: dict[str, Any]) -> str:
@@ -59,6 +61,16 @@ def _tables(name: str, protocol: dict[str, Any], study: dict[str, Any]) -> Itera
             cells = [_text_difference(found["difference"][split]) for split in SPLITS]
             table.add_row(Text(method), *cells, *([_share(found["gap_closed"])] if study["oracle"] else []))
         yield f"{name}: gAUC minus the gAUC of {study['baseline']} (95% interval)", table
+    for metric, shown in (STAGE_METRICS if (stages := _stage_names(methods)) else {}).items():
+        table = _table(stages)
+        for method, found in methods.items():
+            table.add_row(Text(method), *(_text_summary(found["stages"][stage][metric]) for stage in stages))
+        yield f"{name}: {shown} of the test rows before and after each stage", table
+        table = _table(stages)
+        for method, found in compared.items():
+            table.add_row(Text(method), *(_text_difference(found["stages"][s]["difference"], metric) for s in stages))
+        if compared:
+            yield f"{name}: {shown} minus the {shown} of {study['baseline']}, by stage (95% interval)", table
     epochs = _epochs(methods)
     if epochs:
         part = ", the first eight" if len(epochs) > 8 else ""
@@ -84,12 +96,12 @@ def _text_summary(found: dict[str, Any] | None) -> str:
     return f"{found['mean']:.4f}{both}"
 
 
-def _text_difference(found: dict[str, Any] | None) -> Text:
-    if found is None or found["gauc"] is None:
+def _text_difference(found: dict[str, Any] | None, metric: str = "gauc") -> Text:
+    if found is None or found[metric] is None:
         return Text("–")
-    ends = found["gauc_ci"]
-    star = " *" if _marked(found) else "  "
-    return Text(_bare(found["gauc"]) + star + (f"\n[{_bare(ends[0])}, {_bare(ends[1])}]" if ends else ""))
+    ends = found[f"{metric}_ci"]
+    star = " *" if _marked(found, metric) else "  "
+    return Text(_bare(found[metric]) + star + (f"\n[{_bare(ends[0])}, {_bare(ends[1])}]" if ends else ""))
 
 
 def _bare(value: float, sign: str = "+") -> str:
@@ -98,9 +110,9 @@ def _bare(value: float, sign: str = "+") -> str:
     return shown.replace("+0.", "+.").replace("-0.", "-.") if sign else shown.removeprefix("0")
 
 
-def _marked(found: dict[str, Any] | None) -> bool:
-    """Whether the interval of a difference in gAUC holds no zero."""
-    ends = _pair(found["gauc_ci"]) if found else None
+def _marked(found: dict[str, Any] | None, metric: str = "gauc") -> bool:
+    """Whether the interval of a difference holds no zero."""
+    ends = _pair(found[f"{metric}_ci"]) if found else None
     return ends is not None and not ends[0] <= 0 <= ends[1]
 
 
@@ -137,7 +149,8 @@ def write_study_page(results: dict[str, Any], path: str | Path) -> None:
         if not protocol["methods"]:
             sections.append(f"{heading}<p class='empty'>No run is finished.</p>")
             continue
-        sections.append(f"{heading}{_metrics(protocol)}{_differences(protocol, results)}{_plots(place, protocol)}")
+        sections.append(f"{heading}{_metrics(protocol)}{_differences(protocol, results)}")
+        sections[-1] += _stages(place, protocol["methods"], study["baseline"]) + _plots(place, protocol)
     shown = yaml.safe_dump(study, sort_keys=False, allow_unicode=True)
     sections.append(f"<h2>The study</h2>\n<pre tabindex='0'>{text(shown)}</pre>")
     write_text(Path(path), document(f"Cold items: {study['data']}", sections))
@@ -233,11 +246,52 @@ def _differences(protocol: dict[str, Any], results: dict[str, Any]) -> str:
     )
 
 
-def _difference_cell(found: dict[str, Any] | None) -> str:
+def _difference_cell(found: dict[str, Any] | None, metric: str = "gauc") -> str:
     if found is None:
         return "–"
-    star = "&nbsp;*" if _marked(found) else ""
-    return number(found["gauc"], "+.4f") + star + spread(_pair(found["gauc_ci"]), "+.4f")
+    star = "&nbsp;*" if _marked(found, metric) else ""
+    return number(found[metric], "+.4f") + star + spread(_pair(found[f"{metric}_ci"]), "+.4f")
+
+
+def _stage_names(methods: dict[str, Any]) -> list[str]:
+    """Of a `staged` protocol, in order."""
+    return list(next(iter(methods.values()))["stages"])
+
+
+def _stages(place: int, methods: dict[str, Any], baseline: str) -> str:
+    """Warm-up curves of a `staged` protocol: values and paired differences by stage."""
+    stages = _stage_names(methods)
+    if not stages:
+        return ""
+    drawn, tables = "", ""
+    ticks = [(float(at), stage, "") for at, stage in enumerate(stages)]
+    for metric, shown in STAGE_METRICS.items():
+        lines, rows, compared = [], [], []
+        for style, (name, found) in enumerate(methods.items()):
+            shift = (style - (len(methods) - 1) / 2) * min(0.14, 0.7 / len(methods))
+            values = [found["stages"][stage] for stage in stages]
+            means = [(one[metric] or {}).get("mean") for one in values]
+            ends = [_pair(one[f"{metric}_ci"]) for one in values]
+            points = [(at + shift, *both) for at, both in enumerate(zip(means, ends, strict=True))]
+            lines.append(Series(name, style, points))
+            label = line_label(style, name)
+            rows.append(_row(label, [number(mean) + spread(end) for mean, end in zip(means, ends, strict=True)]))
+            if name != baseline:
+                compared.append(_row(label, [_difference_cell(one["difference"], metric) for one in values]))
+        told = "; ".join(f"{line.name}: {', '.join(number(y) for _, y, _ in line.points)}" for line in lines)
+        x_range = (-0.5, len(stages) - 0.5)
+        plot = line_plot(f"stages-{metric}-{place}", f"{shown} by stage", told, lines, ticks, x_range, "stage")
+        drawn += figure(f"<b>{shown}</b> of the same test rows before and after each stage.", plot)
+        columns = ["Method", *stages]
+        tables += scrolling(f"{shown} by stage", _html_table(columns, rows))
+        if compared:
+            tables += f"<h3>{shown} minus the {shown} of {text(baseline)}, by stage</h3>\n"
+            tables += scrolling(f"Differences of {shown} by stage", _html_table(columns, compared))
+    note = (
+        "<p class='note'>All test rows are of new items: \"cold\" before any row of theirs was trained on, then after "
+        "each stage of a few rows an item. Whiskers and brackets are intervals over users, averaged over seeds.</p>"
+    )
+    return f"<h3>Warm-up by stage</h3>\n<div class='pair'>{drawn}</div>\n{tables}{note}\n"
 
 
 def _row(label: str, cells: Sequence[str]) -> str:

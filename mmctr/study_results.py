@@ -1,6 +1,7 @@
 """The numbers of a study: means over seeds, paired differences to the baseline, the share of a gap that is closed.
 
-Everything is read from the run folders: metrics.json, log.jsonl and predictions.parquet. A summary S of a value over
+Everything is read from the run folders: metrics.json, log.jsonl, predictions.parquet and, of a `staged` protocol,
+stages.parquet. A summary S of a value over
 seeds is {"mean", "low", "high", "seeds": [one value a seed, None where it is not defined]}, or None without any value.
 """
 
@@ -11,12 +12,16 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet
 
+from mmctr.files import read_json
 from mmctr.metrics import interval, paired_samples
 from mmctr.page import is_number
 from mmctr.report import SPLITS, Run, load_run, read_predictions
-from mmctr.study import Cell, Outcome, StudyConfig
+from mmctr.study import STAGES_FILE, Cell, Outcome, StudyConfig
 
+Scores = dict[tuple[str, int], np.ndarray]
+"""by method and seed"""
 METRICS = ("gauc", "auc", "log_loss")
 RULE = (
     "The difference of a method is its gAUC minus that of the baseline on the same rows, averaged over seeds, seed by "
@@ -33,7 +38,10 @@ def study_results(study: StudyConfig, outcomes: Sequence[Outcome]) -> dict[str, 
     {"all", "warm", "cold"}, "methods": {method: R}}}}, where R of a method with a finished seed is {"seeds", "folders",
     "test": {split: {metric: S}}, "buckets": [{"clicks", "num_impressions", "gauc": S}], "validation": [{"epoch",
     "gauc": S, "log_loss": S}] of the epochs that all seeds reached, "difference": {split: D} or None, "gap_closed": G
-    or None}.
+    or None, "stages": {stage: {metric: S, "auc_ci": I, "gauc_ci": I, "difference": D or None}}}.
+
+    Stages are those of a `staged` protocol, in order, else there are none; all their rows are of new items. I is the
+    interval over users of one run, its ends averaged over seeds.
 
     D is {"auc", "auc_ci", "gauc", "gauc_ci", "seeds": [{"seed", the same keys}]}, None where the split has no rows. G
     is the difference on cold gAUC over that of the oracle, {"share", "share_ci", "seeds"}; None where there is no
@@ -81,8 +89,9 @@ def _protocol_results(study: StudyConfig, cells: Sequence[Cell]) -> dict[str, An
             },
             "buckets": _buckets(runs),
             "validation": _validation(runs),
-            "difference": None if name == study.baseline else rows.differences(name, study.baseline, study.bootstrap),
+            "difference": None if name == study.baseline else rows.differences(name, study),
             "gap_closed": rows.gap_closed(name, study),
+            "stages": _stages(name, own, rows, study),
         }
     return {"rows": rows.counts(), "methods": methods}
 
@@ -107,11 +116,27 @@ def _validation(runs: Sequence[Run]) -> list[dict[str, Any]]:
     ]
 
 
+def _stages(name: str, cells: Sequence[Cell], rows: _Rows, study: StudyConfig) -> dict[str, Any]:
+    runs = [read_json(cell.folder / "metrics.json").get("stages", {}) for cell in cells]
+    result = {}
+    for stage in rows.stages:
+        found: dict[str, Any] = {key: summary([run[stage][key] for run in runs]) for key in METRICS}
+        for key in ("auc_ci", "gauc_ci"):
+            ends = [run[stage][key] for run in runs if run[stage][key]]
+            found[key] = np.mean(ends, axis=0).tolist() if ends else None
+        seeds = rows.shared_seeds(name, study.baseline)
+        other = name != study.baseline and seeds
+        found["difference"] = rows.difference(name, study, seeds, "all", rows.stages[stage]) if other else None
+        result[stage] = found
+    return result
+
+
 class _Rows:
     """The test rows of a protocol, and the scores each run gives them."""
 
     def __init__(self, cells: Sequence[Cell]) -> None:
-        self.scores: dict[tuple[str, int], np.ndarray] = {}
+        self.scores: Scores = {}
+        self.stages: dict[str, Scores] = {}
         first: tuple[Cell, pa.Table] | None = None
         for cell in cells:
             table = read_predictions(cell.folder)
@@ -126,6 +151,10 @@ class _Rows:
                     f"between the two; delete the older one of them and start the study again"
                 )
             self.scores[cell.method, cell.seed] = table["score"].to_numpy()
+            if (cell.folder / STAGES_FILE).is_file():
+                staged = pyarrow.parquet.read_table(cell.folder / STAGES_FILE)
+                for name in staged.column_names[3:]:  # behind user, item and label
+                    self.stages.setdefault(name, {})[cell.method, cell.seed] = staged[name].to_numpy()
         assert first is not None
         self.labels, self.users = (first[1][key].to_numpy() for key in ("label", "user"))
         cold = first[1]["cold"].to_numpy().astype(bool)
@@ -139,29 +168,31 @@ class _Rows:
         seeds = dict.fromkeys(seed for _, seed in self.scores)
         return [seed for seed in seeds if all((method, seed) in self.scores for method in methods)]
 
-    def samples(self, method: str, baseline: str, seeds: Sequence[int], split: str, count: int) -> dict[str, Any]:
-        """`paired_samples` of seeds; the users of a sample depend on the split alone."""
-        mask = self.masks[split]
-        a, b = ([self.scores[name, seed][mask] for seed in seeds] for name in (baseline, method))
-        return paired_samples(self.labels[mask], a, b, self.users[mask], count)
+    def samples(
+        self, method: str, study: StudyConfig, seeds: Sequence[int], split: str, scores: Scores | None = None
+    ) -> dict[str, Any]:
+        """`paired_samples` of seeds, the baseline first; the users of a sample depend on the split alone."""
+        mask, scores = self.masks[split], scores or self.scores
+        a, b = ([scores[name, seed][mask] for seed in seeds] for name in (study.baseline, method))
+        return paired_samples(self.labels[mask], a, b, self.users[mask], study.bootstrap)
 
-    def differences(self, method: str, baseline: str, count: int) -> dict[str, Any] | None:
-        seeds = self.shared_seeds(method, baseline)
-        if not seeds:
+    def differences(self, method: str, study: StudyConfig) -> dict[str, Any] | None:
+        seeds = self.shared_seeds(method, study.baseline)
+        return {split: self.difference(method, study, seeds, split) for split in self.masks} if seeds else None
+
+    def difference(
+        self, method: str, study: StudyConfig, seeds: Sequence[int], split: str, scores: Scores | None = None
+    ) -> dict[str, Any] | None:
+        """D of a split, of other scores than those of predictions.parquet if they are given."""
+        if not self.masks[split].any():
             return None
-        found: dict[str, Any] = {}
-        for split, mask in self.masks.items():
-            if not mask.any():
-                found[split] = None
-                continue
-            together: dict[str, Any] = {}
-            one_by_one: list[dict[str, Any]] = [{"seed": seed} for seed in seeds]
-            for metric, (values, samples) in self.samples(method, baseline, seeds, split, count).items():
-                together |= {metric: _number(values.mean()), f"{metric}_ci": _ends(_over_seeds(samples))}
-                for place, one in enumerate(one_by_one):
-                    one |= {metric: _number(values[place]), f"{metric}_ci": _ends(samples[:, place])}
-            found[split] = together | {"seeds": one_by_one}
-        return found
+        together: dict[str, Any] = {}
+        one_by_one: list[dict[str, Any]] = [{"seed": seed} for seed in seeds]
+        for metric, (values, samples) in self.samples(method, study, seeds, split, scores).items():
+            together |= {metric: _number(values.mean()), f"{metric}_ci": _ends(_over_seeds(samples))}
+            for place, one in enumerate(one_by_one):
+                one |= {metric: _number(values[place]), f"{metric}_ci": _ends(samples[:, place])}
+        return together | {"seeds": one_by_one}
 
     def gap_closed(self, method: str, study: StudyConfig) -> dict[str, Any] | None:
         if study.oracle is None or method in (study.baseline, study.oracle) or not self.masks["cold"].any():
@@ -169,10 +200,7 @@ class _Rows:
         seeds = self.shared_seeds(method, study.baseline, study.oracle)
         if not seeds:
             return None
-        own, gap = (
-            self.samples(name, study.baseline, seeds, "cold", study.bootstrap)["gauc"]
-            for name in (method, study.oracle)
-        )
+        own, gap = (self.samples(name, study, seeds, "cold")["gauc"] for name in (method, study.oracle))
         low = _ends(_over_seeds(gap[1]))
         if low is None or low[0] <= 0:
             return None

@@ -255,6 +255,24 @@ def test_gbdt_lr_on_two_processes_equals_one(toy_folder, tmp_path):
     assert (tmp_path / "1" / "trees.json").read_bytes() == (tmp_path / "2" / "trees.json").read_bytes()
 
 
+def test_generated_ids_and_stages_on_two_processes_equal_one(toy_folder, tmp_path):
+    """Meta-Embedding differentiates inside of its forward pass, and shares the items of a step out; stages do all on
+    each process."""
+    values = finetune_values(toy_folder, epochs=1)
+    values["split"] = {"name": "staged", "new": 0.3, "rows": 2, "test_rows": 2}
+    values["task"]["features"] = {"item": {"brand": {"name": "categorical", "dim": 4}}}
+    values["task"]["embedder"]["cold_ids"] = {"name": "meta_embedding", "rows": 2, "hidden": [8]}
+    values["cold_fit"] = {"epochs": 1, "batch_size": 48, "log_every": 1}
+    config = write_config(tmp_path / "f.yaml", values)
+    one_and_two(tmp_path, "finetune.train", config)
+    check_same_run(tmp_path / "1", tmp_path / "2", count=13)
+    one, two = ([line["loss"] for line in log_lines(tmp_path / n / "cold_ids") if "loss" in line] for n in ("1", "2"))
+    assert len(one) > 4
+    np.testing.assert_allclose(two, one, rtol=0, atol=1e-5)
+    scores = [pyarrow.parquet.read_table(tmp_path / n / "stages.parquet")["warm_c"].to_numpy() for n in ("1", "2")]
+    np.testing.assert_allclose(scores[1], scores[0], rtol=0, atol=1e-4)
+
+
 def test_pretraining_with_clip_on_two_processes_equals_one(toy_folder, tmp_path):
     config = write_config(tmp_path / "p.yaml", pretrain_values(toy_folder))
     one_and_two(tmp_path, "pretrain.train", config)

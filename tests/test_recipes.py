@@ -172,6 +172,26 @@ def test_a_run_killed_after_its_trees_were_grown_keeps_them(done, tmp_path):
     check_same_files(tmp_path / "run", reference)
 
 
+def test_a_run_killed_while_it_learns_cold_ids_or_warms_items_up_goes_on(toy_folder, tmp_path):
+    values = finetune_values(toy_folder, epochs=0.5, checkpoint_every=50)
+    values["split"] = {"name": "staged", "new": 0.3, "rows": 2, "test_rows": 2}
+    values["task"]["features"] = {"item": {"brand": {"name": "categorical", "dim": 4}}}
+    values["task"]["embedder"]["cold_ids"] = {"name": "mwuf", "hidden": [8]}
+    values["cold_fit"] = {"epochs": 1, "batch_size": 96, "checkpoint_every": 4}
+    config = write_config(tmp_path / "config.yaml", values)
+    start(tmp_path, "finetune.train", config, f"run_dir={tmp_path / 'whole'}").ok()
+    left = []
+    for rename in (8, 11, 7):
+        run = start(tmp_path, "finetune.train", config, f"run_dir={tmp_path / 'run'}", kill_at_rename=rename)
+        assert run.wait() == -9, run.text
+        left.append({str(path.relative_to(tmp_path / "run")) for path in (tmp_path / "run").glob("**/[!.]*")})
+    start(tmp_path, "finetune.train", config, f"run_dir={tmp_path / 'run'}").ok()
+    assert any(path.startswith("cold_ids/checkpoints/step-") for path in left[1])
+    assert "checkpoints/warm_a.safetensors" in left[2] - left[1] and "checkpoints/warm_c.safetensors" not in left[2]
+    for name in ("model.safetensors", "metrics.json", "stages.parquet"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
 @pytest.mark.parametrize("name", ["pretrain", "behavior", "stream", "joint", "trees"])
 def test_a_run_with_workers_killed_between_two_steps_resumes(done, tmp_path, name):
     """Processes that collate ahead change no number, and what they had ready is made again."""

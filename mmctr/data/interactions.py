@@ -7,12 +7,13 @@ of its history, and the arrays can be memory-mapped.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import string
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mmctr.config import Config
 
@@ -150,7 +151,61 @@ class ColdItemsSplit(Config):
     """which items are held out; separate from the training seed so that seeds can be compared on the same rows"""
 
 
-SplitConfig = Annotated[TemporalSplit | ColdItemsSplit, Field(discriminator="name")]
+class StagedSplit(Config):
+    """New items are warmed up in stages: old items train, the first rows of each new item come `rows` at a time, and
+    its later rows are tested before the first stage ("cold") and after each ("warm_a", "warm_b", ...).
+
+    The protocol of Meta-Embedding (Pan et al. 2019, arXiv 1904.12214), MWUF (Zhu et al. 2021, arXiv 2105.04790) and
+    CVAR (Zhao et al. 2022, arXiv 2205.13795). What keeps the later rows of a new item out of the earlier stages:
+
+    - New items stand in no history: of training, of stages or of the test. A click on one is the label of a row of
+      some stage or of the test, and a history that held it would tell that label to whatever is scored or trained
+      before its turn. (Also `cold_items`: until they have rows of their own all new items look alike, so a click on
+      one would say "likes the held-out ones".) So a test row reads the same at all stages, but for its item's vector.
+    - Stages go by the time of the item's own rows, so a stage trains an item on what came before its test rows. Other
+      items' stages may be later in time: they cannot tell, as long as a stage trains the vectors of new items alone.
+    - Old items train on rows of any time, as in the papers: what a user did to old items after a test row is known,
+      to all methods alike. `temporal` is the split that hides it.
+
+    Validation is each user's last part of the rows of old items.
+    """
+
+    name: Literal["staged"] = "staged"
+    new: float | None = Field(default=None, gt=0, lt=1)
+    """new are this seeded fraction of the items with rows for all stages and the test; all others are old"""
+    old_from: int | None = Field(default=None, ge=1)
+    """instead: old are the items with at least so many rows, as in the papers; of the others those with rows for all
+    stages and the test are new, and the rest are set aside"""
+    rows: int = Field(default=20, ge=1)
+    """rows of each new item in a stage"""
+    stages: int = Field(default=3, ge=1, le=26)
+    test_rows: int = Field(default=20, ge=1)
+    """rows a new item has at least for the test; all that follow its stages are tested"""
+    validation: float = Field(default=0.1, gt=0, lt=1)
+    """fraction of each user's rows of old items, the latest"""
+    seed: int = 0
+    """which items are new; separate from the training seed so that seeds can be compared on the same rows"""
+
+    @property
+    def needed(self) -> int:
+        """Rows without which an item cannot be new."""
+        return self.stages * self.rows + self.test_rows
+
+    @model_validator(mode="after")
+    def _one_way_to_be_new(self) -> Self:
+        if (self.new is None) == (self.old_from is None):
+            raise ValueError(
+                "give either `new`, a fraction of the items, or `old_from`, the rows that make an item old"
+            )
+        if self.old_from is not None and self.old_from <= self.needed:
+            raise ValueError(
+                f"old_from: {self.old_from} leaves no new item, as one needs stages * rows + test_rows = {self.needed} "
+                f"rows; raise it, or lower the others"
+            )
+        return self
+
+
+SplitConfig = Annotated[TemporalSplit | ColdItemsSplit | StagedSplit, Field(discriminator="name")]
 
 
 @dataclass(frozen=True)
@@ -164,13 +219,18 @@ class Splits:
     """(N,) int64: training clicks of each catalog item"""
     report: dict[str, Any]
     """row counts, with everything set aside and why"""
+    stages: dict[str, Impressions] = field(default_factory=dict)
+    """rows that warm the test's items up, by stage in order; of `StagedSplit` alone"""
 
 
-def split_interactions(log: Interactions, num_items: int, config: TemporalSplit | ColdItemsSplit) -> Splits:
+def split_interactions(
+    log: Interactions, num_items: int, config: TemporalSplit | ColdItemsSplit | StagedSplit
+) -> Splits:
     """Cut a log into training, validation and test impressions without leaking the future or the cold items.
 
     Raises ValueError when a part comes out empty.
     """
+    stages: dict[str, np.ndarray] = {}
     everything = np.ones(len(log), bool)
     if isinstance(config, TemporalSplit):
         # rows at the very moment of the cut go to the later part together
@@ -180,17 +240,19 @@ def split_interactions(log: Interactions, num_items: int, config: TemporalSplit 
         train = ~test & ~validation
         aside: dict[str, int] = {}
         keep_train, keep_validation, keep_test = train, ~test, everything
+    elif isinstance(config, StagedSplit):
+        old, stages, test = _staged_rows(log, num_items, config)
+        validation = _latest_of_users(log, old, config.validation)
+        train = old & ~validation
+        keep_train, keep_validation, keep_test = train, old, old
+        aside = {"rows of items too rare to be new": int((~old & ~test & ~_any(stages, log)).sum())}
     else:
         cold, validation_cold = _held_out_items(log, num_items, config)
         place, size = log.user_position()
         late = place >= np.ceil(size * (1 - config.test) - 1e-9)
         test = late & ~validation_cold[log.item]
         left = ~late & ~cold[log.item]
-        left_rows = np.flatnonzero(left)
-        left_log = Interactions(*(getattr(log, name)[left_rows] for name in Interactions.NAMES))
-        place, size = left_log.user_position()
-        validation = np.zeros(len(log), bool)
-        validation[left_rows[place >= np.ceil(size * (1 - config.validation) - 1e-9)]] = True
+        validation = _latest_of_users(log, left, config.validation)
         train = left & ~validation & ~validation_cold[log.item]
         keep_test = ~(cold | validation_cold)[log.item]
         keep_train, keep_validation = train, left & keep_test
@@ -204,6 +266,7 @@ def split_interactions(log: Interactions, num_items: int, config: TemporalSplit 
         "validation": _impressions(log, validation, keep_validation),
         "test": _impressions(log, test, keep_test),
     }
+    staged = {name: _impressions(log, rows, keep_test) for name, rows in stages.items()}
     for name, part in parts.items():
         if not len(part):
             raise ValueError(
@@ -216,7 +279,10 @@ def split_interactions(log: Interactions, num_items: int, config: TemporalSplit 
         for name, part in parts.items()
     }
     report |= {"items seen in training": int((seen > 0).sum()), "set aside": aside}
-    return Splits(**parts, seen=seen, clicks=clicks, report=report)
+    if staged:
+        report["stages"] = {n: {"rows": len(part), "positives": int(part.label.sum())} for n, part in staged.items()}
+        report["new items"] = len(np.unique(parts["test"].item))
+    return Splits(**parts, seen=seen, clicks=clicks, report=report, stages=staged)
 
 
 def _impressions(log: Interactions, rows: np.ndarray, keep: np.ndarray) -> Impressions:
@@ -249,3 +315,46 @@ def _held_out_items(log: Interactions, num_items: int, config: ColdItemsSplit) -
     masks[0, shuffled[:num_cold]] = True
     masks[1, shuffled[num_cold : num_cold + num_validation]] = True
     return masks[0], masks[1]
+
+
+def _latest_of_users(log: Interactions, rows: np.ndarray, fraction: float) -> np.ndarray:
+    """(n,) mask of the latest `fraction` of each user's rows among the masked ones."""
+    left = np.flatnonzero(rows)
+    place, size = Interactions(*(getattr(log, name)[left] for name in Interactions.NAMES)).user_position()
+    latest = np.zeros(len(log), bool)
+    latest[left[place >= np.ceil(size * (1 - fraction) - 1e-9)]] = True
+    return latest
+
+
+def _staged_rows(
+    log: Interactions, num_items: int, config: StagedSplit
+) -> tuple[np.ndarray, dict[str, np.ndarray], np.ndarray]:
+    """(n,) masks: rows of old items, the rows of each stage, and test rows. Raises ValueError without new items."""
+    count = np.bincount(log.item, minlength=num_items)
+    is_new = count >= config.needed
+    is_old = np.ones(num_items, bool)
+    if config.old_from is not None:
+        is_old = count >= config.old_from
+        is_new &= ~is_old
+    elif config.new is not None:
+        able = np.flatnonzero(is_new)
+        shuffled = np.random.default_rng([config.seed, len(able)]).permutation(able)
+        is_new[shuffled[round(len(able) * config.new) :]] = False
+        is_old = ~is_new
+    if not is_new.any():
+        raise ValueError(
+            f"split 'staged': no item is new; one needs stages * rows + test_rows = {config.needed} rows, and the "
+            f"longest has {count.max(initial=0)}: lower rows or test_rows"
+            + (", or raise old_from" if config.old_from is not None else ", or raise new")
+        )
+    # the place of a row among those of its item, by time; rows of one moment are of different users, in their order
+    order = np.lexsort((log.time, log.item))
+    place = np.empty(len(log), np.int64)
+    place[order] = np.arange(len(log)) - np.repeat(np.cumsum(count) - count, count)
+    own = is_new[log.item]
+    stages = {f"warm_{string.ascii_lowercase[i]}": own & (place // config.rows == i) for i in range(config.stages)}
+    return is_old[log.item], stages, own & (place >= config.stages * config.rows)
+
+
+def _any(masks: dict[str, np.ndarray], log: Interactions) -> np.ndarray:
+    return np.logical_or.reduce([np.zeros(len(log), bool), *masks.values()])

@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from mmctr.cold_ids import NoColdIds, make_generator
 from mmctr.config import Config
 from mmctr.data.batches import BehaviorBatch
 from mmctr.data.ranking import FeatureConfigs, RankingVocabulary
@@ -58,6 +59,8 @@ class RankingTaskConfig(Config):
             raise ValueError("simtier and content_attention compare contents; give embedder.content")
         if self.simtier and linear:
             raise ValueError(f"simtier is for rankers with an MLP on top; {self.ranker.name} is linear")
+        if linear and not isinstance(self.embedder.cold_ids, NoColdIds):
+            raise ValueError(f"cold_ids makes ID vectors, and {self.ranker.name} has weights; take another ranker")
         if linear and not isinstance(content, ContentNone) and content.shown_in == "history":
             raise ValueError(f"shown_in: history leaves no content to {self.ranker.name}, which reads targets alone")
         return self
@@ -108,6 +111,16 @@ class RankingTask(Shareable, nn.Module):
         )
         tiers = config.simtier.dim if config.simtier else 0
         self.ranker = config.ranker.build(self.embedder.dim, user_dim + self.context.dim + tiers)
+        # last, so that a ranker begins the same with and without; it learns when the ranker has (mmctr.cold_training)
+        self.embedder.generator = make_generator(
+            config.embedder.cold_ids,
+            config.embedder.id_dim,
+            user_dim,
+            self.embedder.features.dim,
+            table[0].shape[1] if table is not None and self.embedder.adapter is not None else 0,
+        )
+        if self.embedder.generator is not None:
+            self.embedder.generator.requires_grad_(False)
         # of training alone: see count_samples
         self.register_buffer("item_decay", torch.zeros(0), persistent=False)
         self.register_buffer("user_decay", torch.zeros(0), persistent=False)
@@ -124,18 +137,23 @@ class RankingTask(Shareable, nn.Module):
             decay[0] = 0
             self.register_buffer(name, decay.to(self.item_decay.device), persistent=False)
 
-    def logits(self, batch: BehaviorBatch, target_shift: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def logits(
+        self, batch: BehaviorBatch, target_shift: Tensor | None = None, target_ids: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """(B,) logits and the ranker's auxiliary losses.
 
         Args:
             target_shift: (content dim,) added to the content vectors of targets, not to those of histories.
+            target_ids: (U, id_dim) in the place of the ID vectors of targets, not of those of histories.
         """
-        output = self.output(batch, target_shift)
+        output = self.output(batch, target_shift, target_ids)
         return output.logits, output.losses
 
-    def output(self, batch: BehaviorBatch, target_shift: Tensor | None = None) -> RankerOutput:
+    def output(
+        self, batch: BehaviorBatch, target_shift: Tensor | None = None, target_ids: Tensor | None = None
+    ) -> RankerOutput:
         """All that the ranker says; see `logits`."""
-        vectors, target = self.embedder.by_role(batch, target_shift)
+        vectors, target = self.embedder.by_role(batch, target_shift, target_ids)
         similarity = self.embedder.similarity(batch, target_shift) if self.config.compares else None
         context = self.context(batch.context, batch.user)
         if self.users is not None:
@@ -243,4 +261,5 @@ class RankingTask(Shareable, nn.Module):
             ids = as_ids(read_table(folder / "catalog.parquet").column("item_id"), "item_id", folder)
         task = cls(config, vocabulary, table, encoder, ids)
         task.load_state_dict(weights)
+        task.embedder.generates = task.embedder.generator is not None
         return task.eval()

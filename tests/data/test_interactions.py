@@ -10,6 +10,7 @@ from mmctr.data.interactions import (
     Interactions,
     SplitConfig,
     Splits,
+    StagedSplit,
     TemporalSplit,
     split_interactions,
 )
@@ -254,3 +255,70 @@ def test_the_config_of_a_split():
             Holder.parse({"split": wrong})
     with pytest.raises(ValueError, match=r"unknown key 'split\.validation_cld'; did you mean 'validation_cold'"):
         Holder.parse({"split": {"name": "cold_items", "validation_cld": 0.3}})
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        StagedSplit(new=0.3, rows=4, test_rows=3),
+        StagedSplit(old_from=33, rows=8, stages=2, test_rows=10, validation=0.4),
+    ],
+)
+def test_stages_take_the_first_rows_of_new_items(config):
+    log = random_log(seed=4)
+    splits = split_interactions(log, NUM_ITEMS, config)
+    count = np.bincount(log.item, minlength=NUM_ITEMS)
+    new = np.unique(splits.test.item)
+    needed = config.stages * config.rows + config.test_rows
+    if config.old_from is None:
+        assert len(new) == round((count >= needed).sum() * config.new)
+        assert splits.report["set aside"] == {"rows of items too rare to be new": 0}
+        assert len(splits.train) + len(splits.validation) == len(log) - count[new].sum()
+    else:
+        assert new.tolist() == [i for i in range(NUM_ITEMS) if needed <= count[i] < config.old_from]
+        rest = [i for i in range(NUM_ITEMS) if count[i] < needed]
+        assert list(splits.report["set aside"].values()) == [count[rest].sum()] and len(rest) > 0
+    assert list(splits.stages) == ["warm_a", "warm_b", "warm_c"][: config.stages]
+    for item in new:
+        rows = sorted(np.flatnonzero(log.item == item), key=lambda i: log.time[i])  # stable
+        cut = [rows[i * config.rows : (i + 1) * config.rows] for i in range(config.stages)]
+        for part, expected in zip(splits.stages.values(), cut, strict=True):
+            assert sorted(part.source[part.item == item]) == sorted(expected)
+        later = rows[config.stages * config.rows :]
+        assert sorted(splits.test.source[splits.test.item == item]) == sorted(later)
+        assert len(later) >= config.test_rows
+
+
+def test_no_history_of_a_staged_split_tells_a_click_on_a_new_item():
+    """What a test row reads is the same at each stage, and before the first: clicks on old items, strictly earlier."""
+    log = random_log(seed=5)
+    splits = split_interactions(log, NUM_ITEMS, StagedSplit(new=0.3, rows=4, test_rows=3))
+    new = np.isin(np.arange(NUM_ITEMS), splits.test.item)
+    assert not splits.seen[new].any() and not new[splits.train.item].any() and not new[splits.validation.item].any()
+    of_training = np.isin(np.arange(len(log)), splits.train.source)
+    for part in (splits.train, splits.validation, splits.test, *splits.stages.values()):
+        keep = of_training if part is splits.train else ~new[log.item]
+        assert [history(part, i) for i in range(len(part))] == [clicks_before(log, i, keep) for i in part.source]
+    old = np.flatnonzero(~new[log.item])
+    last = {log.user[i]: i for i in old if (log.user[old] == log.user[i]).sum() >= 10}
+    assert set(last.values()) <= set(splits.validation.source) and last
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, "give either `new`"),
+        ({"new": 0.2, "old_from": 90}, "give either `new`"),
+        ({"old_from": 80}, r"old_from: 80 leaves no new item, as one needs stages \* rows \+ test_rows = 80"),
+    ],
+)
+def test_a_staged_split_that_cannot_be_is_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        StagedSplit.parse(values)
+
+
+def test_a_staged_split_without_new_items_says_what_to_change():
+    with pytest.raises(
+        ValueError, match=r"no item is new; one needs .* = 303 rows, and the longest has .*: lower rows"
+    ):
+        split_interactions(random_log(), NUM_ITEMS, StagedSplit(new=0.3, rows=100, test_rows=3))
