@@ -34,7 +34,7 @@ class OptimizerConfig(Config):
     betas: tuple[float, float] = (0.9, 0.999)
     groups: dict[str, GroupConfig] = {}
     """by the names of the task's `parameter_parts()`: `encoder`, `projection`, `head` and more in pretraining; `id`,
-    `content`, `encoder`, `ranker` in ranking"""
+    `content`, `encoder`, `expert`, `ranker` in ranking"""
     rows: Literal["adam", "adagrad", "ftrl"] = "adam"
     """how tables are trained by rows. `adam`: moments of a row advance when it is in a batch, as in torch's SparseAdam.
     `adagrad`: one accumulator a row, half the memory of the weights and less; wants a higher lr, near 0.05.
