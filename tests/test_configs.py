@@ -46,12 +46,13 @@ def test_a_study_and_its_cells_load(path: Path, tmp_path, monkeypatch):
     monkeypatch.chdir(CLONE)  # as recipes are run
     study = StudyConfig.load(path)
     cells = study_cells(study, tmp_path, path.name)
-    assert len(cells) == len(study.protocols) * len(study.methods) * len(study.seeds) and len(study.methods) > 5
+    assert len(cells) == len(study.protocols) * len(study.methods) * len(study.seeds) and len(study.methods) >= 5
     assert len({cell.folder for cell in cells}) == len(cells)
     for cell in cells:
         again = FinetuneConfig.load(cell.arguments[0], cell.arguments[1:])
         assert again == cell.config and again.run_dir == str(cell.folder) and again.data.path == study.data
-    assert (study.methods["shuffled"].table, study.seeds) == ("shuffled", [0, 1, 2])
+    if path.name != "one_epoch.yaml":  # that one compares curves
+        assert (study.methods["shuffled"].table, study.seeds) == ("shuffled", [0, 1, 2])
 
 
 def test_parts_of_the_optimizer_are_those_of_the_task():
