@@ -32,6 +32,7 @@ from mmctr.fusion import ContentEncoder, ContentTable
 from mmctr.rankers import GBDTLRConfig
 from mmctr.runs import DataConfig, begin_run, end_run, item_content, make_accelerator, open_run_data, run_recipe
 from mmctr.tasks import PretrainTask, RankingTask, RankingTaskConfig
+from mmctr.tasks.make import load_expert
 from mmctr.training import FitConfig, fit
 from mmctr.warmup import StagesConfig, check_stages, save_stages, warm_up
 
@@ -102,8 +103,14 @@ def main(config: FinetuneConfig) -> dict:
         return RankingData(dataset, known, config.task.features, config.task.max_history, frozen)
 
     data = see(vocabulary)
+
+    # MAKE: a ranker on content, trained before on these rows, hands over what it knows
+    expert, make = None, config.task.make
+    if make is not None:
+        expert = load_expert(make, config.data.path, config.data.items, config.split, vocabulary, catalog.item_ids)
+
     torch.manual_seed(config.seed)
-    task = RankingTask(config.task, vocabulary, table, encoder, catalog.item_ids)
+    task = RankingTask(config.task, vocabulary, table, encoder, catalog.item_ids, expert)
     if config.task.mini_batch_l2:
         task.count_samples(*data.samples(train_rows))
     task.to(accelerator.device)

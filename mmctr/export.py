@@ -212,6 +212,8 @@ def bind_content(
     """
     item_ids = dataset.catalog.item_ids
     task.bind(item_ids)
+    if task.expert is not None:
+        bind_content(task.expert.task, dataset, config, accelerator, embeddings)
     content = task.config.embedder.content
     if task.embedder.encoder is not None:
         pretrained: PretrainTask = task.embedder.encoder  # type: ignore[assignment]
@@ -233,7 +235,7 @@ def bind_content(
             )
         new = there & ~has
         task.embedder.refresh(torch.where(new[:, None], vectors, kept), has | new)
-    elif embeddings:
+    elif embeddings and task.expert is None:
         raise ValueError("this ranker reads no content: it has no use for embeddings")
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Annotated, Literal, Protocol
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from mmctr.adapters import ClickGate, ContentAdapter

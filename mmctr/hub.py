@@ -42,7 +42,7 @@ class Shareable:
             raise ValueError(f"{folder}: is a run folder itself; give another folder to save into")
         folder.mkdir(parents=True, exist_ok=True)
         self.save(folder)
-        for path in (folder / "task.json", folder / "encoder" / "pretrain.json"):
+        for path in (folder / "task.json", folder / "expert" / "task.json", folder / "encoder" / "pretrain.json"):
             if path.is_file():
                 write_json(path, without_paths(read_json(path)))
         for pattern in ("config.json", "tokenizer_config.json"):

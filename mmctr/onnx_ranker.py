@@ -152,6 +152,11 @@ def export_ranker(run: Path, out: Path, data: str | None, int8: bool) -> dict[st
             f"{run}: simtier, content_attention and shown_in: target or history have no graph: it reads one vector an "
             "item, while these compare contents or give an item another vector as a target. Serve it with Python"
         )
+    if task.expert is not None:
+        raise ValueError(
+            f"{run}: a ranker with an expert (task.make) has no graph: it reads two vectors an item, its own and the "
+            "expert's. Serve it with Python"
+        )
     task.cpu().eval().requires_grad_(False)
     vectors, unknown = catalog_vectors(task, dataset)
     save_file({"vectors": vectors, "unknown": unknown}, out / "items.safetensors")

@@ -23,6 +23,22 @@ class GroupConfig(Config):
 
     lr: float | None = Field(default=None, ge=0)
     weight_decay: float | None = Field(default=None, ge=0)
+    from_epoch: float = Field(default=0.0, ge=0)
+    """the part trains when so many epochs have passed, and stays as it is before"""
+    to_epoch: float | None = Field(default=None, gt=0)
+    """and until so many have passed; it stays as it is then. None: to the end"""
+    redraw: bool = False
+    """of ID tables: draw them anew at the start of every epoch but the first (MEDA); see `mmctr.epochs`"""
+
+    @model_validator(mode="after")
+    def _epochs_in_order(self) -> GroupConfig:
+        if self.to_epoch is not None and self.to_epoch <= self.from_epoch:
+            raise ValueError(
+                f"to_epoch {self.to_epoch} is not after from_epoch {self.from_epoch}; the part never trains"
+            )
+        if self.to_epoch is not None and self.redraw:
+            raise ValueError("redraw makes new tables each epoch, which to_epoch would leave untrained; keep one")
+        return self
 
 
 class OptimizerConfig(Config):
@@ -34,7 +50,7 @@ class OptimizerConfig(Config):
     betas: tuple[float, float] = (0.9, 0.999)
     groups: dict[str, GroupConfig] = {}
     """by the names of the task's `parameter_parts()`: `encoder`, `projection`, `head` and more in pretraining; `id`,
-    `content`, `encoder`, `ranker` in ranking"""
+    `content`, `encoder`, `expert`, `ranker` in ranking"""
     rows: Literal["adam", "adagrad", "ftrl"] = "adam"
     """how tables are trained by rows. `adam`: moments of a row advance when it is in a batch, as in torch's SparseAdam.
     `adagrad`: one accumulator a row, half the memory of the weights and less; wants a higher lr, near 0.05.
@@ -66,11 +82,19 @@ class RowTable(nn.Embedding):
 
     def __init__(self, num_rows: int, dim: int, init_std: float):
         super().__init__(num_rows, dim)
-        with torch.no_grad():
-            self.weight.normal_(0, init_std)
-            self.weight[0] = 0
+        self.init_std = init_std
+        self.draw()
         self.by_rows = False
         self._picked: list[tuple[Tensor, Tensor]] = []
+
+    @torch.no_grad()
+    def draw(self, generator: torch.Generator | None = None) -> None:
+        """Start anew; a generator is one of the CPU, so that every device gets the same numbers."""
+        if generator is None:
+            self.weight.normal_(0, self.init_std)
+        else:
+            self.weight.copy_(torch.empty(self.weight.shape).normal_(0, self.init_std, generator=generator))
+        self.weight[0] = 0
 
     def train_by_rows(self) -> None:
         """From now on gradients are of the picked rows; the weight itself has none, in any process."""
@@ -90,6 +114,10 @@ class RowTable(nn.Embedding):
         """(..., D) from ids (...)."""
         weight, positions = self.pick(input)
         return F.embedding(positions, weight)
+
+    def drop_gradient(self) -> None:
+        """Forget what has been picked since the last step."""
+        self._picked = []
 
     def pop_gradient(self) -> tuple[Tensor, Tensor]:
         """Distinct rows (R,) since the last call and their gradient (R, D), averaged over processes."""
@@ -246,9 +274,9 @@ def make_optimizer(task: nn.Module, config: OptimizerConfig, max_grad_norm: floa
             matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
             dense, rows = [p for p in matrices if id(p) not in by_rows], [p for p in matrices if id(p) in by_rows]
             groups += [
-                {"params": dense, "lr": lr * scale, "weight_decay": decay},
-                {"params": vectors, "lr": lr * scale, "weight_decay": 0.0},
-                {"params": rows, "lr": lr * scale, "weight_decay": decay},
+                {"params": dense, "part": name, "lr": lr * scale, "weight_decay": decay},
+                {"params": vectors, "part": name, "lr": lr * scale, "weight_decay": 0.0},
+                {"params": rows, "part": name, "lr": lr * scale, "weight_decay": decay},
             ]
     groups = [group | {"base_lr": group["lr"]} for group in groups if group["params"]]
     for table in tables:

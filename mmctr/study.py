@@ -62,6 +62,8 @@ class MethodConfig(Config):
     """`key=value` overrides, as the recipe takes them"""
     table: str | None = None
     """one of the study's `tables`, read as the content of items"""
+    after: str | None = None
+    """a method above, whose run of the same protocol and seed is the expert, `task.make.run`"""
 
     @field_validator("set")
     @classmethod
@@ -115,6 +117,10 @@ class StudyConfig(Config):
             if method.table is not None and method.table not in self.tables:
                 known = ", ".join(self.tables) or "none is declared"
                 raise ValueError(f"methods.{name}.table: {method.table!r} is not among `tables` ({known})")
+            before = list(self.methods)[: list(self.methods).index(name)]
+            if method.after is not None and method.after not in before:
+                there = ", ".join(before) or "there is none"
+                raise ValueError(f"methods.{name}.after: no method above it is called {method.after!r} ({there})")
         return self
 
 
@@ -130,6 +136,8 @@ class Cell:
     """of `finetune.train`"""
     config: Config
     """what they come to, a FinetuneConfig"""
+    after: Path | None = None
+    """folder of the cell whose run it reads"""
 
     @property
     def name(self) -> str:
@@ -179,8 +187,11 @@ def study_cells(study: StudyConfig, out: Path, source: str = "study") -> list[Ce
     for protocol, split in study.protocols.items():
         for seed in study.seeds:
             for name, method in study.methods.items():
-                folder = out / "runs" / protocol / name / f"seed{seed}"
+                folder = _cell_folder(out, protocol, name, seed)
+                after = None if method.after is None else _cell_folder(out, protocol, method.after, seed)
                 changes = list(method.set)
+                if after is not None:
+                    changes.append(f"task.make.run={_quoted(str(after))}")
                 if method.table is not None:
                     changes.append(f"task.embedder.content.path={_quoted(str(_table_file(out, method.table)))}")
                 changes += [
@@ -193,7 +204,7 @@ def study_cells(study: StudyConfig, out: Path, source: str = "study") -> list[Ce
                     config = FinetuneConfig.load(method.config, changes)
                 except ValueError as error:
                     raise ValueError(f"{source}: methods.{name}: {error}") from None
-                cells.append(Cell(protocol, name, seed, folder, [method.config, *changes], config))
+                cells.append(Cell(protocol, name, seed, folder, [method.config, *changes], config, after))
     return cells
 
 
@@ -246,6 +257,10 @@ def run_study(
             outcomes.append(Outcome(cell, "kept"))
             tell(f"{place}: finished before")
             continue
+        if cell.after is not None and not (cell.after / "metrics.json").is_file():
+            outcomes.append(Outcome(cell, "failed", f"it reads the run {cell.after}, which has failed"))
+            tell(f"{place}: not started: the run it reads, {cell.after}, has failed")
+            continue
         tell(f"{place}: output in {cell.log}")
         begun = time.perf_counter()
         cell.log.parent.mkdir(parents=True, exist_ok=True)
@@ -262,6 +277,10 @@ def run_study(
 def _quoted(value: Any) -> str:
     """As YAML reads it, whatever characters a path has."""
     return json.dumps(value, ensure_ascii=False)
+
+
+def _cell_folder(out: Path, protocol: str, method: str, seed: int) -> Path:
+    return out / "runs" / protocol / method / f"seed{seed}"
 
 
 def _table_file(out: Path, name: str) -> Path:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from pydantic import Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from tqdm.auto import tqdm
 from mmctr.chunking import ChunkedTask, chunked_backward
 from mmctr.config import Config
 from mmctr.data.loaders import TrainBatches
+from mmctr.epochs import PartSchedule
 from mmctr.files import fingerprint, read_json, replace_file, replace_folder, write_json
 from mmctr.optimizers import OptimizerConfig, load_optimizer_tensors, make_optimizer, optimizer_tensors, spread_like
 from mmctr.sharding import Sharding
@@ -101,6 +103,9 @@ def fit(
             "fit.mixed_precision: fp16 scales the loss, which tables trained by rows do not undo; take bf16, or a "
             "fit.optimizer.rows_from above the size of the tables"
         )
+    schedule = PartSchedule(task, optimizer, config.optimizer, train.steps_per_epoch, seed)
+    if schedule and accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise ValueError("fit.optimizer.groups: from_epoch, to_epoch and redraw are not for FSDP and DeepSpeed")
     chunked: ChunkedTask = task  # type: ignore[assignment]
     if config.chunk_size is not None and not hasattr(task, "encode_chunk"):
         raise ValueError("fit.chunk_size: this task encodes nothing in chunks; leave it out")
@@ -127,6 +132,7 @@ def fit(
         torch.manual_seed(step_seed(seed, step, accelerator.process_index))
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * lr_at(step, total, config)
+        schedule.before_step(step)
         batch = batch.to(accelerator.device, non_blocking=True)
         if config.chunk_size is None:
             with accelerator.autocast():
@@ -137,6 +143,7 @@ def fit(
             seeds = functools.partial(step_seed, seed, step, accelerator.process_index)
             terms = chunked_backward(model, chunked, batch, config.chunk_size, accelerator, seeds)
             loss = torch.stack(list(terms.values())).sum()
+        schedule.hold(step)
         if config.max_grad_norm is not None:
             accelerator.clip_grad_norm_(task.parameters(), config.max_grad_norm)
         optimizer.step()

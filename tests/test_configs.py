@@ -28,7 +28,7 @@ def test_a_config_loads_and_saves_equal(path: Path, tmp_path):
     assert (moved.data.path, moved.run_dir, moved.seed) == ("/d", "/r", 7)
     parts = {
         "pretrain": {"encoder", "projection", "head", "discriminator", "temperatures"},
-        "finetune": {"id", "encoder", "content", "ranker"},
+        "finetune": {"id", "encoder", "content", "expert", "ranker"},
     }
     assert set(config.fit.optimizer.groups) <= parts[path.relative_to(CLONE / "configs").parts[0]]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -42,8 +43,12 @@ class DIENConfig(BaseRankerConfig):
     def needs_negatives(self) -> bool:
         return self.auxiliary_weight > 0
 
-    def build(self, dim: int, context_dim: int) -> DIEN:
-        return DIEN(self, dim, context_dim)
+    @property
+    def hands_over(self) -> bool:
+        return True
+
+    def build(self, dim: int, context_dim: int, beside: Sequence[int] = ()) -> DIEN:
+        return DIEN(self, dim, context_dim, beside)
 
 
 class DIEN(nn.Module):
@@ -64,7 +69,7 @@ class DIEN(nn.Module):
     has the zero state.
     """
 
-    def __init__(self, config: DIENConfig, dim: int, context_dim: int):
+    def __init__(self, config: DIENConfig, dim: int, context_dim: int, beside: Sequence[int] = ()):
         super().__init__()
         self.config = config
         hidden = config.hidden_dim or dim
@@ -74,7 +79,7 @@ class DIEN(nn.Module):
         self.query = nn.Linear(dim, hidden, bias=False)
         mapped = config.auxiliary_weight > 0 and hidden != dim
         self.next_item = nn.Linear(dim, hidden, bias=False) if mapped else None
-        self.mlp = MLP(3 * dim + hidden + context_dim, config.mlp, 1, config.activation, config.dropout)
+        self.mlp = MLP(3 * dim + hidden + context_dim, config.mlp, 1, config.activation, config.dropout, beside)
 
     def forward(self, inputs: RankerInput) -> RankerOutput:
         target = take_rows(inputs.items, inputs.target)
@@ -102,7 +107,8 @@ class DIEN(nn.Module):
         total = pool_rows(inputs.items, inputs.history, inputs.history_offsets).to(target.dtype)
         top = torch.cat([inputs.context, target, total, total * target, state], dim=1)
         weights = None if self.training else attention.new_zeros(len(attention)).index_copy(0, layout.order, attention)
-        return RankerOutput(self.mlp(top).squeeze(1), losses, weights)
+        out, layers = self.mlp.through(top, inputs.beside)
+        return RankerOutput(out.squeeze(1), losses, weights, (target, state.to(target.dtype)), layers)
 
     def _auxiliary(
         self, interests: Tensor, items: Tensor, history: Tensor, negatives: Tensor, layout: TimeMajor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -43,14 +44,18 @@ class DINConfig(BaseRankerConfig):
     def needs_similarity(self) -> bool:
         return self.content_attention
 
+    @property
+    def hands_over(self) -> bool:
+        return True
+
     @model_validator(mode="after")
     def _content_attention_is_of_softmax(self) -> DINConfig:
         if self.content_attention and self.weights != "softmax":
             raise ValueError("content_attention enters a softmax; set weights: softmax")
         return self
 
-    def build(self, dim: int, context_dim: int) -> DIN:
-        return DIN(self, dim, context_dim)
+    def build(self, dim: int, context_dim: int, beside: Sequence[int] = ()) -> DIN:
+        return DIN(self, dim, context_dim, beside)
 
 
 class ActivationUnit(nn.Module):
@@ -185,12 +190,12 @@ class DIN(nn.Module):
     `content_attention` is not of the paper: see `ContentAttention`.
     """
 
-    def __init__(self, config: DINConfig, dim: int, context_dim: int):
+    def __init__(self, config: DINConfig, dim: int, context_dim: int, beside: Sequence[int] = ()):
         super().__init__()
         self.config = config
         self.unit = ActivationUnit(dim, config.attention, config.activation)
         self.content = ContentAttention() if config.content_attention else None
-        self.mlp = MLP(3 * dim + context_dim, config.mlp, 1, config.activation, config.dropout)
+        self.mlp = MLP(3 * dim + context_dim, config.mlp, 1, config.activation, config.dropout, beside)
 
     def forward(self, inputs: RankerInput) -> RankerOutput:
         target, offsets = take_rows(inputs.items, inputs.target), inputs.history_offsets
@@ -203,4 +208,5 @@ class DIN(nn.Module):
             weights = segment_softmax(weights, segment_ids(offsets, len(weights)), len(target))
         interest = pool_rows(inputs.items, inputs.history, offsets, weights).to(target.dtype)  # (B, D)
         top = torch.cat([inputs.context, target, interest, interest * target], dim=1)
-        return RankerOutput(self.mlp(top).squeeze(1), {}, None if self.training else weights)
+        out, hidden = self.mlp.through(top, inputs.beside)
+        return RankerOutput(out.squeeze(1), {}, None if self.training else weights, (target, interest), hidden)

@@ -31,6 +31,12 @@ class BaseRankerConfig(Config):
         return False
 
     @property
+    def hands_over(self) -> bool:
+        """Whether the output has what MAKE hands over (`vectors` and `hidden`) and `build` takes `beside`, the sizes of
+        what an expert hands to the hidden layers; see `mmctr.tasks.make`."""
+        return False
+
+    @property
     def weight_dim(self) -> int | None:
         """For linear rankers the size of the one weight vector a feature value has; None: the ranker reads embeddings
         of the sizes configured."""
@@ -59,6 +65,8 @@ class RankerInput:
     """(H,) positions in `items`"""
     similarity: Tensor | None = None
     """(H,) cosine of the content of each behaviour and its target, NaN where one of them has none"""
+    beside: Sequence[Tensor] = ()
+    """(B, width) each: what an expert hands to the last hidden layers, the last one's at the end"""
 
 
 @dataclass(frozen=True)
@@ -69,6 +77,10 @@ class RankerOutput:
     """auxiliary losses by name, already weighted"""
     history_weights: Tensor | None = None
     """(H,) what each behaviour counts for; of rankers with attention, when they do not train"""
+    vectors: Sequence[Tensor] = ()
+    """(B, width) each: the target and what the user's interest in it was found to be, before the MLP"""
+    hidden: Sequence[Tensor] = ()
+    """(B, width) each: the hidden layers of the MLP, first to last"""
 
 
 CHUNK = 4096
@@ -349,13 +361,34 @@ def activation(name: Activation, num_channels: int) -> nn.Module:
 
 
 class MLP(nn.Sequential):
-    """Linear, activation, dropout for each hidden size, then a linear layer to `out_dim`."""
+    """Linear, activation, dropout for each hidden size, then a linear layer to `out_dim`; with `beside`, the sizes of
+    what is concatenated to the last hidden layers (as many, or fewer), it is called by `through`."""
 
-    def __init__(self, in_dim: int, hidden: Sequence[int], out_dim: int, act: Activation, dropout: float = 0.0):
+    def __init__(
+        self,
+        in_dim: int,
+        hidden: Sequence[int],
+        out_dim: int,
+        act: Activation,
+        dropout: float = 0.0,
+        beside: Sequence[int] = (),
+    ):
         layers: list[nn.Module] = []
-        for width in hidden:
+        added = [0] * (len(hidden) - len(beside)) + list(beside)
+        for width, more in zip(hidden, added, strict=True):
             layers += [nn.Linear(in_dim, width), activation(act, width)]
             if dropout:
                 layers.append(nn.Dropout(dropout))
-            in_dim = width
+            in_dim = width + more
         super().__init__(*layers, nn.Linear(in_dim, out_dim))
+
+    def through(self, x: Tensor, beside: Sequence[Tensor] = ()) -> tuple[Tensor, list[Tensor]]:
+        """(n, out_dim) and the hidden layers (n, width), first to last, as they are before what stands beside them."""
+        places = [place for place, layer in enumerate(self) if isinstance(layer, nn.Linear)][1:]
+        added = dict(zip(places[len(places) - len(beside) :], beside, strict=True))
+        hidden = []
+        for place, layer in enumerate(self):
+            if place in places:
+                hidden.append(x)
+            x = layer(torch.cat([x, added[place]], dim=1) if place in added else x)
+        return x, hidden

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from mmctr.rankers.din import DINConfig
 from mmctr.rankers.layers import RankerInput, RankerOutput
 from mmctr.similarity import SimTierConfig, tier_counts
 from mmctr.tasks.folder import save_task, task_config, task_weights
+from mmctr.tasks.make import Expert, MAKEConfig, read_expert, same_content
 from mmctr.tasks.pretrain import PretrainTask, PretrainTaskConfig
 
 
@@ -42,6 +44,8 @@ class RankingTaskConfig(Config):
     """latest behaviours read"""
     simtier: SimTierConfig | None = None
     """the ranker's context also says how many behaviours are how like the target in content; null: it does not"""
+    make: MAKEConfig | None = None
+    """a ranker on content alone, trained before, hands over what it knows (MAKE); null: there is none"""
     mini_batch_l2: float = Field(default=0.0, ge=0)
     """mini-batch aware regularisation of the ID vectors of items and users (Zhou et al. 2018, section 5.2): each one in
     the batch decays by this over the number of training impressions it is in, so frequent IDs decay little at a time
@@ -63,6 +67,8 @@ class RankingTaskConfig(Config):
             raise ValueError(f"cold_ids makes ID vectors, and {self.ranker.name} has weights; take another ranker")
         if linear and not isinstance(content, ContentNone) and content.shown_in == "history":
             raise ValueError(f"shown_in: history leaves no content to {self.ranker.name}, which reads targets alone")
+        if self.make and not self.ranker.hands_over:
+            raise ValueError(f"make is for din and dien; {self.ranker.name} has no place for what an expert hands over")
         return self
 
 
@@ -79,6 +85,7 @@ class RankingTask(Shareable, nn.Module):
         table: tuple[Tensor, Tensor] | None = None,
         encoder: PretrainTask | None = None,
         catalog_ids: pa.Array | None = None,
+        expert: RankingTask | None = None,
     ):
         super().__init__()
         self.config = config
@@ -110,7 +117,15 @@ class RankingTask(Shareable, nn.Module):
             leaves=vocabulary.trees.num_rows if vocabulary.trees else 0,
         )
         tiers = config.simtier.dim if config.simtier else 0
-        self.ranker = config.ranker.build(self.embedder.dim, user_dim + self.context.dim + tiers)
+        self.expert, options = None, {}
+        if config.make is not None:
+            assert expert is not None
+            self.expert = Expert(config, expert)
+            options["beside"] = self.expert.beside
+            if same_content(self.embedder, expert.embedder):  # once in memory
+                expert.embedder.refresh(self.embedder.content_table, self.embedder.has_content)
+        context_dim = user_dim + self.context.dim + tiers + (self.expert.dim if self.expert else 0)
+        self.ranker = config.ranker.build(self.embedder.dim, context_dim, **options)
         # last, so that a ranker begins the same with and without; it learns when the ranker has (mmctr.cold_training)
         self.embedder.generator = make_generator(
             config.embedder.cold_ids,
@@ -160,7 +175,11 @@ class RankingTask(Shareable, nn.Module):
             context = torch.cat([self.users(batch.user), context], dim=1)
         if self.config.simtier is not None and similarity is not None:
             context = torch.cat([context, tier_counts(similarity, batch.history_offsets, self.config.simtier)], dim=1)
-        return self.ranker(
+        hidden, expert_logits = [], None
+        if self.expert is not None:
+            vector, hidden, expert_logits = self.expert(batch, target_shift)
+            context = torch.cat([context, vector], dim=1)
+        output: RankerOutput = self.ranker(
             RankerInput(
                 items=vectors,
                 target=target,
@@ -169,8 +188,10 @@ class RankingTask(Shareable, nn.Module):
                 context=context,
                 negatives=batch.negatives,
                 similarity=similarity,
+                beside=hidden,
             )
         )
+        return output if expert_logits is None else replace(output, logits=output.logits + expert_logits)
 
     def forward(self, batch: BehaviorBatch) -> dict[str, Tensor]:
         logits, losses = self.logits(batch)
@@ -202,8 +223,9 @@ class RankingTask(Shareable, nn.Module):
         return {name: {"rows": len(w), "nonzero": int((w != 0).any(1).sum())} for name, w in tables.items()}
 
     def parameter_parts(self) -> dict[str, list[nn.Parameter]]:
-        """`id`: ID tables of items and users; `encoder`; `content`: its adapter; `ranker`: the rest."""
-        parts: dict[str, list[nn.Parameter]] = {"id": [], "encoder": [], "content": [], "ranker": []}
+        """`id`: ID tables of items and users; `encoder`; `content`: its adapter; `expert`: of MAKE; `ranker`: the
+        rest."""
+        parts: dict[str, list[nn.Parameter]] = {"id": [], "encoder": [], "content": [], "expert": [], "ranker": []}
         for name, parameter in self.named_parameters():
             if name.startswith(("embedder.ids.", "users.")):
                 parts["id"].append(parameter)
@@ -211,6 +233,8 @@ class RankingTask(Shareable, nn.Module):
                 # temperatures take part in no ranking loss
                 if not name.startswith("embedder.encoder.objectives."):
                     parts["encoder"].append(parameter)
+            elif name.startswith("expert."):
+                parts["expert"].append(parameter)
             else:
                 parts["content" if name.startswith("embedder.adapter.") else "ranker"].append(parameter)
         return parts
@@ -219,7 +243,8 @@ class RankingTask(Shareable, nn.Module):
         """Nothing is constrained."""
 
     def save(self, folder: Path) -> None:
-        """`task.json`, `vocabulary/`, `model.safetensors`, and the content: its frozen table or its encoder."""
+        """`task.json`, `vocabulary/`, `model.safetensors`, the content: its frozen table or its encoder, and the
+        expert."""
         self.vocabulary.save(folder / "vocabulary")
         if self.embedder.encoder is not None:
             self.embedder.encoder.encoder.save(folder / "encoder")  # type: ignore[union-attr, operator]
@@ -230,10 +255,14 @@ class RankingTask(Shareable, nn.Module):
         if self.catalog_ids is not None:
             ids = pa.table({"item_id": self.catalog_ids})
             replace_file(folder / "catalog.parquet", lambda path: pyarrow.parquet.write_table(ids, path))
+        if self.expert is not None:
+            self.expert.save(folder / "expert", self.embedder)
         save_task(self, "ranking", folder)
 
     def bind(self, item_ids: pa.Array) -> None:
         """Put the kept content vectors in the order of another catalog; items they lack count as without content."""
+        if self.expert is not None:
+            self.expert.task.bind(item_ids)
         if self.embedder.adapter is None or self.catalog_ids is None:
             return
         rows = torch.from_numpy(rows_of(item_ids, self.catalog_ids, "the run's catalog and this dataset's"))
@@ -259,7 +288,8 @@ class RankingTask(Shareable, nn.Module):
         ids = None
         if (folder / "catalog.parquet").is_file():
             ids = as_ids(read_table(folder / "catalog.parquet").column("item_id"), "item_id", folder)
-        task = cls(config, vocabulary, table, encoder, ids)
+        expert = None if config.make is None else read_expert(folder / "expert", vocabulary, table, ids)
+        task = cls(config, vocabulary, table, encoder, ids, expert)
         task.load_state_dict(weights)
         task.embedder.generates = task.embedder.generator is not None
         return task.eval()
