@@ -167,6 +167,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("study", metavar="STUDY", help="a YAML file, like configs/studies/toy.yaml")
     sub.add_argument("overrides", metavar="key=value", nargs="*", help="keys of the study to change, like seeds=[0]")
     sub.add_argument("--out", metavar="DIR", help="folder of runs and results (default: the study's `out`)")
+    sub.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time, which share the cores")
     sub.add_argument("--html", metavar="FILE", help="write the page to this file (default: report.html in the folder)")
     sub.add_argument("--json", action="store_true", help="print JSON; what goes on is told on stderr")
 
@@ -340,6 +341,8 @@ def _coldstart(arguments: argparse.Namespace) -> None:
     from mmctr.study_report import study_table, write_study_page
     from mmctr.study_results import study_results
 
+    if arguments.jobs < 1:
+        raise ValueError(f"--jobs: {arguments.jobs} runs at a time; give 1 or more")
     study = StudyConfig.load(arguments.study, arguments.overrides)
     out = Path(arguments.out or study.out)
     page = Path(arguments.html or out / "report.html")
@@ -347,7 +350,7 @@ def _coldstart(arguments: argparse.Namespace) -> None:
     def tell(line: str) -> None:
         print(line, file=sys.stderr if arguments.json else sys.stdout, flush=True)
 
-    results = study_results(study, run_study(study, out, arguments.study, tell=tell))
+    results = study_results(study, run_study(study, out, arguments.study, tell=tell, jobs=arguments.jobs))
     write_json(out / "results.json", results)
     write_study_page(results, page)
     print(json.dumps(results, indent=2, ensure_ascii=False) if arguments.json else f"\n{study_table(results)}")

@@ -13,7 +13,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -54,6 +56,14 @@ class ShuffledConfig(Config):
 TableConfig = Annotated[FactorsConfig | ShuffledConfig, Field(discriminator="name")]
 
 
+def _without_own_keys(overrides: list[str]) -> list[str]:
+    for override in overrides:
+        key = override.partition("=")[0]
+        if key == "data" or any(key == name or key.startswith(f"{name}.") for name in OWN_KEYS):
+            raise ValueError(f"{key} is the same for all methods of a study; leave it out here")
+    return overrides
+
+
 class MethodConfig(Config):
     """A recipe config of `finetune.train`, and what is changed in it."""
 
@@ -68,12 +78,7 @@ class MethodConfig(Config):
     @field_validator("set")
     @classmethod
     def _leaves_the_studys_keys(cls, overrides: list[str]) -> list[str]:
-        for override in overrides:
-            key = override.partition("=")[0]
-            own = [name for name in OWN_KEYS if key == name or key.startswith(f"{name}.") or key == "data"]
-            if own:
-                raise ValueError(f"{key} is the same for all methods of a study; leave it out here")
-        return overrides
+        return _without_own_keys(overrides)
 
 
 class StudyConfig(Config):
@@ -84,6 +89,8 @@ class StudyConfig(Config):
     protocols: dict[str, SplitConfig] = Field(min_length=1)
     """how the log is cut, by name"""
     methods: dict[str, MethodConfig] = Field(min_length=1)
+    set: list[str] = []
+    """`key=value` overrides of all methods, before their own"""
     baseline: str
     """the method that differences are taken from"""
     oracle: str | None = None
@@ -103,6 +110,11 @@ class StudyConfig(Config):
             if not re.fullmatch(r"[\w-][\w.-]*", name):
                 raise ValueError(f"the name {name!r} is also that of a folder: use letters, digits, _, - and .")
         return parts
+
+    @field_validator("set")
+    @classmethod
+    def _leaves_the_studys_keys(cls, overrides: list[str]) -> list[str]:
+        return _without_own_keys(overrides)
 
     @model_validator(mode="after")
     def _names_are_known(self) -> Self:
@@ -189,7 +201,7 @@ def study_cells(study: StudyConfig, out: Path, source: str = "study") -> list[Ce
             for name, method in study.methods.items():
                 folder = _cell_folder(out, protocol, name, seed)
                 after = None if method.after is None else _cell_folder(out, protocol, method.after, seed)
-                changes = list(method.set)
+                changes = [*study.set, *method.set]
                 if after is not None:
                     changes.append(f"task.make.run={_quoted(str(after))}")
                 if method.table is not None:
@@ -236,8 +248,9 @@ def run_study(
     source: str = "study",
     launch: Launch | None = None,
     tell: Callable[[str], Any] = print,
+    jobs: int = 1,
 ) -> list[Outcome]:
-    """Make the cells that are not finished, one after another; each is a process of its own, its output in a log.
+    """Make the cells that are not finished, `jobs` at a time; each is a process of its own, its output in a log.
 
     Nothing starts before all configs are checked. A cell that was killed goes on; one that fails is an outcome
     "failed", and the others are made all the same. Raises ValueError as `study_cells` and `make_tables` do, for a
@@ -250,28 +263,37 @@ def run_study(
     cells = study_cells(study, out, source)
     finished = [cell.is_finished() for cell in cells]
     make_tables(study, out)
-    outcomes = []
-    for number, (cell, there) in enumerate(zip(cells, finished, strict=True), 1):
-        place = f"[{number}/{len(cells)}] {cell.name}"
-        if there:
-            outcomes.append(Outcome(cell, "kept"))
-            tell(f"{place}: finished before")
-            continue
-        if cell.after is not None and not (cell.after / "metrics.json").is_file():
-            outcomes.append(Outcome(cell, "failed", f"it reads the run {cell.after}, which has failed"))
-            tell(f"{place}: not started: the run it reads, {cell.after}, has failed")
-            continue
-        tell(f"{place}: output in {cell.log}")
-        begun = time.perf_counter()
-        cell.log.parent.mkdir(parents=True, exist_ok=True)
-        code = (launch or _launch)(cell.arguments, cell.log)
-        if code == 0 and (cell.folder / "metrics.json").is_file():
-            outcomes.append(Outcome(cell, "made"))
-            tell(f"{place}: {time.perf_counter() - begun:.0f} s")
-        else:
-            outcomes.append(Outcome(cell, "failed", _last_lines(cell.log)))
-            tell(f"{place}: FAILED with exit code {code}; its output is in {cell.log}")
-    return outcomes
+    made: dict[Path, Future[Outcome]] = {}
+    with ThreadPoolExecutor(jobs) as pool:
+        for number, (cell, there) in enumerate(zip(cells, finished, strict=True), 1):
+            place = f"[{number}/{len(cells)}] {cell.name}"
+            # a cell that is read begins before the one that reads it, so waiting for it cannot block
+            needs = None if cell.after is None else made[cell.after]
+            made[cell.folder] = pool.submit(_make, cell, there, needs, place, launch or partial(_launch, jobs), tell)
+        try:
+            return [future.result() for future in made.values()]
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # whoever interrupts a study wants no further run
+
+
+def _make(
+    cell: Cell, there: bool, needs: Future[Outcome] | None, place: str, launch: Launch, tell: Callable[[str], Any]
+) -> Outcome:
+    if there:
+        tell(f"{place}: finished before")
+        return Outcome(cell, "kept")
+    if needs is not None and needs.result().state == "failed":
+        tell(f"{place}: not started: the run it reads, {cell.after}, has failed")
+        return Outcome(cell, "failed", f"it reads the run {cell.after}, which has failed")
+    tell(f"{place}: output in {cell.log}")
+    begun = time.perf_counter()
+    cell.log.parent.mkdir(parents=True, exist_ok=True)
+    code = launch(cell.arguments, cell.log)
+    if code == 0 and (cell.folder / "metrics.json").is_file():
+        tell(f"{place}: {time.perf_counter() - begun:.0f} s")
+        return Outcome(cell, "made")
+    tell(f"{place}: FAILED with exit code {code}; its output is in {cell.log}")
+    return Outcome(cell, "failed", _last_lines(cell.log))
 
 
 def _quoted(value: Any) -> str:
@@ -287,10 +309,12 @@ def _table_file(out: Path, name: str) -> Path:
     return out / "tables" / f"{name}.npz"
 
 
-def _launch(arguments: Sequence[str], log: Path) -> int:
+def _launch(jobs: int, arguments: Sequence[str], log: Path) -> int:
     environment = dict(os.environ)
     clone = str(clone_folder("mmctr coldstart"))
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [clone, os.environ.get("PYTHONPATH")]))
+    if jobs > 1:  # each run would take all cores for itself
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
     with open(log, "ab") as output:  # a cell that goes on keeps what it said before
         command = [sys.executable, "-m", "finetune.train", *arguments]
         return subprocess.run(command, env=environment, stdout=output, stderr=subprocess.STDOUT, check=False).returncode

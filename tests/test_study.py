@@ -38,7 +38,7 @@ class Launcher:
 
     def __call__(self, arguments: Sequence[str], log: Path) -> int:
         self.calls.append(str(Path(log).with_suffix("").relative_to(log.parents[2])))
-        run = start(log.parent / "output", "finetune.train", *arguments, kill_at_rename=self.kill_at_rename)
+        run = start(log.with_suffix(".output"), "finetune.train", *arguments, kill_at_rename=self.kill_at_rename)
         code = run.wait()
         log.write_text(run.text, encoding="utf-8")
         return code
@@ -53,9 +53,10 @@ def write_study(folder: Path, data: Path, change: Callable[[dict], None] = lambd
         "data": str(data),
         "protocols": {"held_out": {"name": "cold_items", "cold": 0.3, "test": 0.3}},
         "tables": {"factors": {"name": "factors"}},
+        "set": ["task.max_history=8", "task.user_dim=2"],
         "methods": {
             "ids": {"config": str(folder / "ids.yaml")},
-            "content": {"config": str(folder / "table.yaml"), "table": "factors", "set": ["task.max_history=8"]},
+            "content": {"config": str(folder / "table.yaml"), "table": "factors", "set": ["task.user_dim=4"]},
         },
         "baseline": "ids",
         "seeds": [0, 3],
@@ -71,7 +72,7 @@ def made(toy_folder, tmp_path_factory):
     """(study, its folder, results, launched cells) of one finished study; not to be written to."""
     folder, launch = tmp_path_factory.mktemp("study"), Launcher()
     study = StudyConfig.load(write_study(folder, toy_folder))
-    outcomes = run_study(study, folder / "out", launch=launch)
+    outcomes = run_study(study, folder / "out", launch=launch, jobs=2)
     assert [one.state for one in outcomes] == ["made"] * 4, [one.said for one in outcomes]
     return study, folder, study_results(study, outcomes), launch.calls
 
@@ -94,9 +95,11 @@ def predictions(folder: str | Path) -> dict[str, np.ndarray]:
 
 def test_cells_are_ordinary_runs_seed_by_seed(made):
     study, folder, _, calls = made
-    assert calls == [f"held_out/{name}/seed{seed}" for seed in (0, 3) for name in ("ids", "content")]
+    expected = [f"held_out/{name}/seed{seed}" for seed in (0, 3) for name in ("ids", "content")]
+    assert {*calls[:2]} == {*expected[:2]} and {*calls} == {*expected} and len(calls) == 4  # two at a time
     config = yaml.safe_load((folder / "out" / "runs" / "held_out" / "content" / "seed3" / "config.yaml").read_text())
     assert config["seed"] == 3 and config["split"]["cold"] == 0.3 and config["task"]["max_history"] == 8
+    assert config["task"]["user_dim"] == 4  # of the method, after that of all
     assert config["task"]["embedder"]["content"]["path"] == str(folder / "out" / "tables" / "factors.npz")
     assert config["data"]["path"] == study.data
 
@@ -326,6 +329,7 @@ def test_runs_on_other_rows_and_without_predictions_are_named(copied):
         (lambda v: v["methods"]["content"].update(table="factor"), "methods.content.table: 'factor' is not among"),
         (lambda v: v["methods"]["ids"].update(set=["seed=1"]), "methods.ids.set: seed is the same for all methods"),
         (lambda v: v["methods"]["ids"].update(set=["split.cold=0.2"]), "split.cold is the same for all methods"),
+        (lambda v: v.update(set=["run_dir=x"]), "set: run_dir is the same for all methods"),
         (lambda v: v["methods"]["ids"].update(confg="x"), "methods.ids.confg'; did you mean 'config'"),
         (lambda v: v["methods"]["ids"].update(config="no.yaml"), "methods.ids: no.yaml: no such config file"),
         (lambda v: v["methods"]["ids"].update(set=["task.rankr.name=din"]), "methods.ids: .*did you mean 'ranker'"),
