@@ -51,7 +51,7 @@ def test_a_study_and_its_cells_load(path: Path, tmp_path, monkeypatch):
     for cell in cells:
         again = FinetuneConfig.load(cell.arguments[0], cell.arguments[1:])
         assert again == cell.config and again.run_dir == str(cell.folder) and again.data.path == study.data
-    assert study.seeds == [0, 1, 2]
+    assert study.seeds == ([0] if path.stem == "one_epoch" else [0, 1, 2])
     assert path.stem not in ("toy", "ml1m") or study.methods["shuffled"].table == "shuffled"
 
 
