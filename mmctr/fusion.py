@@ -284,6 +284,12 @@ class ItemEmbedder(nn.Module):
         self.dim = {"sum": sizes[0], "project": config.fused_dim}.get(config.fusion, sum(sizes))
 
     @property
+    def columns(self) -> dict[str, slice]:
+        """Where `id` and `content` stand in the vectors of the fusion `concat`."""
+        content = 0 if self.adapter is None else self.config.content.dim  # type: ignore[union-attr]
+        return {"id": slice(0, self.config.id_dim), "content": slice(self.dim - content, self.dim)}
+
+    @property
     def encodes(self) -> bool:
         """Whether batches must carry pictures and texts now."""
         frozen = isinstance(self.config.content, ContentEncoder) and self.config.content.frozen

@@ -34,6 +34,7 @@ RANKERS = {
 }
 VARIANTS = RANKERS | {
     "embedding_mlp sum": {"name": "embedding_mlp", "mlp": [5], "pooling": "sum"},
+    "din multi_query": {"name": "din", "attention": [6], "mlp": [5], "multi_query": True},
     "din softmax": {"name": "din", "attention": [6], "mlp": [], "weights": "softmax", "activation": "prelu"},
     "dien augru_official": {"name": "dien", "mlp": [5], "gate": "augru_official"},
     "dien agru": {"name": "dien", "mlp": [5], "gate": "agru"},

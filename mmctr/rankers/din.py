@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -38,7 +38,13 @@ class DINConfig(BaseRankerConfig):
     """`intensity` keeps the unnormalised weights of the paper, whose sum says how strong the interest is"""
     content_attention: bool = False
     """the softmax also sees how like the contents of behaviour and target are; see `ContentAttention`"""
+    multi_query: bool = False
+    """two attentions over the behaviours instead of one, by the target's content and by its ID; see `DIN`"""
     dropout: float = Field(default=0.0, ge=0, lt=1)
+
+    @property
+    def needs_columns(self) -> bool:
+        return self.multi_query
 
     @property
     def needs_similarity(self) -> bool:
@@ -52,10 +58,14 @@ class DINConfig(BaseRankerConfig):
     def _content_attention_is_of_softmax(self) -> DINConfig:
         if self.content_attention and self.weights != "softmax":
             raise ValueError("content_attention enters a softmax; set weights: softmax")
+        if self.content_attention and self.multi_query:
+            raise ValueError("content_attention is of one attention and multi_query makes two; keep one of them")
         return self
 
-    def build(self, dim: int, context_dim: int, beside: Sequence[int] = ()) -> DIN:
-        return DIN(self, dim, context_dim, beside)
+    def build(
+        self, dim: int, context_dim: int, beside: Sequence[int] = (), columns: Mapping[str, slice] | None = None
+    ) -> DIN:
+        return DIN(self, dim, context_dim, beside, columns)
 
 
 class ActivationUnit(nn.Module):
@@ -174,6 +184,11 @@ class ContentAttention(nn.Module):
         return own * scores + content * relevance + both * scores * relevance
 
 
+def some_columns(x: Tensor, columns: slice) -> Tensor:
+    """x[..., columns], x itself where these are all."""
+    return x if columns == slice(0, x.shape[-1]) else x[..., columns].contiguous()
+
+
 class DIN(nn.Module):
     """The user's interest in the target is the sum of his history weighted by an activation unit.
 
@@ -188,25 +203,61 @@ class DIN(nn.Module):
     | user id | one of the features | made, unused | part of the context |
 
     `content_attention` is not of the paper: see `ContentAttention`.
+
+    With `multi_query` there are two attentions with weights of their own (multi-query attentive pooling: Ge et al.
+    2018, arXiv 1711.06505): one compares the content of target and behaviours, the other one their IDs. Each gives a
+    weighted sum of the whole behaviours, and both sums go on. In the paper behaviours are images alone, which both
+    queries are compared with; here each query is compared with its own like.
+
+    Args:
+        beside: see `MLP`.
+        columns: where `content` and `id` stand among the `dim` of an item, for `multi_query`.
     """
 
-    def __init__(self, config: DINConfig, dim: int, context_dim: int, beside: Sequence[int] = ()):
+    def __init__(
+        self,
+        config: DINConfig,
+        dim: int,
+        context_dim: int,
+        beside: Sequence[int] = (),
+        columns: Mapping[str, slice] | None = None,
+    ):
         super().__init__()
         self.config = config
-        self.unit = ActivationUnit(dim, config.attention, config.activation)
+        self.columns: list[slice] = [slice(0, dim)]
+        if config.multi_query:
+            if columns is None:
+                raise ValueError("multi_query needs the columns of content and ID in the vectors of items")
+            self.columns = [columns["content"], columns["id"]]
+        sizes = [own.stop - own.start for own in self.columns]
+        self.unit = ActivationUnit(sizes[0], config.attention, config.activation)
+        self.id_unit = ActivationUnit(sizes[1], config.attention, config.activation) if config.multi_query else None
         self.content = ContentAttention() if config.content_attention else None
-        self.mlp = MLP(3 * dim + context_dim, config.mlp, 1, config.activation, config.dropout, beside)
+        read = (1 + 2 * len(self.columns)) * dim + context_dim
+        self.mlp = MLP(read, config.mlp, 1, config.activation, config.dropout, beside)
+
+    @property
+    def channels(self) -> list[tuple[ActivationUnit, slice]]:
+        """The attentions, and the columns each compares."""
+        units = [self.unit] if self.id_unit is None else [self.unit, self.id_unit]
+        return list(zip(units, self.columns, strict=True))
 
     def forward(self, inputs: RankerInput) -> RankerOutput:
         target, offsets = take_rows(inputs.items, inputs.target), inputs.history_offsets
-        weights = self.unit(target, inputs.items, inputs.history, offsets)  # (H,)
-        if self.content is not None:
-            if inputs.similarity is None:
-                raise ValueError("DIN with content_attention needs the similarity of behaviours and targets")
-            weights = self.content(weights, inputs.similarity)
-        if self.config.weights == "softmax":
-            weights = segment_softmax(weights, segment_ids(offsets, len(weights)), len(target))
-        interest = pool_rows(inputs.items, inputs.history, offsets, weights).to(target.dtype)  # (B, D)
-        top = torch.cat([inputs.context, target, interest, interest * target], dim=1)
+        weights, interests = [], []
+        for unit, own in self.channels:
+            query, items = some_columns(target, own), some_columns(inputs.items, own)
+            scores = unit(query, items, inputs.history, offsets)  # (H,)
+            if self.content is not None:
+                if inputs.similarity is None:
+                    raise ValueError("DIN with content_attention needs the similarity of behaviours and targets")
+                scores = self.content(scores, inputs.similarity)
+            if self.config.weights == "softmax":
+                scores = segment_softmax(scores, segment_ids(offsets, len(scores)), len(target))
+            weights.append(scores)
+            interests.append(pool_rows(inputs.items, inputs.history, offsets, scores).to(target.dtype))  # (B, D)
+        products = [interest * target for interest in interests]
+        top = torch.cat([inputs.context, target, *interests, *products], dim=1)
         out, hidden = self.mlp.through(top, inputs.beside)
-        return RankerOutput(out.squeeze(1), {}, None if self.training else weights, (target, interest), hidden)
+        read = None if self.training else torch.stack(weights).mean(0)
+        return RankerOutput(out.squeeze(1), {}, read, (target, *interests), hidden)

@@ -37,6 +37,11 @@ class BaseRankerConfig(Config):
         return False
 
     @property
+    def needs_columns(self) -> bool:
+        """Whether `build` takes `columns`: where ID and content stand in the vector of an item."""
+        return False
+
+    @property
     def weight_dim(self) -> int | None:
         """For linear rankers the size of the one weight vector a feature value has; None: the ranker reads embeddings
         of the sizes configured."""

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmctr.rankers.dien import DIEN
-from mmctr.rankers.din import DIN
+from mmctr.rankers.din import DIN, some_columns
 from mmctr.rankers.embedding_mlp import EmbeddingMLP
 from mmctr.rankers.linear import LR, LSPLM
 from mmctr.rankers.recurrence import Recurrence, step_size
@@ -61,14 +61,17 @@ def _din(ranker: DIN, target: Tensor, history: Tensor, there: Tensor, context: T
         raise ValueError(
             "DIN with content_attention has no padded form: it reads cosines of contents, not item vectors"
         )
-    unit = ranker.unit
-    wq, wk, wd, wp = unit.first.weight.chunk(4, dim=1)
-    hidden = F.linear(target, wq + wd, unit.first.bias)[:, None] + F.linear(history, wk - wd)
-    hidden = hidden + F.linear(target[:, None] * history, wp)
-    weights = unit.rest(unit.act(hidden.flatten(0, 1))).view(there.shape)
-    weights = _softmax(weights, there) if ranker.config.weights == "softmax" else torch.where(there, weights, 0.0)
-    interest = (weights[..., None] * history).sum(1)
-    return ranker.mlp(torch.cat([context, target, interest, interest * target], dim=1)).squeeze(1)
+    interests = []
+    for unit, own in ranker.channels:
+        query, keys = some_columns(target, own), some_columns(history, own)
+        wq, wk, wd, wp = unit.first.weight.chunk(4, dim=1)
+        hidden = F.linear(query, wq + wd, unit.first.bias)[:, None] + F.linear(keys, wk - wd)
+        hidden = hidden + F.linear(query[:, None] * keys, wp)
+        weights = unit.rest(unit.act(hidden.flatten(0, 1))).view(there.shape)
+        weights = _softmax(weights, there) if ranker.config.weights == "softmax" else torch.where(there, weights, 0.0)
+        interests.append((weights[..., None] * history).sum(1))
+    products = [interest * target for interest in interests]
+    return ranker.mlp(torch.cat([context, target, *interests, *products], dim=1)).squeeze(1)
 
 
 def _dien(ranker: DIEN, target: Tensor, history: Tensor, there: Tensor, context: Tensor) -> Tensor:

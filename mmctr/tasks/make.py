@@ -64,7 +64,7 @@ class Expert(nn.Module):
         if self.frozen:
             task.requires_grad_(False)
         self.num_hidden = config.make.hidden_layers
-        self.dim = 2 * task.embedder.dim
+        self.dim = 2 * task.embedder.dim  # no multi_query: that needs IDs
         """size of v"""
         widths: list[int] = task.config.ranker.mlp  # type: ignore[union-attr]
         self.beside = widths[len(widths) - self.num_hidden :]

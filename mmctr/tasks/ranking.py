@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -67,6 +68,16 @@ class RankingTaskConfig(Config):
             raise ValueError(f"cold_ids makes ID vectors, and {self.ranker.name} has weights; take another ranker")
         if linear and not isinstance(content, ContentNone) and content.shown_in == "history":
             raise ValueError(f"shown_in: history leaves no content to {self.ranker.name}, which reads targets alone")
+        if self.ranker.needs_columns:
+            wrong = {
+                f"fusion: {self.embedder.fusion} mixes them; set embedder.fusion: concat": self.embedder.fusion
+                != "concat",
+                "there is no content; give embedder.content": isinstance(content, ContentNone),
+                "there are no IDs; set embedder.id_dim above 0": not self.embedder.id_dim,
+            }
+            for reason, is_wrong in wrong.items():
+                if is_wrong:
+                    raise ValueError(f"ranker.multi_query attends by content and by ID, but {reason}")
         if self.make and not self.ranker.hands_over:
             raise ValueError(f"make is for din and dien; {self.ranker.name} has no place for what an expert hands over")
         return self
@@ -117,7 +128,8 @@ class RankingTask(Shareable, nn.Module):
             leaves=vocabulary.trees.num_rows if vocabulary.trees else 0,
         )
         tiers = config.simtier.dim if config.simtier else 0
-        self.expert, options = None, {}
+        options: dict[str, Any] = {"columns": self.embedder.columns} if config.ranker.needs_columns else {}
+        self.expert = None
         if config.make is not None:
             assert expert is not None
             self.expert = Expert(config, expert)
