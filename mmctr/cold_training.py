@@ -16,7 +16,16 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from mmctr.cold_ids import CVAR, MWUF, CVARConfig, IdGenerator, MetaEmbeddingConfig, squared_error, wasserstein2
+from mmctr.cold_ids import (
+    CVAR,
+    MWUF,
+    CVARConfig,
+    IdGenerator,
+    MetaEmbeddingConfig,
+    NoColdIds,
+    squared_error,
+    wasserstein2,
+)
 from mmctr.data.batches import Batch, BehaviorBatch
 from mmctr.data.hashing import hashed_uniform
 from mmctr.data.interactions import Impressions
@@ -219,13 +228,19 @@ def train_cold_ids(
 ) -> dict[str, Any]:
     """Train the generator of a finished ranker, which is frozen by this, and let its cold items read it.
 
-    Validation is on the old items' rows, their targets shown as if they were new; `primary` "gauc_warm" and "gauc_cold"
-    are then "gauc". Returns what `fit` does; its
-    checkpoints and its log go to RUN/cold_ids. Raises ValueError as `fit`, `BatchPlan` and `ItemBatches` do.
+    Some old items are held out, rows and all. Validation is on rows of these and of cold items, old ones shown as if
+    they were new; `primary` "gauc_warm" and "gauc_cold" are then "gauc". Returns what `fit` does; its checkpoints and
+    its log go to RUN/cold_ids. Raises ValueError as `fit`, `BatchPlan` and `ItemBatches` do, and where no row is left.
     """
     freeze(task)
-    generator, ids = task.embedder.generator, task.embedder.ids
-    assert generator is not None and ids is not None
+    generator, ids, kind = task.embedder.generator, task.embedder.ids, task.config.embedder.cold_ids
+    assert generator is not None and ids is not None and not isinstance(kind, NoColdIds)
+    held_out = hashed_uniform(seed, 0, np.arange(len(data.id_rows))) < kind.held_out
+    train = train.take(~held_out[train.item])
+    validation = validation.take((held_out | (data.id_rows == 0))[validation.item])
+    for name, part, remedy in (("validation", validation, "raise"), ("training", train, "lower")):
+        if not len(part):
+            raise ValueError(f"cold_ids.held_out: {kind.held_out} of the items leaves no {name} row; {remedy} it")
     device, rows = ids.weight.device, torch.from_numpy(data.id_rows)[torch.from_numpy(train.item).long()]
     users, count = mean_users(task, data.user_rows[torch.from_numpy(train.user).long()], rows)
     old = torch.nonzero(count[1:] > 0)[:, 0] + 1
@@ -236,7 +251,6 @@ def train_cold_ids(
         num_rows, size, seed, accelerator.process_index, accelerator.num_processes
     )
     collator = data.collator(train)
-    kind = task.config.embedder.cold_ids
     if isinstance(kind, MetaEmbeddingConfig):
         model: ColdIdsTask = MetaEmbeddingTask(task, users, count)
         by_item = ItemBatches(collator, kind.rows, seed)
@@ -253,10 +267,9 @@ def train_cold_ids(
         batches = TrainBatches(plan_of(len(train), config.batch_size), collator, config.num_workers)
 
     shown = data.collator(validation)
-    cold = data.id_rows[validation.item] == 0
 
     def evaluate() -> dict[str, float]:
-        return quick_metrics(validation, predict(model, shown, accelerator), cold)
+        return quick_metrics(validation, predict(model, shown, accelerator), np.ones(len(validation), bool))
 
     result = fit(
         model.to(device),
