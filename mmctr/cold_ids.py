@@ -22,7 +22,15 @@ class NoColdIds(Config):
     name: Literal["none"] = "none"
 
 
-class MetaEmbeddingConfig(Config):
+class GeneratorConfig(Config):
+    """What all generators share."""
+
+    held_out: float = Field(default=0.1, gt=0, lt=1)
+    """seeded fraction of the old items that the generator does not learn from. It is judged by their validation rows,
+    and by those of cold items where there are any: with items it has learned from it seems ever better"""
+
+
+class MetaEmbeddingConfig(GeneratorConfig):
     """Meta-Embedding: a generated vector that ranks well now and better after one step on a few rows."""
 
     name: Literal["meta_embedding"] = "meta_embedding"
@@ -36,7 +44,7 @@ class MetaEmbeddingConfig(Config):
     """learning rate of the one step on the vector"""
 
 
-class MWUFConfig(Config):
+class MWUFConfig(GeneratorConfig):
     """Meta Warm Up Framework: the ID vector scaled by what the item is, and shifted by who has met it."""
 
     name: Literal["mwuf"] = "mwuf"
@@ -44,7 +52,7 @@ class MWUFConfig(Config):
     """hidden sizes of both networks"""
 
 
-class CVARConfig(Config):
+class CVARConfig(GeneratorConfig):
     """Conditional variational autoencoder of ID vectors, its latents also told from what the item is."""
 
     name: Literal["cvar"] = "cvar"

@@ -5,7 +5,6 @@ Histories keep the ID vectors the ranker was trained with; targets alone read wh
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,22 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from mmctr.cold_ids import CVAR, MWUF, CVARConfig, IdGenerator, MetaEmbeddingConfig, squared_error, wasserstein2
+from mmctr.cold_ids import (
+    CVAR,
+    MWUF,
+    CVARConfig,
+    IdGenerator,
+    MetaEmbeddingConfig,
+    NoColdIds,
+    squared_error,
+    wasserstein2,
+)
 from mmctr.data.batches import Batch, BehaviorBatch
 from mmctr.data.hashing import hashed_uniform
 from mmctr.data.interactions import Impressions
 from mmctr.data.loaders import BatchPlan, BehaviorCollator, TrainBatches
 from mmctr.data.ranking import RankingData
-from mmctr.evaluation import predict, quick_metrics
+from mmctr.evaluation import Scores, predict, quick_metrics
 from mmctr.optimizers import RowTable
 from mmctr.tasks import RankingTask
 from mmctr.training import FitConfig, fit
@@ -93,6 +101,17 @@ class ColdIdsTask(nn.Module):
 
     def after_step(self) -> None:
         """Nothing is constrained."""
+
+
+@dataclass(frozen=True)
+class UnknownTargets:
+    """A ranker to which every target shows the ID of the unknown item: what a generator has to beat."""
+
+    ranker: RankingTask
+
+    def logits(self, batch: BehaviorBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        unknown: Tensor = self.ranker.embedder.ids.weight[:1]  # type: ignore[union-attr, assignment]
+        return self.ranker.logits(batch, target_ids=unknown.expand(len(batch.items), -1))
 
 
 @dataclass(frozen=True)
@@ -219,24 +238,31 @@ def train_cold_ids(
 ) -> dict[str, Any]:
     """Train the generator of a finished ranker, which is frozen by this, and let its cold items read it.
 
-    Validation is on the old items' rows, their targets shown as if they were new; `primary` "gauc_warm" and "gauc_cold"
-    are then "gauc". Returns what `fit` does; its
-    checkpoints and its log go to RUN/cold_ids. Raises ValueError as `fit`, `BatchPlan` and `ItemBatches` do.
+    Some old items are held out, rows and all. Validation is on rows of these and of cold items, old ones shown as if
+    they were new; `primary` "gauc_warm" and "gauc_cold" are then "gauc". Returns what `fit` does, and the numbers of
+    the same rows "without" a generator; checkpoints and log go to RUN/cold_ids. Raises ValueError as `fit`, `BatchPlan`
+    and `ItemBatches` do, and where no row is left.
     """
+    primary = "auc" if primary == "auc" else "gauc"
     freeze(task)
-    generator, ids = task.embedder.generator, task.embedder.ids
-    assert generator is not None and ids is not None
+    generator, ids, kind = task.embedder.generator, task.embedder.ids, task.config.embedder.cold_ids
+    assert generator is not None and ids is not None and not isinstance(kind, NoColdIds)
+    held_out = hashed_uniform(seed, 0, np.arange(len(data.id_rows))) < kind.held_out
+    train = train.take(~held_out[train.item])
+    validation = validation.take((held_out | (data.id_rows == 0))[validation.item])
+    for name, part, remedy in (("validation", validation, "raise"), ("training", train, "lower")):
+        if not len(part):
+            raise ValueError(f"cold_ids.held_out: {kind.held_out} of the items leaves no {name} row; {remedy} it")
     device, rows = ids.weight.device, torch.from_numpy(data.id_rows)[torch.from_numpy(train.item).long()]
     users, count = mean_users(task, data.user_rows[torch.from_numpy(train.user).long()], rows)
     old = torch.nonzero(count[1:] > 0)[:, 0] + 1
     generator.learn_from(ids.weight[old], users[old], count[old])
     generator.requires_grad_(True)
 
-    plan_of: Callable[[int, int], BatchPlan] = lambda num_rows, size: BatchPlan(  # noqa: E731
-        num_rows, size, seed, accelerator.process_index, accelerator.num_processes
-    )
+    def plan_of(num_rows: int, size: int) -> BatchPlan:
+        return BatchPlan(num_rows, size, seed, accelerator.process_index, accelerator.num_processes)
+
     collator = data.collator(train)
-    kind = task.config.embedder.cold_ids
     if isinstance(kind, MetaEmbeddingConfig):
         model: ColdIdsTask = MetaEmbeddingTask(task, users, count)
         by_item = ItemBatches(collator, kind.rows, seed)
@@ -253,10 +279,11 @@ def train_cold_ids(
         batches = TrainBatches(plan_of(len(train), config.batch_size), collator, config.num_workers)
 
     shown = data.collator(validation)
-    cold = data.id_rows[validation.item] == 0
 
-    def evaluate() -> dict[str, float]:
-        return quick_metrics(validation, predict(model, shown, accelerator), cold)
+    def numbers_of(scorer: Scores) -> dict[str, float]:
+        return quick_metrics(validation, predict(scorer, shown, accelerator), np.ones(len(validation), bool))
+
+    without = numbers_of(UnknownTargets(task))
 
     result = fit(
         model.to(device),
@@ -264,11 +291,15 @@ def train_cold_ids(
         config,
         run_dir=run_dir / "cold_ids",
         accelerator=accelerator,
-        evaluate=evaluate,
-        primary="auc" if primary == "auc" else "gauc",
+        evaluate=lambda: numbers_of(model),
+        primary=primary,
         seed=seed,
         identity=identity,
+        evaluate_first=True,
+    )
+    accelerator.print(
+        f"cold ids: {primary} {result['best']:.4f} on held-out items, {without.get(primary, np.nan):.4f} without"
     )
     generator.requires_grad_(False)
     task.embedder.generates = True
-    return result
+    return result | {"without": without}
