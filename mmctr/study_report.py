@@ -283,7 +283,7 @@ def _stages(place: int, methods: dict[str, Any], baseline: str) -> str:
         plot = line_plot(f"stages-{metric}-{place}", f"{shown} by stage", told, lines, ticks, x_range, "stage")
         drawn += figure(f"<b>{shown}</b> of the same test rows before and after each stage.", plot)
         columns = ["Method", *stages]
-        tables += scrolling(f"{shown} by stage", _html_table(columns, rows))
+        tables += f"<h3>{shown} by stage</h3>\n" + scrolling(f"{shown} by stage", _html_table(columns, rows))
         if compared:
             tables += f"<h3>{shown} minus the {shown} of {text(baseline)}, by stage</h3>\n"
             tables += scrolling(f"Differences of {shown} by stage", _html_table(columns, compared))
