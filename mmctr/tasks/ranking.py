@@ -290,7 +290,11 @@ class RankingTask(Shareable, nn.Module):
     def load(cls, folder: str | Path) -> RankingTask:
         """From a run folder; content vectors are in the order of the catalog it was trained with (see `bind`)."""
         folder = Path(folder)
-        config = RankingTaskConfig.parse(task_config(folder, "ranking"), source=str(folder / "task.json"))
+        values = task_config(folder, "ranking")
+        content = values.get("embedder", {}).get("content", {})
+        if content.pop("history", None) == "table":  # of version 0.1.0, whose budget came without a memory bank
+            content["max_encoded"] = None
+        config = RankingTaskConfig.parse(values, source=str(folder / "task.json"))
         vocabulary = RankingVocabulary.load(folder / "vocabulary")
         weights = task_weights(folder)
         table = encoder = None

@@ -70,6 +70,20 @@ def test_a_saved_ranker_loads_equal(world, content, tmp_path):
     assert json.loads((tmp_path / "run" / "task.json").read_text())["kind"] == "ranking"
 
 
+@pytest.mark.parametrize("history", ["encoder", "table"])
+def test_a_joint_ranker_of_version_0_1_0_is_read(world, history, tmp_path):
+    """It said what histories read, and its budget of encoded targets came without a memory bank."""
+    _, splits, _, data, _, _ = world
+    task = ranking_task(world, CONTENTS["encoder"]).eval()
+    task.save(tmp_path)
+    values = json.loads((tmp_path / "task.json").read_text())
+    values["config"]["embedder"]["content"] |= {"history": history, "max_encoded": 48 if history == "table" else None}
+    (tmp_path / "task.json").write_text(json.dumps(values))
+    batch = data.collator(splits.test)(np.arange(50))
+    with torch.no_grad():
+        assert torch.equal(RankingTask.load(tmp_path).logits(batch)[0], task.logits(batch)[0])
+
+
 def test_a_frozen_encoder_gives_the_logits_and_gradients_of_its_table(world):
     _, splits, _, data, _, _ = world
     results = []
