@@ -302,9 +302,9 @@ def test_siglip_on_two_processes_equals_one(pretrained, toy_folder, tmp_path):
     check_same_run(pretrained, tmp_path / "two", count=12)
 
 
-@pytest.mark.parametrize("history", ["encoder", "table"])
-def test_joint_training_on_two_processes_equals_one(pretrained, toy_folder, tmp_path, history):
-    content = {"name": "encoder", "run": str(pretrained), "history": history, "dim": 8, "hidden": [8]}
+@pytest.mark.parametrize("budget", [None, 1000])
+def test_joint_training_on_two_processes_equals_one(pretrained, toy_folder, tmp_path, budget):
+    content = {"name": "encoder", "run": str(pretrained), "max_encoded": budget, "dim": 8, "hidden": [8]}
     values = finetune_values(toy_folder, content, epochs=0.5, optimizer={"lr": 3e-3})
     config = write_config(tmp_path / "f.yaml", values)
     one_and_two(tmp_path, "finetune.train", config)
