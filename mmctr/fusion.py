@@ -136,8 +136,8 @@ class FeatureEmbedder(nn.Module):
         super().__init__()
         assert weights or not leaves, "leaves are of linear rankers"
         self.tables, self.numbers = nn.ModuleDict(), nn.ModuleDict()
-        self.dim = 0
-        self.weights = weights
+        self.dim, self.weights = 0, weights
+        self.embedded: list[bool] = []  # for each dimension whether it is of an embedding, and not of a number
         self.names = list(configs)
         for name, config in configs.items():
             is_cross = isinstance(config, CrossFeature)
@@ -150,6 +150,7 @@ class FeatureEmbedder(nn.Module):
             else:
                 self.tables[name] = RowTable(rows, dim, 0.0 if is_cross else init_std)
             self.dim += dim
+            self.embedded += [rows is not None] * dim
         if leaves:
             self.names.append(LEAVES)
             self.tables[LEAVES] = RowTable(leaves, weights, 0.0)  # type: ignore[arg-type]

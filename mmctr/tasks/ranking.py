@@ -146,6 +146,7 @@ class RankingTask(Shareable, nn.Module):
             user_dim,
             self.embedder.features.dim,
             table[0].shape[1] if table is not None and self.embedder.adapter is not None else 0,
+            self.embedder.features.embedded,
         )
         if self.embedder.generator is not None:
             self.embedder.generator.requires_grad_(False)
