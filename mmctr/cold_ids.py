@@ -6,6 +6,7 @@ ID table. `mmctr.cold_training` trains it on old items, with the ranker frozen; 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import torch
@@ -88,20 +89,30 @@ class Network(nn.Sequential):
 
 
 class ItemDescription(nn.Module):
-    """What is known of an item besides its ID: its embedded side features and its content vector, each layer-normed,
-    side by side. An item without content reads a learned vector in place of its own."""
+    """What is known of an item besides its ID, side by side: its embedded side features and its content vector, each
+    layer-normed, and numbers, which are standardised over items. An item without content reads a learned vector in
+    place of its own.
 
-    def __init__(self, features_dim: int, content_dim: int):
+    Args:
+        embedded: (features_dim,) which of the features' dimensions are of embeddings; None: all.
+    """
+
+    def __init__(self, features_dim: int, content_dim: int, embedded: Sequence[bool] | None = None):
         super().__init__()
         self.dim = features_dim + content_dim
-        self.features = nn.LayerNorm(features_dim) if features_dim else None
+        is_embedded = [True] * features_dim if embedded is None else list(embedded)
+        self.numbers = [place for place, yes in enumerate(is_embedded) if not yes]
+        self.embedded = [place for place, yes in enumerate(is_embedded) if yes]
+        self.features = nn.LayerNorm(len(self.embedded)) if self.embedded else None
         self.content, self.absent = None, None
         if content_dim:
             self.content, self.absent = nn.LayerNorm(content_dim), nn.Parameter(torch.zeros(content_dim))
 
     def forward(self, features: Tensor, content: Tensor | None, has_content: Tensor | None) -> Tensor:
         """(U, features_dim), (U, content_dim) and (U,) bool -> (U, dim)."""
-        parts = [] if self.features is None else [self.features(features.float())]
+        parts = [features[:, self.numbers].float()] if self.numbers else []
+        if self.features is not None:
+            parts.append(self.features(features[:, self.embedded].float()))
         if self.content is not None:
             assert content is not None and has_content is not None
             parts.append(self.content(torch.where(has_content[:, None], content.float(), self.absent)))  # type: ignore[arg-type]
@@ -252,8 +263,9 @@ def make_generator(
     user_dim: int,
     features_dim: int,
     content_dim: int,
+    embedded: Sequence[bool] | None = None,
 ) -> IdGenerator | None:
-    """The generator of a ranker with parts of these sizes; None for `none`.
+    """The generator of a ranker with parts of these sizes; None for `none`. `embedded` is of `ItemDescription`.
 
     Raises ValueError for a ranker without IDs, without anything to read of an item, or, for MWUF, without users.
     """
@@ -266,7 +278,7 @@ def make_generator(
             f"cold_ids: {config.name} reads side features or content of an item, and there are none; give "
             f"features.item, embedder.content, or name: none"
         )
-    describe = ItemDescription(features_dim, content_dim)
+    describe = ItemDescription(features_dim, content_dim, embedded)
     if isinstance(config, MetaEmbeddingConfig):
         return MetaEmbedding(config, id_dim, describe)
     if isinstance(config, CVARConfig):

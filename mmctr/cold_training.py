@@ -192,11 +192,13 @@ class MWUFTask(ColdIdsTask):
 
     def __init__(self, task: RankingTask, users: Tensor, rows: Tensor):
         super().__init__(task, users, rows)
-        self.fresh = nn.Parameter(self.generator.mean.repeat(len(rows), 1))
+        self.fresh = RowTable(len(rows), len(self.generator.mean), 0.0)
+        with torch.no_grad():
+            self.fresh.weight.copy_(self.generator.mean)
 
     def forward(self, batch: BehaviorBatch) -> dict[str, Tensor]:
         own: Tensor = batch.items.features["item_id"]  # type: ignore[assignment]
-        fresh = F.embedding(own, self.fresh)
+        fresh = self.fresh(own)
         described = self.ranker.embedder.describe(batch.items)
         warm = self.generator.warm(fresh.detach(), described, self.users[own], self.rows[own] > 0)
         return {name: self.log_loss(batch, ids).mean() for name, ids in (("cold", fresh), ("warm", warm))}

@@ -20,7 +20,7 @@ from mmctr.data.batches import BehaviorBatch, Features, ItemBatch, Jagged
 from mmctr.data.crosses import CrossFeature
 from mmctr.data.features import FeatureConfig, Vocabulary, table_rows
 from mmctr.data.trees import LEAVES
-from mmctr.memory_bank import MemoryBank
+from mmctr.memory_bank import MemoryBank, shown_items
 from mmctr.optimizers import RowTable
 from mmctr.rankers.layers import segment_ids
 from mmctr.similarity import PairCosines
@@ -136,8 +136,8 @@ class FeatureEmbedder(nn.Module):
         super().__init__()
         assert weights or not leaves, "leaves are of linear rankers"
         self.tables, self.numbers = nn.ModuleDict(), nn.ModuleDict()
-        self.dim = 0
-        self.weights = weights
+        self.dim, self.weights = 0, weights
+        self.embedded: list[bool] = []  # for each dimension whether it is of an embedding, and not of a number
         self.names = list(configs)
         for name, config in configs.items():
             is_cross = isinstance(config, CrossFeature)
@@ -150,6 +150,7 @@ class FeatureEmbedder(nn.Module):
             else:
                 self.tables[name] = RowTable(rows, dim, 0.0 if is_cross else init_std)
             self.dim += dim
+            self.embedded += [rows is not None] * dim
         if leaves:
             self.names.append(LEAVES)
             self.tables[LEAVES] = RowTable(leaves, weights, 0.0)  # type: ignore[arg-type]
@@ -296,13 +297,13 @@ class ItemEmbedder(nn.Module):
         return self.encoder is not None and self.training and not frozen
 
     def forward(
-        self, items: ItemBatch, shift: Tensor | None = None, content: bool = True, ids: Tensor | None = None
+        self, items: ItemBatch, shift: Tensor | None = None, content: bool | Tensor = True, ids: Tensor | None = None
     ) -> Tensor:
         """(U, dim).
 
         Args:
             shift: (content dim,) added to every content vector, to see what that changes.
-            content: False: all items are without content.
+            content: False: all items are without content; (U,) bool: that of these alone is looked at.
             ids: (U, id_dim) in the place of the ID vectors.
         """
         parts = []
@@ -310,8 +311,8 @@ class ItemEmbedder(nn.Module):
             parts.append(self._ids(items, shift) if ids is None else ids)
         if self.features.dim:
             parts.append(self.features(items.features, items.row))
-        if self.adapter is not None and content:
-            vectors, has = self._content(items)
+        if self.adapter is not None and content is not False:
+            vectors, has = self._content(items, None if content is True else content)
             parts.append(self.adapter(vectors if shift is None else vectors + shift, has))
         elif self.adapter is not None:
             parts.append(self.adapter.nothing(len(items)))
@@ -348,10 +349,11 @@ class ItemEmbedder(nn.Module):
             target_ids: (U, id_dim) in the place of the ID vectors of targets alone.
         """
         shown = "both" if self.adapter is None else self.config.content.shown_in  # type: ignore[union-attr]
-        vectors, target = self(batch.items, content=shown != "target"), batch.target
+        content = True if self.bank is None else shown_items(batch, shown)
+        vectors, target = self(batch.items, content=shown != "target" and content), batch.target
         if shift is None and target_ids is None and shown == "both":
             return vectors, target
-        as_targets = self(batch.items, shift, shown != "history", target_ids)
+        as_targets = self(batch.items, shift, shown != "history" and content, target_ids)
         return torch.cat([vectors, as_targets]), target + len(vectors)
 
     def similarity(self, batch: BehaviorBatch, shift: Tensor | None = None) -> Tensor:
@@ -369,7 +371,7 @@ class ItemEmbedder(nn.Module):
         has = self.has_content[rows]
         return torch.where(has[target] & has[batch.history], found, torch.nan)
 
-    def _content(self, items: ItemBatch) -> tuple[Tensor, Tensor]:
+    def _content(self, items: ItemBatch, shown: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(U, content dim) and (U,) mask. In training an encoder encodes what the batch carries; evaluation reads the
         table, which `refresh` has filled with the same encoder's vectors."""
         if not self.encodes:
@@ -377,15 +379,15 @@ class ItemEmbedder(nn.Module):
         if items.image is None and items.input_ids is None:
             raise ValueError("this batch carries no pictures or texts, but the encoder is being trained")
         vectors, has = self.encoder.embed(items)  # type: ignore[union-attr, operator]
-        shown = vectors, has
+        together = vectors, has
         if items.encode is not None:
-            shown = (
+            together = (
                 self.content_table[items.row].index_copy(0, items.encode, vectors.to(self.content_table.dtype)),
                 self.has_content[items.row].index_copy(0, items.encode, has),
             )
         if self.bank is not None:
-            self.bank.step(self.content_table, self.has_content, items.row, items.encode, vectors, has)
-        return shown
+            self.bank.step(self.content_table, self.has_content, items.row, items.encode, vectors, has, shown)
+        return together
 
     def refresh(self, vectors: Tensor, has_content: Tensor) -> dict[str, float]:
         """Replace the kept vectors of the whole catalog, (N, content dim) and (N,).

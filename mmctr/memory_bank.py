@@ -9,17 +9,21 @@ measured. With a budget that holds every item of a step, nothing is read and tra
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmctr.data.batches import BehaviorBatch
 from mmctr.losses import gather_rows, world_size
 
 
 class MemoryBank(nn.Module):
     """Keeps the time of every vector of an `ItemEmbedder`, whose vectors and mask it writes to.
 
-    Everything is in the state dict, so that a resumed run goes on exactly. All processes hold the same bank.
+    Everything is in the state dict, so that a resumed run goes on exactly. All processes hold the same vectors and
+    times; what was read is counted by each for itself, and that of the main one is logged.
 
     Args:
         num_items: rows of the catalog, N.
@@ -48,7 +52,14 @@ class MemoryBank(nn.Module):
 
     @torch.no_grad()
     def step(
-        self, table: Tensor, has_content: Tensor, rows: Tensor, encode: Tensor | None, new: Tensor, has: Tensor
+        self,
+        table: Tensor,
+        has_content: Tensor,
+        rows: Tensor,
+        encode: Tensor | None,
+        new: Tensor,
+        has: Tensor,
+        shown: Tensor | None = None,
     ) -> None:
         """Note what a step reads, and write what it has encoded into `table` and `has_content`, in place.
 
@@ -57,10 +68,12 @@ class MemoryBank(nn.Module):
             rows: (U,) catalog rows of the items of the step.
             encode: (E,) positions in `rows` of those that were encoded; None: all.
             new, has: (E, C) and (E,) what the encoder made of them.
+            shown: (U,) bool, the items whose content the ranker looks at; None: all.
         """
         if encode is None:
             encode = torch.arange(len(rows), device=rows.device)
-        reads = torch.ones(len(rows), dtype=torch.bool, device=rows.device).index_fill(0, encode, False)
+        reads = torch.ones(len(rows), dtype=torch.bool, device=rows.device) if shown is None else shown
+        reads = reads.index_fill(0, encode, False)
         self.age_sum += ((self.now - self.made_at[rows]) * reads).sum()
         self.num_read += reads.sum()
         self.was_read.scatter_reduce_(0, rows, reads.to(torch.uint8), "amax")
@@ -99,3 +112,12 @@ class MemoryBank(nn.Module):
                 numbers = {"bank_age": float(self.age_sum / self.num_read), "bank_cosine": float(cosine)}
         self._forget(len(new))
         return numbers
+
+
+def shown_items(batch: BehaviorBatch, role: Literal["both", "target", "history"]) -> Tensor:
+    """(U,) bool: the items of a batch that stand in this role, negatives being behaviours too."""
+    shown = torch.full((len(batch.items),), role == "both", device=batch.target.device)
+    for places in (batch.target,) if role == "target" else (batch.history, batch.negatives):
+        if places is not None:
+            shown[places] = True
+    return shown

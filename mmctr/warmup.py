@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from pydantic import Field
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmctr.cold_training import freeze, mean_users
 from mmctr.config import Config
@@ -100,9 +100,11 @@ def train_stage(
     """Train on all rows of a collator, each once a pass. Returns the mean log loss of the last pass.
 
     Args:
-        first: row of the ID table where the new items begin; with `trains: new_ids` no weight before it changes.
+        first: row of the ID table where the new items begin; with `trains: new_ids` no weight before it changes, and
+            no step looks at more of the table than its rows.
     """
     freeze(task)
+    table, fresh = task.embedder.ids, None
     if config.trains == "all":
         task.requires_grad_(True).train()
         task.embedder.eval()  # what it keeps of an encoder is read, not made anew
@@ -110,7 +112,7 @@ def train_stage(
             if module is not None:
                 module.requires_grad_(False)
     else:
-        task.embedder.ids.weight.requires_grad_(True)  # type: ignore[union-attr]
+        task.embedder.ids = fresh = _FreshRows(table, first)  # type: ignore[assignment, arg-type]
     parameters = [p for p in task.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=config.lr)
     num_rows, total = len(collator.impressions), torch.zeros((), device=device)
@@ -124,12 +126,27 @@ def train_stage(
             loss = F.binary_cross_entropy_with_logits(logits.float(), batch.label)
             optimizer.zero_grad()
             loss.backward()
-            if config.trains == "new_ids":  # Adam leaves alone what never had a gradient
-                task.embedder.ids.weight.grad[:first] = 0  # type: ignore[union-attr, index]
             optimizer.step()
             total += loss.detach() * len(batch)
+    if fresh is not None:
+        task.embedder.ids = table
+        table.weight.data[first:] = fresh.weight.detach()  # type: ignore[union-attr]
     freeze(task)
     return float(total) / num_rows
+
+
+class _FreshRows(nn.Module):
+    """An ID table of which the rows from `first` on are a parameter of their own, beside those before."""
+
+    def __init__(self, table: RowTable, first: int):
+        super().__init__()
+        self.first, self.known = first, table.weight.detach()
+        self.weight = nn.Parameter(self.known[first:].clone())
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(n, D) from ids (n,)."""
+        place = ids - self.first
+        return torch.where((place >= 0)[:, None], F.embedding(place.clamp(min=0), self.weight), self.known[ids])
 
 
 def warm_up(

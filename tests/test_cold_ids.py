@@ -19,7 +19,8 @@ from mmctr.cold_ids import (
     make_generator,
     wasserstein2,
 )
-from mmctr.fusion import ItemEmbedderConfig
+from mmctr.data.features import Vocabulary
+from mmctr.fusion import FeatureEmbedder, ItemEmbedderConfig
 from mmctr.tasks import RankingTaskConfig
 
 D, W, X = 4, 3, 6
@@ -97,6 +98,22 @@ def test_a_description_without_content_reads_the_learned_vector():
     normed = torch.nn.functional.layer_norm
     torch.testing.assert_close(found[:, :2], normed(features, (2,)))
     torch.testing.assert_close(found[:, 2:], normed(torch.tensor([[3.0, 3, 9], [1, 2, 4]]), (3,)))
+
+
+def test_a_description_keeps_how_large_a_number_is():
+    """A layer norm over a number and the mark of a missing one would leave its sign."""
+    values = {"price": {"name": "numeric"}, "brand": {"name": "categorical", "dim": 3}, "age": {"name": "numeric"}}
+    config = RankingTaskConfig.parse({"features": {"item": values}}).features.item
+    brands = Vocabulary(values=["a", "b"])
+    features = FeatureEmbedder(config, {"price": Vocabulary([]), "brand": brands, "age": Vocabulary([])}, 0.5)
+    describe = ItemDescription(features.dim, 0, features.embedded)
+    price, age = torch.tensor([[0.5, 0.0], [1.0, 0.0], [3.0, 0.0]]), torch.tensor([[0.0, 1.0], [2.0, 0.0], [-2.0, 0.0]])
+    brand = torch.tensor([1, 2, 0])
+    found = describe(features({"price": price, "brand": brand, "age": age}, brand), None, None)
+    normed = torch.nn.functional.layer_norm(features.tables["brand"].weight[brand], (3,))
+    torch.testing.assert_close(found, torch.cat([price, age, normed], dim=1))
+    alone = ItemDescription(2, 0, [False, False])
+    assert alone(price, None, None).equal(price) and alone.dim == 2
 
 
 def test_what_cannot_generate_is_refused():

@@ -20,6 +20,7 @@ from mmctr.data.tables import rows_of
 from mmctr.evaluation import predict
 from mmctr.fusion import ContentTable
 from mmctr.metrics import auc
+from mmctr.optimizers import OptimizerConfig, make_optimizer
 from mmctr.tasks import RankingTask, RankingTaskConfig
 from mmctr.training import FitConfig
 
@@ -170,20 +171,25 @@ def test_meta_embedding_is_two_losses_with_a_step_between(world):
 def test_mwuf_is_a_cold_loss_for_vectors_and_a_warm_one_for_networks(world):
     model, task, data = prepared(world, "mwuf")
     with torch.no_grad():
-        model.fresh += torch.randn_like(model.fresh)
+        model.fresh.weight += torch.randn_like(model.fresh.weight)
     batch = data.collator(world[1].train)(np.arange(12))
     terms = model(batch)
     found = gradients(torch.stack(list(terms.values())).sum(), model)
 
     own = batch.items.features["item_id"]
-    cold = plain_losses(task, batch, model.fresh[own]).mean()
+    cold = plain_losses(task, batch, model.fresh(own)).mean()
     generator, x = task.embedder.generator, task.embedder.describe(batch.items)
     scale, shift = generator.scale(x), generator.shift(model.users[own])  # type: ignore[union-attr, operator]
     # every history item has been someone's target too: all have users
-    warm = plain_losses(task, batch, model.fresh.detach()[own] * (1 + scale) + shift).mean()
+    warm = plain_losses(task, batch, model.fresh(own).detach() * (1 + scale) + shift).mean()
     torch.testing.assert_close(terms["cold"], cold)
     torch.testing.assert_close(terms["warm"], warm)
     check_gradients(found, gradients(cold + warm, model))
+    # of large tables a step touches the rows of its batch alone
+    assert make_optimizer(model, OptimizerConfig(rows_from=0)).row_tables.keys() == {model.fresh.weight}
+    model.zero_grad()
+    model(batch)["cold"].backward()
+    assert model.fresh.pop_gradient()[0].equal(own.unique()) and model.fresh.weight.grad is None
 
 
 def test_cvar_is_a_log_loss_a_reconstruction_and_a_distance(world):

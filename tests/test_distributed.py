@@ -47,6 +47,7 @@ pytestmark = pytest.mark.slow
 WORKER = """
 import sys, torch, torch.distributed as dist, torch.nn.functional as F
 from mmctr.losses import gather_rows
+from mmctr.memory_bank import MemoryBank
 from mmctr.rankers.layers import Dice
 from tests.test_distributed import LOSSES, loss_and_gradients
 
@@ -69,6 +70,12 @@ for share in (3, 10):
         result[f"dice {share} {part}"] = value
     result[f"dice {share} mean"], result[f"dice {share} var"] = dice.running_mean, dice.running_var
 result["gathered"] = gather_rows(given["ids"][rows])
+# each process writes items of its own into a bank, and not as many
+bank, table, has = MemoryBank(10, 4), torch.zeros(10, 4), torch.zeros(10, dtype=torch.bool)
+for written in (([0, 1, 2, 3], [4]), ([5, 6], [1, 6, 7])):
+    own = torch.tensor(written[rank])
+    bank.step(table, has, own, None, given["x"][own] + 10 * rank, own > 2)
+result["bank"] = gather_rows(torch.cat([table, has[:, None], bank.made_at[:, None]], dim=1))
 if rank == 0:
     torch.save(result, sys.argv[2])
 dist.destroy_process_group()
@@ -173,6 +180,11 @@ def test_losses_and_dice_on_two_processes_equal_one(tmp_path):
     torchrun(tmp_path / "worker.py", tmp_path / "given", tmp_path / "result")
     result = torch.load(tmp_path / "result", weights_only=True)
     assert result["gathered"].tolist() == given["ids"].tolist()
+    writers, times = torch.tensor([0, 10, 0, 0, 10, 0, 10, 10, 0, 0]), torch.tensor([1, 2, 1, 1, 1, 2, 2, 2, 0, 0])
+    places = torch.arange(10)
+    table = torch.where((times > 0)[:, None], given["x"] + writers[:, None], 0.0)
+    expected = torch.cat([table, ((places > 2) & (times > 0))[:, None], times[:, None]], dim=1)
+    torch.testing.assert_close(result["bank"], expected.repeat(2, 1))  # the same in both processes
     for name in LOSSES:
         for part, value in loss_and_gradients(name, given, slice(None)).items():
             torch.testing.assert_close(result[f"{name} {part}"], value, rtol=1e-5, atol=1e-6, msg=f"{name} {part}")

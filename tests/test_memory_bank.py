@@ -76,3 +76,20 @@ def test_an_endless_budget_is_exact_joint_training(world):  # noqa: F811
     # rows of the bank move when they are encoded, and only then
     moved = (small["embedder.content_table"] != start).any(1)
     assert moved.equal(small["embedder.bank.made_at"] > 0) and 6 <= moved.sum() <= 24
+
+
+@pytest.mark.parametrize("role", ["target", "history"])
+def test_what_is_hidden_is_not_read(world, role):  # noqa: F811
+    """With content in targets alone, the vectors of behaviours are nothing that training reads; and the reverse."""
+    _, splits, _, data, content, _ = world
+    task = ranking_task(world, ContentEncoder(run="x", max_encoded=4, shown_in=role, dim=6, hidden=[5])).train()
+    collator = data.collator(splits.train, content=content, encode_history=role == "history", max_encoded=4)
+    read, expected = 0, set()
+    for step in range(3):
+        batch = collator(np.arange(32 * step, 32 * step + 32), step)
+        task(batch)
+        places = (batch.target if role == "target" else batch.history).unique()
+        left = places[~torch.isin(places, batch.items.encode)]
+        read, expected = read + len(left), expected | set(batch.items.row[left].tolist())
+    bank = task.embedder.bank
+    assert 20 < read == bank.num_read and set(bank.was_read.nonzero()[:, 0].tolist()) == expected

@@ -6,13 +6,16 @@ import json
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from finetune.train import FinetuneConfig
+from mmctr.data.batches import ItemBatch
 from mmctr.data.interactions import StagedSplit, split_interactions
 from mmctr.data.prepare import open_dataset
 from mmctr.data.ranking import RankingData, RankingVocabulary
@@ -23,7 +26,8 @@ from mmctr.study import Outcome, StudyConfig, run_study, study_cells
 from mmctr.study_report import study_table, write_study_page
 from mmctr.study_results import study_results
 from mmctr.tasks import RankingTask, RankingTaskConfig
-from mmctr.warmup import StagesConfig, warm_up
+from mmctr.training import step_seed
+from mmctr.warmup import StagesConfig, warm_up, with_rows
 from tests.test_report import Page
 from tests.tiny import finetune_values, start, write_config
 
@@ -110,6 +114,39 @@ def test_stages_train_the_rows_of_new_items_alone(world, tmp_path):
     stages_of(world, task, tmp_path / "all", trains="all", lr=1e-3)
     everything = load_file(tmp_path / "all" / "checkpoints" / "warm_a.safetensors")
     assert (everything["ranker.mlp.0.weight"] != trained["ranker.mlp.0.weight"]).any()
+
+
+def test_a_step_costs_the_new_rows_whatever_the_table(world, tmp_path, monkeypatch):
+    """Moments and gradients are of new items; and what comes out is what Adam makes of the whole table."""
+    task, _ = task_of(world)
+    new, sizes, adam = len(np.unique(world[1].test.item)), [], torch.optim.Adam
+
+    def spy(parameters, **how):
+        sizes.append([tuple(p.shape) for p in parameters])
+        return adam(parameters, **how)
+
+    monkeypatch.setattr("mmctr.warmup.torch.optim.Adam", spy)
+    stages_of(world, task, tmp_path)
+    assert sizes == [[(new, 6)]] * 3
+
+    dataset, splits = world
+    items = np.unique(splits.test.item)
+    rows = torch.from_numpy(items).long()
+    features = RankingData(dataset, task.vocabulary, task.config.features, 5).items.take(rows)
+    whole = with_rows(task, dataset.catalog.item_ids.take(pa.array(items)), ItemBatch(rows, features))
+    collator = RankingData(dataset, whole.vocabulary, task.config.features, 5).collator(splits.stages["warm_a"])
+    ids = whole.embedder.ids.weight.requires_grad_(True)  # type: ignore[union-attr]
+    optimizer = adam([ids], lr=1e-2)
+    order = np.random.default_rng([step_seed(0, 0), 0]).permutation(len(collator.impressions))
+    for begin in range(0, len(order), 16):
+        batch = collator(order[begin : begin + 16])
+        F.binary_cross_entropy_with_logits(whole.logits(batch)[0], batch.label).backward()
+        ids.grad[: -len(items)] = 0  # type: ignore[index]
+        optimizer.step()
+        optimizer.zero_grad()
+    stages_of(world, task, tmp_path / "small", batch_size=16)
+    trained = load_file(tmp_path / "small" / "checkpoints" / "warm_a.safetensors")
+    torch.testing.assert_close(trained["embedder.ids.weight"], ids.detach(), rtol=1e-5, atol=1e-6)
 
 
 def test_an_item_that_is_clicked_in_a_stage_rises_after_it(world, tmp_path):

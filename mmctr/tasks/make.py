@@ -61,6 +61,8 @@ class Expert(nn.Module):
         assert config.make is not None
         check_expert(config, task.config)
         self.task, self.frozen = task, config.make.frozen
+        self.shares_content = False
+        """whether it reads the content vectors that the ranker reads"""
         if self.frozen:
             task.requires_grad_(False)
         self.num_hidden = config.make.hidden_layers

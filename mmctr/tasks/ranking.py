@@ -102,7 +102,7 @@ class RankingTask(Shareable, nn.Module):
         self.config = config
         self.vocabulary = vocabulary
         self.catalog_ids = catalog_ids
-        """raw ids of the rows of `table`; None when there is no content"""
+        """raw ids of the catalog, in whose order content vectors are; None when there are none"""
         self.embedder = ItemEmbedder(
             config.embedder,
             len(vocabulary.item_ids) + 1,
@@ -134,7 +134,8 @@ class RankingTask(Shareable, nn.Module):
             assert expert is not None
             self.expert = Expert(config, expert)
             options["beside"] = self.expert.beside
-            if same_content(self.embedder, expert.embedder):  # once in memory
+            self.expert.shares_content = same_content(self.embedder, expert.embedder)
+            if self.expert.shares_content:  # once in memory
                 expert.embedder.refresh(self.embedder.content_table, self.embedder.has_content)
         context_dim = user_dim + self.context.dim + tiers + (self.expert.dim if self.expert else 0)
         self.ranker = config.ranker.build(self.embedder.dim, context_dim, **options)
@@ -145,6 +146,7 @@ class RankingTask(Shareable, nn.Module):
             user_dim,
             self.embedder.features.dim,
             table[0].shape[1] if table is not None and self.embedder.adapter is not None else 0,
+            self.embedder.features.embedded,
         )
         if self.embedder.generator is not None:
             self.embedder.generator.requires_grad_(False)
@@ -170,7 +172,8 @@ class RankingTask(Shareable, nn.Module):
         """(B,) logits and the ranker's auxiliary losses.
 
         Args:
-            target_shift: (content dim,) added to the content vectors of targets, not to those of histories.
+            target_shift: (content dim,) added to the content vectors of targets, not to those of histories; also to
+                those an expert reads, if they are the same.
             target_ids: (U, id_dim) in the place of the ID vectors of targets, not of those of histories.
         """
         output = self.output(batch, target_shift, target_ids)
@@ -189,7 +192,8 @@ class RankingTask(Shareable, nn.Module):
             context = torch.cat([context, tier_counts(similarity, batch.history_offsets, self.config.simtier)], dim=1)
         hidden, expert_logits = [], None
         if self.expert is not None:
-            vector, hidden, expert_logits = self.expert(batch, target_shift)
+            shared = target_shift if self.expert.shares_content else None
+            vector, hidden, expert_logits = self.expert(batch, shared)
             context = torch.cat([context, vector], dim=1)
         output: RankerOutput = self.ranker(
             RankerInput(
@@ -275,12 +279,13 @@ class RankingTask(Shareable, nn.Module):
         """Put the kept content vectors in the order of another catalog; items they lack count as without content."""
         if self.expert is not None:
             self.expert.task.bind(item_ids)
-        if self.embedder.adapter is None or self.catalog_ids is None:
+        if self.catalog_ids is None:
             return
-        rows = torch.from_numpy(rows_of(item_ids, self.catalog_ids, "the run's catalog and this dataset's"))
-        has = (rows >= 0) & self.embedder.has_content.cpu()[rows.clamp(min=0)]
-        self.embedder.refresh(self.embedder.content_table.cpu()[rows.clamp(min=0)], has)
-        self.catalog_ids = item_ids
+        if self.embedder.adapter is not None:
+            rows = torch.from_numpy(rows_of(item_ids, self.catalog_ids, "the run's catalog and this dataset's"))
+            has = (rows >= 0) & self.embedder.has_content.cpu()[rows.clamp(min=0)]
+            self.embedder.refresh(self.embedder.content_table.cpu()[rows.clamp(min=0)], has)
+        self.catalog_ids = item_ids  # without content too: an expert's vectors are saved in this order
 
     @classmethod
     def load(cls, folder: str | Path) -> RankingTask:

@@ -167,6 +167,34 @@ def test_a_saved_ranker_has_its_expert_and_a_table_once(world, content, tmp_path
         assert (tmp_path / "expert" / "content.safetensors").is_file()
 
 
+@pytest.mark.parametrize("content", [None, TABLE | {"dim": 5}], ids=["ids alone", "the same table"])
+def test_what_is_saved_after_another_catalog_was_bound_is_in_its_order(world, content, tmp_path):
+    task, ids = with_expert(world, DIN, content), world.dataset.catalog.item_ids
+    batch = batch_of(world, task)
+    with torch.no_grad():
+        logits = task.logits(batch)[0]
+        task.bind(ids.take(pa.array(np.arange(len(ids))[::-1].copy())))
+        task.save(tmp_path)
+        again = RankingTask.load(tmp_path)
+        again.bind(ids)
+        torch.testing.assert_close(again.logits(batch)[0], logits)
+
+
+def test_a_shift_of_the_rankers_content_reaches_an_expert_on_the_same(world):
+    """Another table has dimensions of its own, of which the shift says nothing."""
+    shift, moved = torch.linspace(-1, 1, world.content[0].shape[1]), []
+    for vectors in (world.content[0], torch.randn(len(world.content[0]), 11)):
+        other = replace(world, content=(vectors, world.content[1]))
+        task = task_of(world, expert_of(other), **student_values(DIN, TABLE | {"dim": 5}))
+        batch, said = batch_of(world, task), []
+        task.expert.register_forward_hook(lambda module, given, output, said=said: said.append(output[2]))
+        with torch.no_grad():
+            logits = [task.logits(batch, by)[0] for by in (None, shift)]
+        assert not torch.equal(*logits)
+        moved.append(not torch.equal(*said))
+    assert moved == [True, False]
+
+
 def test_cold_items_are_told_apart_by_the_expert_alone(world):
     """All cold items share an ID row; with an expert their logits differ."""
     values = student_values(DIN) | {"features": {"item": FEATURES["item"]}}
