@@ -6,7 +6,7 @@ code path, `ItemBatch -> (U, D)`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Annotated, Literal, Protocol
 
 import torch
@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from mmctr.adapters import ClickGate, ContentAdapter
 from mmctr.cold_ids import ColdIdsConfig, IdGenerator, NoColdIds
 from mmctr.config import Config
-from mmctr.data.batches import BehaviorBatch, Features, ItemBatch, Jagged
-from mmctr.data.crosses import CrossFeature
-from mmctr.data.features import FeatureConfig, Vocabulary, table_rows
-from mmctr.data.trees import LEAVES
+from mmctr.data.batches import BehaviorBatch, ItemBatch
+from mmctr.data.features import FeatureConfig, Vocabulary
+from mmctr.feature_embedder import FeatureEmbedder
 from mmctr.memory_bank import MemoryBank, shown_items
 from mmctr.optimizers import RowTable
 from mmctr.rankers.layers import segment_ids
@@ -77,6 +76,12 @@ class ContentEncoder(Config):
         """Whether behaviours are encoded in training, not only targets."""
         return not self.frozen and self.shown_in != "target"
 
+    @model_validator(mode="after")
+    def _a_budget_is_of_what_learns(self) -> ContentEncoder:
+        if self.frozen and self.max_encoded is not None:
+            raise ValueError("max_encoded: with frozen: true nothing is encoded in training; leave one of them out")
+        return self
+
 
 ContentConfig = Annotated[ContentNone | ContentTable | ContentEncoder, Field(discriminator="name")]
 
@@ -114,67 +119,6 @@ class ItemEmbedderConfig(Config):
         if self.fusion == "gate" and not isinstance(self.cold_ids, NoColdIds):
             raise ValueError("fusion: gate reads no ID of a cold item, so cold_ids would change nothing; drop one")
         return self
-
-
-class FeatureEmbedder(nn.Module):
-    """Embeds declared side features and concatenates them: `Features of n rows -> (n, dim)`.
-
-    With `weights` each feature, numbers included, gives a vector of that size, and these are added.
-
-    Args:
-        leaves: rows of the table for the leaves of trees, averaged over the trees; 0 where there are none.
-    """
-
-    def __init__(
-        self,
-        configs: Mapping[str, FeatureConfig | CrossFeature],
-        vocabularies: dict[str, Vocabulary],
-        init_std: float,
-        weights: int | None = None,
-        leaves: int = 0,
-    ):
-        super().__init__()
-        assert weights or not leaves, "leaves are of linear rankers"
-        self.tables, self.numbers = nn.ModuleDict(), nn.ModuleDict()
-        self.dim, self.weights = 0, weights
-        self.embedded: list[bool] = []  # for each dimension whether it is of an embedding, and not of a number
-        self.names = list(configs)
-        for name, config in configs.items():
-            is_cross = isinstance(config, CrossFeature)
-            rows = config.buckets + 1 if is_cross else table_rows(config, vocabularies[name])
-            dim = weights or config.dim
-            if rows is None:
-                if weights:
-                    self.numbers[name] = nn.Linear(2, weights, bias=False)
-                dim = weights or 2
-            else:
-                self.tables[name] = RowTable(rows, dim, 0.0 if is_cross else init_std)
-            self.dim += dim
-            self.embedded += [rows is not None] * dim
-        if leaves:
-            self.names.append(LEAVES)
-            self.tables[LEAVES] = RowTable(leaves, weights, 0.0)  # type: ignore[arg-type]
-        if weights and self.names:
-            self.dim = weights
-
-    def forward(self, features: Features, like: Tensor) -> Tensor:
-        """`like` gives the number of rows, device and dtype when there is no feature at all."""
-        parts = [self._embed(name, features[name]) for name in self.names]
-        if self.weights and parts:
-            return torch.stack(parts).sum(0)
-        return torch.cat(parts, dim=1) if parts else like.new_zeros((len(like), 0), dtype=torch.float32)
-
-    def _embed(self, name: str, feature: Tensor | Jagged) -> Tensor:
-        if isinstance(feature, Jagged):
-            table: RowTable = self.tables[name]  # type: ignore[assignment]
-            if not len(feature.values):
-                return table.weight[:1].expand(len(feature.offsets) - 1, -1) * 0
-            # an empty list reads zeros: no value, no opinion
-            weight, values = table.pick(feature.values)
-            return nn.functional.embedding_bag(values, weight, feature.offsets[:-1], mode="mean")
-        if name in self.tables:
-            return self.tables[name](feature)
-        return self.numbers[name](feature) if name in self.numbers else feature
 
 
 def concat(parts: list[Tensor]) -> Tensor:

@@ -129,6 +129,10 @@ class StudyConfig(Config):
             if method.table is not None and method.table not in self.tables:
                 known = ", ".join(self.tables) or "none is declared"
                 raise ValueError(f"methods.{name}.table: {method.table!r} is not among `tables` ({known})")
+            if method.after is not None and any(
+                change.partition("=")[0] in ("task.make", "task.make.run") for change in (*self.set, *method.set)
+            ):
+                raise ValueError(f"methods.{name}: `after` sets task.make.run; leave it out of `set`")
             before = list(self.methods)[: list(self.methods).index(name)]
             if method.after is not None and method.after not in before:
                 there = ", ".join(before) or "there is none"

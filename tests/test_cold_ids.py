@@ -20,7 +20,8 @@ from mmctr.cold_ids import (
     wasserstein2,
 )
 from mmctr.data.features import Vocabulary
-from mmctr.fusion import FeatureEmbedder, ItemEmbedderConfig
+from mmctr.feature_embedder import FeatureEmbedder
+from mmctr.fusion import ItemEmbedderConfig
 from mmctr.tasks import RankingTaskConfig
 
 D, W, X = 4, 3, 6

@@ -9,11 +9,11 @@ from torch import nn
 
 from mmctr.data.batches import BehaviorBatch, ItemBatch, Jagged
 from mmctr.data.features import CategoricalFeature, MultiValuedFeature, NumericFeature, Vocabulary
+from mmctr.feature_embedder import FeatureEmbedder
 from mmctr.fusion import (
     ContentAdapter,
     ContentEncoder,
     ContentTable,
-    FeatureEmbedder,
     ItemEmbedder,
     ItemEmbedderConfig,
 )
@@ -152,6 +152,8 @@ def test_a_frozen_encoder_equals_its_table():
             batch = items([0, 2, 4, 5], carry=carry)
             assert torch.equal(frozen.train(training)(batch), by_table.train(training)(batch))
     assert not any(p.requires_grad for p in frozen.encoder.parameters())
+    with pytest.raises(ValueError, match="with frozen: true nothing is encoded"):
+        ContentEncoder(run="x", frozen=True, max_encoded=3)
 
 
 def test_a_live_encoder_equals_its_table_and_gets_a_gradient():

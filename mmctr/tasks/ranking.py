@@ -20,8 +20,9 @@ from mmctr.config import Config
 from mmctr.data.batches import BehaviorBatch
 from mmctr.data.ranking import FeatureConfigs, RankingVocabulary
 from mmctr.data.tables import as_ids, read_table, rows_of
+from mmctr.feature_embedder import FeatureEmbedder
 from mmctr.files import read_json, replace_file, write_json
-from mmctr.fusion import ContentEncoder, ContentNone, FeatureEmbedder, ItemEmbedder, ItemEmbedderConfig, initial_std
+from mmctr.fusion import ContentEncoder, ContentNone, ItemEmbedder, ItemEmbedderConfig, initial_std
 from mmctr.hub import Shareable
 from mmctr.optimizers import RowTable, share_of_processes
 from mmctr.rankers import RankerConfig

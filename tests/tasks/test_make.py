@@ -295,6 +295,10 @@ def test_a_study_makes_the_expert_first_and_its_run_is_all_that_is_needed(toy_fo
     again = json.loads(start(tmp_path, "mmctr", "evaluate", run).ok())
     assert again["test"]["cold"]["gauc"] == pytest.approx(metrics["test"]["cold"]["gauc"], abs=1e-9)
 
+    methods["make"]["set"] = ["task.make.run=x"]
+    with pytest.raises(ValueError, match=r"methods\.make: `after` sets task\.make\.run"):
+        StudyConfig.parse(study_values)
+    methods["make"]["set"] = []
     methods["make"]["after"] = "nobody"
     with pytest.raises(ValueError, match=r"methods\.make\.after: no method above it is called 'nobody' \(content\)"):
         StudyConfig.parse(study_values | {"methods": methods})
