@@ -31,7 +31,7 @@ def measure(config_path: str, overrides: list[str], steps: int) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         config = FinetuneConfig.load(config_path, [*overrides, f"run_dir={folder}/run"])
-        # epochs are counted in steps of a run whose length the recipe alone knows: far fewer than one, then cut off
+        # one epoch without an evaluation in it, cut off after the steps
         watch = Stopwatch(config.fit.batch_size, skipped=2)
         fit = config.fit.model_copy(update={"epochs": 1.0, "evaluations": 1e-3, "patience": None})
         stop_after(steps)

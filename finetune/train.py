@@ -86,22 +86,21 @@ def main(config: FinetuneConfig) -> dict:
     if table is not None:
         accelerator.print(f"content: {int(table[1].sum())} of {len(catalog)} items, {table[0].shape[1]} dimensions")
 
-    # GBDT+LR: trees learn on some training rows, all else on the others
-    ranker, train_rows = config.task.ranker, splits.train
     frozen = table if isinstance(content_config, ContentTable) else None
-    if isinstance(ranker, GBDTLRConfig):
-        tree_rows, linear_rows = disjoint_rows(len(splits.train), ranker.trees.share, config.seed)
-        train_rows = splits.train.take(linear_rows)
-        if not (run_dir / "trees.json").is_file() and accelerator.is_main_process:
-            data = RankingData(dataset, vocabulary, config.task.features, config.task.max_history, frozen)
-            part = splits.train.take(tree_rows)
-            data.fit_trees(ranker.trees, part, config.task.embedder.id_dropout, config.seed).save(run_dir)
-        accelerator.wait_for_everyone()
-        vocabulary = replace(vocabulary, trees=Trees.load(run_dir))
 
     def see(known: RankingVocabulary) -> RankingData:
         return RankingData(dataset, known, config.task.features, config.task.max_history, frozen)
 
+    # GBDT+LR: trees learn on some training rows, all else on the others
+    ranker, train_rows = config.task.ranker, splits.train
+    if isinstance(ranker, GBDTLRConfig):
+        tree_rows, linear_rows = disjoint_rows(len(splits.train), ranker.trees.share, config.seed)
+        train_rows = splits.train.take(linear_rows)
+        if not (run_dir / "trees.json").is_file() and accelerator.is_main_process:
+            part = splits.train.take(tree_rows)
+            see(vocabulary).fit_trees(ranker.trees, part, config.task.embedder.id_dropout, config.seed).save(run_dir)
+        accelerator.wait_for_everyone()
+        vocabulary = replace(vocabulary, trees=Trees.load(run_dir))
     data = see(vocabulary)
 
     # MAKE: a ranker on content, trained before on these rows, hands over what it knows

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from mmctr.config import Config
 from mmctr.controls import factor_table, shuffled_table
@@ -32,8 +32,6 @@ from mmctr.runs import first_difference
 
 OWN_KEYS = ("data.path", "split", "seed", "run_dir")
 """keys of a cell's config that the study sets"""
-STAGES_FILE = "stages.parquet"
-"""of a run under a `staged` split: its test rows, and a score a stage"""
 Launch = Callable[[Sequence[str], Path], int]
 """(arguments of `finetune.train`, log file) -> exit code"""
 
@@ -64,21 +62,20 @@ def _without_own_keys(overrides: list[str]) -> list[str]:
     return overrides
 
 
+Overrides = Annotated[list[str], AfterValidator(_without_own_keys)]
+"""`key=value`, as the recipe takes them"""
+
+
 class MethodConfig(Config):
     """A recipe config of `finetune.train`, and what is changed in it."""
 
     config: str
-    set: list[str] = []
+    set: Overrides = []
     """`key=value` overrides, as the recipe takes them"""
     table: str | None = None
     """one of the study's `tables`, read as the content of items"""
     after: str | None = None
     """a method above, whose run of the same protocol and seed is the expert, `task.make.run`"""
-
-    @field_validator("set")
-    @classmethod
-    def _leaves_the_studys_keys(cls, overrides: list[str]) -> list[str]:
-        return _without_own_keys(overrides)
 
 
 class StudyConfig(Config):
@@ -89,7 +86,7 @@ class StudyConfig(Config):
     protocols: dict[str, SplitConfig] = Field(min_length=1)
     """how the log is cut, by name"""
     methods: dict[str, MethodConfig] = Field(min_length=1)
-    set: list[str] = []
+    set: Overrides = []
     """`key=value` overrides of all methods, before their own"""
     baseline: str
     """the method that differences are taken from"""
@@ -110,11 +107,6 @@ class StudyConfig(Config):
             if not re.fullmatch(r"[\w-][\w.-]*", name):
                 raise ValueError(f"the name {name!r} is also that of a folder: use letters, digits, _, - and .")
         return parts
-
-    @field_validator("set")
-    @classmethod
-    def _leaves_the_studys_keys(cls, overrides: list[str]) -> list[str]:
-        return _without_own_keys(overrides)
 
     @model_validator(mode="after")
     def _names_are_known(self) -> Self:

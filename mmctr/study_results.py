@@ -18,7 +18,8 @@ from mmctr.files import read_json
 from mmctr.metrics import interval, paired_samples
 from mmctr.page import is_number
 from mmctr.report import SPLITS, Run, load_run, read_predictions
-from mmctr.study import STAGES_FILE, Cell, Outcome, StudyConfig
+from mmctr.study import Cell, Outcome, StudyConfig
+from mmctr.warmup import STAGES_FILE
 
 Scores = dict[tuple[str, int], np.ndarray]
 """by method and seed"""

@@ -7,7 +7,8 @@ trains on all rows of a stage: they are few, and the result does not depend on t
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -35,6 +36,9 @@ from mmctr.optimizers import RowTable
 from mmctr.rankers import GBDTLRConfig
 from mmctr.tasks import RankingTask, RankingTaskConfig
 from mmctr.training import save_weights, step_seed
+
+STAGES_FILE = "stages.parquet"
+"""of a run folder: the test rows, and the score of each after each stage"""
 
 
 class StagesConfig(Config):
@@ -192,36 +196,31 @@ def warm_up(
                 folder.mkdir(parents=True, exist_ok=True)
                 replace_file(path, lambda out, trained=task: save_weights(trained, out))
         so_far = list(splits.stages.values())[: number + 1]
-        with _Warmed(task, data, so_far, first, items.to(device)):
+        with _warmed(task, data, so_far, first, items.to(device)):
             scores[name] = predict(task, test, accelerator)
     return scores
 
 
-class _Warmed:
+@contextmanager
+def _warmed(
+    task: RankingTask, data: RankingData, stages: list[Impressions], first: int, items: ItemBatch
+) -> Iterator[None]:
     """Within, the rows of new items are what the generator makes of them."""
-
-    def __init__(
-        self, task: RankingTask, data: RankingData, stages: list[Impressions], first: int, items: ItemBatch
-    ) -> None:
-        self.task, self.data, self.stages, self.first, self.items = task, data, stages, first, items
-        self.kept: Tensor | None = None
-
-    @torch.no_grad()
-    def __enter__(self) -> None:
-        embedder = self.task.embedder
-        if embedder.generator is None or embedder.ids is None:
-            return
-        item, user = (torch.from_numpy(np.concatenate([getattr(s, n) for s in self.stages])) for n in ("item", "user"))
-        id_rows = torch.from_numpy(self.data.id_rows)[item.long()]
-        users, count = mean_users(self.task, self.data.user_rows[user.long()], id_rows)
-        self.kept = embedder.ids.weight[self.first :].clone()
-        described, own = embedder.describe(self.items), slice(self.first, None)
-        embedder.ids.weight[own] = embedder.generator.warm(self.kept, described, users[own], count[own] > 0)
-
-    @torch.no_grad()
-    def __exit__(self, *_: Any) -> None:
-        if self.kept is not None:
-            self.task.embedder.ids.weight[self.first :] = self.kept  # type: ignore[union-attr]
+    embedder = task.embedder
+    if embedder.generator is None or embedder.ids is None:
+        yield
+        return
+    item, user = (torch.from_numpy(np.concatenate([getattr(s, n) for s in stages])) for n in ("item", "user"))
+    own = embedder.ids.weight.data[first:]
+    kept = own.clone()
+    with torch.no_grad():
+        id_rows = torch.from_numpy(data.id_rows)[item.long()]
+        users, count = (part[first:] for part in mean_users(task, data.user_rows[user.long()], id_rows))
+        own.copy_(embedder.generator.warm(kept, embedder.describe(items), users, count > 0))
+    try:
+        yield
+    finally:
+        own.copy_(kept)
 
 
 def save_stages(
@@ -233,6 +232,6 @@ def save_stages(
     """
     columns = {name: predictions[name] for name in ("user", "item", "label")}
     table = pa.table(columns | {name: values.astype(np.float32) for name, values in scores.items()})
-    replace_file(run_dir / "stages.parquet", lambda path: pyarrow.parquet.write_table(table, path))
+    replace_file(run_dir / STAGES_FILE, lambda path: pyarrow.parquet.write_table(table, path))
     labels, users = np.asarray(test.label), np.asarray(test.user)
     return {name: impression_metrics(labels, values, users) for name, values in scores.items()}

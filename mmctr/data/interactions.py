@@ -245,7 +245,8 @@ def split_interactions(
         validation = _latest_of_users(log, old, config.validation)
         train = old & ~validation
         keep_train, keep_validation, keep_test = train, old, old
-        aside = {"rows of items too rare to be new": int((~old & ~test & ~_any(stages, log)).sum())}
+        used = sum(int(rows.sum()) for rows in (old, test, *stages.values()))  # of each row one at most
+        aside = {"rows of items too rare to be new": len(log) - used}
     else:
         cold, validation_cold = _held_out_items(log, num_items, config)
         place, size = log.user_position()
@@ -354,7 +355,3 @@ def _staged_rows(
     own = is_new[log.item]
     stages = {f"warm_{string.ascii_lowercase[i]}": own & (place // config.rows == i) for i in range(config.stages)}
     return is_old[log.item], stages, own & (place >= config.stages * config.rows)
-
-
-def _any(masks: dict[str, np.ndarray], log: Interactions) -> np.ndarray:
-    return np.logical_or.reduce([np.zeros(len(log), bool), *masks.values()])

@@ -22,20 +22,25 @@ def save_task(task: nn.Module, kind: Kind, folder: Path) -> None:
     write_json(folder / "task.json", {"kind": kind, "config": config.model_dump(mode="json")})
 
 
-def task_kind(folder: Path) -> Kind:
-    """Raises ValueError when the folder holds no saved task."""
+def _saved(folder: Path) -> dict[str, Any]:
+    """{"kind", "config"}. Raises ValueError when the folder holds no saved task."""
     if not (folder / "task.json").is_file():
         raise ValueError(f"{folder}: not the folder of a finished run (no task.json)")
-    return read_json(folder / "task.json")["kind"]
+    return read_json(folder / "task.json")
+
+
+def task_kind(folder: Path) -> Kind:
+    """Raises ValueError when the folder holds no saved task."""
+    return _saved(folder)["kind"]
 
 
 def task_config(folder: Path, kind: Kind) -> dict[str, Any]:
     """The config of a saved task. Raises ValueError when the folder holds none, or one of the other kind."""
-    own = task_kind(folder)
-    if own != kind:
+    saved = _saved(folder)
+    if saved["kind"] != kind:
         recipe = {"pretrain": "pretrain.train", "ranking": "finetune.train"}
-        raise ValueError(f"{folder}: a {own} run; this needs a run of {recipe[kind]}")
-    return read_json(folder / "task.json")["config"]
+        raise ValueError(f"{folder}: a {saved['kind']} run; this needs a run of {recipe[kind]}")
+    return saved["config"]
 
 
 def task_weights(folder: Path) -> dict[str, Tensor]:
