@@ -7,7 +7,7 @@ code path, `ItemBatch -> (U, D)`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Literal, Protocol, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -63,6 +63,9 @@ class ContentEncoder(Config):
     a memory bank as they were when they were last encoded (`mmctr.memory_bank`), so that the cost of a step does not
     grow with its batch or its histories. None: all are encoded. Each process draws among its own items, so unlike all
     else here the result depends on the number of processes"""
+    mode: Literal["train", "eval"] = "train"
+    """what the encoder is while it is trained: with `eval` pictures are not augmented, dropout is off and batch norm
+    keeps the statistics of pretraining, so that training sees the very vectors that evaluation and a bank hold"""
     frozen: bool = False
     """no gradient into the encoder: equals `table` with the vectors of the same run"""
     dim: int = Field(default=64, ge=1)
@@ -227,6 +230,12 @@ class ItemEmbedder(nn.Module):
             sizes = sizes[:-1]
         self.project = nn.Linear(sum(sizes), config.fused_dim) if config.fusion == "project" else nn.Identity()
         self.dim = {"sum": sizes[0], "project": config.fused_dim}.get(config.fusion, sum(sizes))
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        if self.encoder is not None and getattr(self.config.content, "mode", "train") == "eval":
+            self.encoder.eval()
+        return self
 
     @property
     def columns(self) -> dict[str, slice]:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from mmctr.data.content import ItemContent
 from mmctr.data.ranking import RankingData
+from mmctr.encoders.augment import AugmentConfig
 from mmctr.fusion import ContentEncoder
 from mmctr.memory_bank import MemoryBank
 from tests.tasks.test_ranking import ranking_task, world  # noqa: F401  (a fixture)
@@ -93,3 +94,20 @@ def test_what_is_hidden_is_not_read(world, role):  # noqa: F811
         read, expected = read + len(left), expected | set(batch.items.row[left].tolist())
     bank = task.embedder.bank
     assert 20 < read == bank.num_read and set(bank.was_read.nonzero()[:, 0].tolist()) == expected
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_an_encoder_in_evaluation_mode_sees_in_training_what_the_bank_holds(world, mode):  # noqa: F811
+    """Pictures are augmented in mode `train` alone; the encoder learns in both."""
+    _, splits, _, data, content, _ = world
+    task = ranking_task(world, ContentEncoder(run="x", max_encoded=16, mode=mode, dim=6, hidden=[5]))
+    task.embedder.encoder.encoder.augment = AugmentConfig(crop=0.5, flip=0.5, brightness=0.4)
+    before = task.embedder.content_table.clone()
+    batch = data.collator(splits.train, content=content, max_encoded=16)(np.arange(64), 0)
+    task.eval().train()
+    task(batch)["log_loss"].backward()
+    assert any(weight.grad is not None and weight.grad.any() for weight in task.embedder.encoder.parameters())
+    written = batch.items.row[batch.items.encode]
+    assert len(written) == 16 and task.embedder.bank.made_at[written].eq(1).all()
+    same = torch.isclose(task.embedder.content_table[written], before[written], atol=1e-5).all(1)
+    assert same.all() if mode == "eval" else not same.any()
