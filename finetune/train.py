@@ -152,7 +152,14 @@ def main(config: FinetuneConfig) -> dict:
     # cold IDs: the ranker is frozen, and what items without an ID of their own read is learned on the others
     if task.embedder.generator is not None:
         result["cold_ids"] = train_cold_ids(
-            task, data, train_rows, splits.validation, config.cold_fit, primary=config.primary, **common
+            task,
+            data,
+            train_rows,
+            splits.validation,
+            config.cold_fit,
+            primary=config.primary,
+            steps_before=result["steps"],
+            **common,
         )
 
     # the test rows are touched once, with the weights of the best validation

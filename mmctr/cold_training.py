@@ -237,13 +237,15 @@ def train_cold_ids(
     primary: str,
     seed: int,
     identity: str,
+    steps_before: int = 0,
 ) -> dict[str, Any]:
     """Train the generator of a finished ranker, which is frozen by this, and let its cold items read it.
 
     Some old items are held out, rows and all. Validation is on rows of these and of cold items, old ones shown as if
     they were new; `primary` "gauc_warm" and "gauc_cold" are then "gauc". Returns what `fit` does, and the numbers of
-    the same rows "without" a generator; checkpoints and log go to RUN/cold_ids. Raises ValueError as `fit`, `BatchPlan`
-    and `ItemBatches` do, and where no row is left.
+    the same rows "without" a generator; checkpoints and log go to RUN/cold_ids, and a tracker counts on from
+    `steps_before`, the ranker's steps. Raises ValueError as `fit`, `BatchPlan` and `ItemBatches` do, and where no row
+    is left.
     """
     primary = "auc" if primary == "auc" else "gauc"
     freeze(task)
@@ -298,6 +300,8 @@ def train_cold_ids(
         seed=seed,
         identity=identity,
         evaluate_first=True,
+        phase="cold_ids",
+        steps_before=steps_before,
     )
     accelerator.print(
         f"cold ids: {primary} {result['best']:.4f} on held-out items, {without.get(primary, np.nan):.4f} without"

@@ -79,6 +79,8 @@ def fit(
     seed: int,
     identity: str,
     evaluate_first: bool = False,
+    phase: str = "",
+    steps_before: int = 0,
 ) -> dict[str, Any]:
     """Train `task`, keep the weights of the best evaluation, and put them back at the end.
 
@@ -88,6 +90,8 @@ def fit(
         evaluate: gives numbers on the validation rows, the higher the better for `primary`.
         identity: what the run is (its config); a checkpoint of another one is refused with a ValueError.
         evaluate_first: evaluate the untrained task too; it can be the best one.
+        phase, steps_before: of a run that fits more than once: what the names of a tracker begin with, and the steps of
+            the fits before, as trackers drop a step that is behind the last one.
 
     Started again with the same arguments after a crash, it goes on from the newest checkpoint and ends bit for bit
     where it would have ended (CPU, fp32): batches, dropout and learning rate are functions of the step.
@@ -121,7 +125,7 @@ def fit(
             _require_number(state["untrained"], primary, 0)
             state["best"] = state["untrained"][primary]
             checkpoints.save_best(task)
-    log = Log(run_dir / "log.jsonl", state["step"], accelerator)
+    log = Log(run_dir / "log.jsonl", state["step"], accelerator, phase, steps_before)
     bar = tqdm(total=total, initial=state["step"], disable=not accelerator.is_main_process or None, unit="step")
     sums: dict[str, Tensor] = {}
     num_logged, started = 0, time.perf_counter()
@@ -215,8 +219,9 @@ def step_seed(*parts: int) -> int:
 class Log:
     """`log.jsonl`: one JSON object a line, on the main process; lines after a resumed step are taken back."""
 
-    def __init__(self, path: Path, step: int, accelerator: Accelerator):
+    def __init__(self, path: Path, step: int, accelerator: Accelerator, phase: str = "", steps_before: int = 0):
         self.path, self.accelerator = path, accelerator
+        self.prefix, self.steps_before = f"{phase}/" if phase else "", steps_before
         if accelerator.is_main_process:
             kept = [line for line in _json_lines(path) if line["step"] <= step]
             replace_file(
@@ -225,7 +230,8 @@ class Log:
 
     def write(self, values: dict[str, Any]) -> None:
         numbers = {f"validation/{k}": v for k, v in values["validation"].items()} if "validation" in values else values
-        self.accelerator.log({k: v for k, v in numbers.items() if k != "step"}, step=values["step"])
+        tracked = {self.prefix + name: value for name, value in numbers.items() if name != "step"}
+        self.accelerator.log(tracked, step=self.steps_before + values["step"])
         if self.accelerator.is_main_process:
             with open(self.path, "a", encoding="utf-8") as handle:
                 handle.write(json.dumps(values) + "\n")

@@ -13,7 +13,7 @@ from torch import nn
 from mmctr.data.batches import Batch
 from mmctr.data.loaders import BatchPlan, TrainBatches
 from mmctr.optimizers import OptimizerConfig, make_optimizer
-from mmctr.training import Checkpoints, FitConfig, fit, lr_at, step_seed
+from mmctr.training import Checkpoints, FitConfig, Log, fit, lr_at, step_seed
 
 
 class Numbers(Batch):
@@ -202,3 +202,27 @@ def test_a_log_line_cut_off_by_a_crash_is_taken_back(tmp_path):
         handle.write('{"step": 3, "loss": 9}\n{"step": 4, "lo')
     run(Slope(), tmp_path, lambda task: task.level, epochs=1)
     assert {line["step"] for line in log(tmp_path)} == {1, 2}
+
+
+def test_a_tracker_counts_the_steps_of_a_second_fit_on(tmp_path):
+    """The log of each fit begins at 1, and says nothing of phases."""
+
+    class Tracked(Accelerator):
+        def log(self, values, step=None, log_kwargs=None):
+            seen.append((step, values))
+
+    seen: list[tuple[int, dict]] = []
+    for folder, phase, before in ((tmp_path, "", 0), (tmp_path / "second", "cold_ids", 2)):
+        lines = Log(folder.joinpath("log.jsonl"), 0, Tracked(cpu=True), phase, before)
+        lines.write({"step": 1, "loss": 0.5})
+        lines.write({"step": 2, "epoch": 1.0, "validation": {"auc": 0.7}})
+        assert log(folder) == [
+            {"step": 1, "loss": 0.5},
+            {"step": 2, "epoch": 1.0, "validation": {"auc": 0.7}},
+        ]
+    assert seen == [
+        (1, {"loss": 0.5}),
+        (2, {"validation/auc": 0.7}),
+        (3, {"cold_ids/loss": 0.5}),
+        (4, {"cold_ids/validation/auc": 0.7}),
+    ]
