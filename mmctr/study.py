@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -260,12 +261,18 @@ def run_study(
     finished = [cell.is_finished() for cell in cells]
     make_tables(study, out)
     made: dict[Path, Future[Outcome]] = {}
+    talking = threading.Lock()
+
+    def say(line: str) -> None:
+        with talking:  # print writes a line and its end one after the other
+            tell(line)
+
     with ThreadPoolExecutor(jobs) as pool:
         for number, (cell, there) in enumerate(zip(cells, finished, strict=True), 1):
             place = f"[{number}/{len(cells)}] {cell.name}"
             # a cell that is read begins before the one that reads it, so waiting for it cannot block
             needs = None if cell.after is None else made[cell.after]
-            made[cell.folder] = pool.submit(_make, cell, there, needs, place, launch or partial(_launch, jobs), tell)
+            made[cell.folder] = pool.submit(_make, cell, there, needs, place, launch or partial(_launch, jobs), say)
         try:
             return [future.result() for future in made.values()]
         finally:
