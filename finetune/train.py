@@ -52,6 +52,14 @@ class FinetuneConfig(Config):
     seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
+    def _one_process_group(self) -> FinetuneConfig:
+        for name in ("tracker", "mixed_precision"):
+            value = getattr(self.cold_fit, name)
+            if value not in (None, getattr(self.fit, name)):
+                raise ValueError(f"cold_fit.{name}: {value!r}, but it is that of the whole run; set fit.{name} instead")
+        return self
+
+    @model_validator(mode="after")
     def _new_items_can_be_warmed_up(self) -> FinetuneConfig:
         if isinstance(self.split, StagedSplit):
             check_stages(self.task, self.stages)

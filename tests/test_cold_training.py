@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 
+from finetune.train import FinetuneConfig
 from mmctr.cold_ids import CVARConfig, MetaEmbeddingConfig, MWUFConfig, wasserstein2
 from mmctr.cold_training import CVARTask, ItemBatches, MetaEmbeddingTask, MWUFTask, freeze, mean_users, train_cold_ids
 from mmctr.controls import factor_table
@@ -303,3 +304,11 @@ def test_a_batch_too_small_for_an_item_is_refused(world, tmp_path):
     how = {"run_dir": tmp_path, "accelerator": Accelerator(cpu=True), "primary": "auc", "seed": 0, "identity": "x"}
     with pytest.raises(ValueError, match=r"cold_fit.batch_size: 3 rows, with 2 \* cold_ids.rows = 4 of an item"):
         train_cold_ids(task, data, splits.train, splits.validation, FitConfig(batch_size=3), **how)
+
+
+def test_what_belongs_to_the_whole_run_cannot_be_set_for_the_second_phase():
+    values = {"data": {"path": "x"}, "run_dir": "y", "fit": {"tracker": "wandb"}}
+    assert FinetuneConfig.parse(values | {"cold_fit": {"tracker": "wandb"}}).cold_fit.tracker == "wandb"
+    for name, value in (("tracker", "mlflow"), ("mixed_precision", "bf16")):
+        with pytest.raises(ValueError, match=f"cold_fit.{name}: '{value}', but .* set fit.{name} instead"):
+            FinetuneConfig.parse(values | {"cold_fit": {name: value}})
