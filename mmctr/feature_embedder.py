@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mmctr.data.batches import Features, Jagged
 from mmctr.data.crosses import CrossFeature
-from mmctr.data.features import FeatureConfig, Vocabulary, table_rows
+from mmctr.data.features import FeatureConfig, MultiValuedFeature, Vocabulary, table_rows
 from mmctr.data.trees import LEAVES
 from mmctr.optimizers import RowTable
 
@@ -37,6 +37,7 @@ class FeatureEmbedder(nn.Module):
         self.dim, self.weights = 0, weights
         self.embedded: list[bool] = []  # for each dimension whether it is of an embedding, and not of a number
         self.names = list(configs)
+        self.summed = {n for n, c in configs.items() if isinstance(c, MultiValuedFeature) and c.pooling == "sum"}
         for name, config in configs.items():
             is_cross = isinstance(config, CrossFeature)
             rows = config.buckets + 1 if is_cross else table_rows(config, vocabularies[name])
@@ -69,7 +70,8 @@ class FeatureEmbedder(nn.Module):
                 return table.weight[:1].expand(len(feature.offsets) - 1, -1) * 0
             # an empty list reads zeros: no value, no opinion
             weight, values = table.pick(feature.values)
-            return nn.functional.embedding_bag(values, weight, feature.offsets[:-1], mode="mean")
+            pooling = "sum" if name in self.summed else "mean"
+            return nn.functional.embedding_bag(values, weight, feature.offsets[:-1], mode=pooling)
         if name in self.tables:
             return self.tables[name](feature)
         return self.numbers[name](feature) if name in self.numbers else feature

@@ -185,10 +185,11 @@ def test_encoding_some_equals_encoding_all_while_the_table_is_fresh():
     torch.testing.assert_close(model(some), full)
 
 
-def test_side_features():
+@pytest.mark.parametrize("pooling", ["mean", "sum"])
+def test_side_features(pooling):
     configs = {
         "brand": CategoricalFeature(dim=3),
-        "tags": MultiValuedFeature(dim=2),
+        "tags": MultiValuedFeature(dim=2, pooling=pooling),
         "price": NumericFeature(),
     }
     vocabularies = {"brand": Vocabulary(["a", "b"]), "tags": Vocabulary(["x", "y"]), "price": Vocabulary([], 0.0, 1.0)}
@@ -204,7 +205,7 @@ def test_side_features():
     expected = torch.cat(
         [
             model.tables["brand"].weight[[1, 0, 2]],
-            torch.stack([(tags[1] + tags[2]) / 2, torch.zeros(2), tags[2]]),
+            torch.stack([(tags[1] + tags[2]) / (2 if pooling == "mean" else 1), torch.zeros(2), tags[2]]),
             price,
         ],
         1,

@@ -33,13 +33,15 @@ class CategoricalFeature(Config):
 
 
 class MultiValuedFeature(Config):
-    """Several values a row, mean-pooled: genres, tags, the words of a text."""
+    """Several values a row: genres, tags, the words of a text, the prefixes of a semantic ID."""
 
     name: Literal["multi_valued"] = "multi_valued"
     separator: str = Field(default="|", min_length=1)
     """splits text; list columns need none. " " takes the words"""
     dim: int = Field(default=8, ge=1)
     min_count: int = Field(default=1, ge=1)
+    pooling: Literal["mean", "sum"] = "mean"
+    """of the vectors of the known values of a row; none give zeros"""
 
 
 class NumericFeature(Config):
