@@ -134,6 +134,31 @@ def locked(path: Path) -> Iterator[None]:
         handle.close()
 
 
+@contextmanager
+def claimed(folder: Path) -> Iterator[tuple[int, ...]]:
+    """Refuse a folder that another process of this machine has claimed and works in.
+
+    Yields the file descriptors that child processes take over (`pass_fds`): the folder stays claimed for as long as
+    one of them lives, though its parent was killed. Raises ValueError where it is claimed already; without POSIX locks
+    it never is.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield ()
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"{folder}: another process works in this folder, or one that it has started and left behind still "
+                f"goes on; wait until it has ended, or end it"
+            ) from None
+        yield (handle.fileno(),)  # closing gives it up; unlocking would for the children too
+
+
 def fingerprint(*parts: Any) -> str:
     """16 hex digits that change when any part does. Parts are JSON-able values or bytes."""
     digest = hashlib.sha256()

@@ -27,7 +27,7 @@ from mmctr.config import Config
 from mmctr.controls import factor_table, shuffled_table
 from mmctr.data.interactions import SplitConfig
 from mmctr.embeddings import EmbeddingTable
-from mmctr.files import clone_folder
+from mmctr.files import claimed, clone_folder
 from mmctr.interchange import write_npz
 from mmctr.runs import first_difference
 
@@ -251,13 +251,20 @@ def run_study(
 
     Nothing starts before all configs are checked. A cell that was killed goes on; one that fails is an outcome
     "failed", and the others are made all the same. Raises ValueError as `study_cells` and `make_tables` do, for a
-    dataset that is not there and for a folder that holds a run of another config.
+    dataset that is not there, for a folder that holds a run of another config and while `out` is being written to.
     """
     if not Path(study.data).is_dir():
         raise ValueError(
             f"{source}: data: no folder {study.data!r}; name a dataset folder, from where the study is started"
         )
     cells = study_cells(study, out, source)
+    with claimed(out) as claims:
+        return _run_cells(study, out, cells, launch or partial(_launch, jobs, claims), tell, jobs)
+
+
+def _run_cells(
+    study: StudyConfig, out: Path, cells: list[Cell], launch: Launch, tell: Callable[[str], Any], jobs: int
+) -> list[Outcome]:
     finished = [cell.is_finished() for cell in cells]
     make_tables(study, out)
     made: dict[Path, Future[Outcome]] = {}
@@ -272,7 +279,7 @@ def run_study(
             place = f"[{number}/{len(cells)}] {cell.name}"
             # a cell that is read begins before the one that reads it, so waiting for it cannot block
             needs = None if cell.after is None else made[cell.after]
-            made[cell.folder] = pool.submit(_make, cell, there, needs, place, launch or partial(_launch, jobs), say)
+            made[cell.folder] = pool.submit(_make, cell, there, needs, place, launch, say)
         try:
             return [future.result() for future in made.values()]
         finally:
@@ -312,7 +319,8 @@ def _table_file(out: Path, name: str) -> Path:
     return out / "tables" / f"{name}.npz"
 
 
-def _launch(jobs: int, arguments: Sequence[str], log: Path) -> int:
+def _launch(jobs: int, claims: tuple[int, ...], arguments: Sequence[str], log: Path) -> int:
+    """`claims` are handed on: a run that outlives a killed study is still writing to its folder."""
     environment = dict(os.environ)
     clone = str(clone_folder("mmctr coldstart"))
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [clone, os.environ.get("PYTHONPATH")]))
@@ -320,7 +328,10 @@ def _launch(jobs: int, arguments: Sequence[str], log: Path) -> int:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
     with open(log, "ab") as output:  # a cell that goes on keeps what it said before
         command = [sys.executable, "-m", "finetune.train", *arguments]
-        return subprocess.run(command, env=environment, stdout=output, stderr=subprocess.STDOUT, check=False).returncode
+        run = subprocess.run(
+            command, env=environment, stdout=output, stderr=subprocess.STDOUT, check=False, pass_fds=claims
+        )
+    return run.returncode
 
 
 def _last_lines(log: Path, count: int = 5) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from mmctr.files import (
+    claimed,
     fingerprint,
     locked,
     read_json,
@@ -165,3 +166,18 @@ def test_locked_lets_one_process_in_at_a_time(tmp_path, monkeypatch):
     _hold(tmp_path / "x", tmp_path / "log")
     assert (tmp_path / "log").read_text().split() == ["in", "out"] * 5
     assert os.listdir(tmp_path / "tmp") == []
+
+
+def test_a_claimed_folder_is_refused_for_as_long_as_a_child_lives(tmp_path):
+    """Though the parent has given it up: what it started may still be writing."""
+    folder = tmp_path / "out"
+    with claimed(folder) as claims:
+        with pytest.raises(ValueError, match="out: another process works in this folder"), claimed(folder):
+            pass
+        code = "import sys; sys.stdin.read()"
+        child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, pass_fds=claims)
+    with pytest.raises(ValueError, match="out: another process"), claimed(folder):
+        pass
+    child.communicate()
+    with claimed(folder), claimed(tmp_path / "other"):
+        pass
