@@ -76,7 +76,7 @@ class RankerGraph(nn.Module):
         if isinstance(config, CrossFeature | MultiValuedFeature):
             there = (values > 0)[..., None]
             rows = torch.where(there, context.tables[name](values), 0.0)
-            return rows.sum(1) / there.sum(1).clamp(min=1)
+            return rows.sum(1) if name in context.summed else rows.sum(1) / there.sum(1).clamp(min=1)
         if not isinstance(config, NumericFeature):
             return context.tables[name](values)
         numbers = number_inputs(config, self.vocabularies[name], values)

@@ -30,7 +30,7 @@ FEATURES = {
         "device": {"name": "categorical", "dim": 2},
         "wait": {"name": "numeric", "log": True},
         "hour": {"name": "numeric"},
-        "tags": {"name": "multi_valued", "dim": 2},
+        "tags": {"name": "multi_valued", "dim": 2, "pooling": "sum"},
     },
 }
 CROSSES = {

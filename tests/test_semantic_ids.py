@@ -7,8 +7,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from mmctr.cli import main
+from mmctr.data.features import MultiValuedFeature, encode_table, learn_vocabularies
+from mmctr.feature_embedder import FeatureEmbedder
 from mmctr.semantic_ids import Codebooks, collisions, id_columns, nearest, semantic_ids, usage
 from tests.test_cli import output, refused
 
@@ -187,6 +190,21 @@ def test_columns_collisions_and_usage_by_hand():
     long = np.full((3, 12), 2000, np.int64)
     long[2, 0] = 1999
     assert collisions(long)["distinct ids"] == 2
+
+
+def test_semantic_ids_are_the_sum_of_their_prefixes():
+    """Singh et al. 2023 (arXiv 2306.08121): e(12, 7, 20) = e("12") + e("12-7") + e("12-7-20"), of one table."""
+    codes = np.array([[12, 7, 20], [12, 7, 3], [4, 7, 20]])
+    column = id_columns(codes, "sid")["sid_prefixes"]
+    configs = {"sid_prefixes": MultiValuedFeature(dim=2, pooling="sum")}
+    table = pa.table({"sid_prefixes": column})
+    vocabularies = learn_vocabularies(configs, table, np.arange(2), "items table")
+    model = FeatureEmbedder(configs, vocabularies, 0.5)
+    vectors = model(encode_table(configs, vocabularies, table, "items table").columns, torch.zeros(3, 1))
+    row = dict(zip(vocabularies["sid_prefixes"].values, model.tables["sid_prefixes"].weight[1:], strict=True))
+    assert set(row) == {"12", "12-7", "12-7-20", "12-7-3"}
+    expected = [row["12"] + row["12-7"] + row["12-7-20"], row["12"] + row["12-7"] + row["12-7-3"], torch.zeros(2)]
+    torch.testing.assert_close(vectors, torch.stack(expected))  # of the last item training has seen no prefix
 
 
 def test_commands(tmp_path, capsys):
