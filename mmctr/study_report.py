@@ -327,11 +327,11 @@ def _plots(place: int, protocol: dict[str, Any]) -> str:
     first = line_plot(f"clicks-{place}", title, told, by_clicks, ticks, x_range, x_name, reference=0.5)
     legend = "".join(f"<li>{line_label(style, name)}</li>" for style, name in enumerate(methods))
     drawn = figure("<b>gAUC</b> on the test rows; the dashed line is a random order.", first)
-    for metric, name in (("gauc", "Validation gAUC"), ("log_loss", "Validation log loss")):
+    for metric, name in (("gauc", "Validation gAUC"), ("auc", "Validation AUC"), ("log_loss", "Validation log loss")):
         curves = _epoch_plot(f"{metric}-{place}", name, metric, methods)
         drawn += figure(f"<b>{name}</b> after each epoch that all seeds reached.", curves)
     note = (
-        "<p class='note'>Whiskers go from the lowest to the highest seed. A method whose log loss rises, or whose gAUC "
+        "<p class='note'>Whiskers go from the lowest to the highest seed. A method whose log loss rises, or whose AUC "
         "falls, from its first epoch on has begun to know the training rows by heart, as IDs do sooner than content. "
         "Test rows are scored with the weights of the best epoch.</p>"
     )

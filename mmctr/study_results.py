@@ -38,8 +38,8 @@ def study_results(study: StudyConfig, outcomes: Sequence[Outcome]) -> dict[str, 
     {"study", "rule", "failed": [{"protocol", "method", "seed", "log", "said"}], "protocols": {protocol: {"rows":
     {"all", "warm", "cold"}, "methods": {method: R}}}}, where R of a method with a finished seed is {"seeds", "folders",
     "test": {split: {metric: S}}, "buckets": [{"clicks", "num_impressions", "gauc": S}], "validation": [{"epoch",
-    "gauc": S, "log_loss": S}] of the epochs that all seeds reached, "difference": {split: D} or None, "gap_closed": G
-    or None, "stages": {stage: {metric: S, "auc_ci": I, "gauc_ci": I, "difference": D or None}}}.
+    metric: S}] of the epochs that all seeds reached, "difference": {split: D} or None, "gap_closed": G or None,
+    "stages": {stage: {metric: S, "auc_ci": I, "gauc_ci": I, "difference": D or None}}}.
 
     Stages are those of a `staged` protocol, in order, else there are none; all their rows are of new items. I is the
     interval over users of one run, its ends averaged over seeds.
@@ -111,8 +111,7 @@ def _validation(runs: Sequence[Run]) -> list[dict[str, Any]]:
     curves = [{round(line["epoch"], 4): line["validation"] for line in run.evaluations} for run in runs]
     shared = sorted(set.intersection(*(set(curve) for curve in curves)))
     return [
-        {"epoch": epoch}
-        | {name: summary([curve[epoch].get(name) for curve in curves]) for name in ("gauc", "log_loss")}
+        {"epoch": epoch} | {name: summary([curve[epoch].get(name) for curve in curves]) for name in METRICS}
         for epoch in shared
     ]
 

@@ -250,7 +250,7 @@ def test_page_and_table_hold_the_numbers(made, tmp_path):
     for one in (difference, *difference["seeds"]):
         assert f"{one['gauc']:+.4f}" in page.text and "[{:+.4f}, {:+.4f}]".format(*one["gauc_ci"]) in page.text
     assert "50 resamples" in page.text and "50 resamples" in " ".join(table.split())
-    assert page.tags.count("svg") == 3 + 2 + 2 + 1 + 2  # three plots; marks in the legend and in three tables
+    assert page.tags.count("svg") == 4 + 2 + 2 + 1 + 2  # four plots; marks in the legend and in three tables
     assert json.loads(json.dumps(results, allow_nan=False)) == results
 
 
