@@ -212,7 +212,7 @@ class CVAR(IdGenerator):
     """
 
     frequency: Tensor
-    scale: Tensor
+    most_rows: Tensor
 
     def __init__(self, config: CVARConfig, id_dim: int, describe: ItemDescription):
         super().__init__(id_dim, describe)
@@ -225,12 +225,12 @@ class CVAR(IdGenerator):
 
     def learn_from(self, ids: Tensor, users: Tensor, rows: Tensor) -> None:
         super().learn_from(ids, users, rows)
-        self.most_rows.copy_(rows.max())  # type: ignore[operator]
+        self.most_rows.copy_(rows.max())
         self.frequency.copy_(self.relative(rows).mean())
 
     def relative(self, rows: Tensor) -> Tensor:
         """(n,) frequencies, 0 to 1, of items with so many training rows."""
-        return torch.log1p(rows.float()) / torch.log1p(self.most_rows.float())  # type: ignore[union-attr, operator]
+        return torch.log1p(rows.float()) / torch.log1p(self.most_rows.float())
 
     def decode(self, z: Tensor, frequency: Tensor) -> Tensor:
         """(U, Z) and (U,) -> (U, D)."""
