@@ -12,7 +12,8 @@ class UnknownId(ValueError):
 
 
 class exit_on_error:
-    """Turns ValueError and OSError into one message and exit code 1; everything else is a bug and keeps its traceback.
+    """Turns ValueError and OSError into one message and exit code 1, and Ctrl-C into one and the code 130 of shells;
+    everything else is a bug and keeps its traceback.
 
     `MMCTR_TRACEBACK=1` shows the traceback of these too.
     """
@@ -21,6 +22,11 @@ class exit_on_error:
         return None
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if isinstance(error, ValueError | OSError) and not os.environ.get("MMCTR_TRACEBACK"):
+        if os.environ.get("MMCTR_TRACEBACK"):
+            return
+        if isinstance(error, ValueError | OSError):
             print(f"error: {error}", file=sys.stderr)
             sys.exit(1)
+        if isinstance(error, KeyboardInterrupt):
+            print("interrupted", file=sys.stderr)
+            sys.exit(130)

@@ -17,6 +17,7 @@ import pytest
 from mmctr.cli import main
 from mmctr.data.toy import ToyWorld, ToyWorldConfig
 from mmctr.embeddings import EmbeddingTable
+from mmctr.errors import exit_on_error
 from tests.tiny import CLONE, pretrain_values, write_config
 from tests.worlds import picture
 
@@ -261,3 +262,9 @@ def test_compare(runs, tmp_path, capsys):
     compared = output(capsys, "compare", runs / "id", runs / "table", "--json")
     assert "gauc" in compared and json.loads(compared)
     assert str(tmp_path / "nothing") in refused(capsys, "compare", runs / "id", tmp_path / "nothing")
+
+
+def test_a_command_that_is_interrupted_ends_without_a_traceback(capsys):
+    with pytest.raises(SystemExit) as stopped, exit_on_error():
+        raise KeyboardInterrupt
+    assert stopped.value.code == 130 and capsys.readouterr().err == "interrupted\n"  # as a shell has it
