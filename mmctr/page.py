@@ -13,6 +13,7 @@ from html import escape
 from typing import Any, TypeGuard
 
 NUM_STYLES = 6
+DASHES = ("none", "6 3", "2 3", "9 3 2 3")  # of the lines beyond as many, in turn
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ tr.split span { position: sticky; left: .6rem; }
 svg text { fill: var(--ink); font-size: 12px; text-anchor: middle; } svg text.end { text-anchor: end; }
 svg text.minor { fill: var(--muted); font-size: 11px; } .grid { stroke: var(--rule); }
 .reference { stroke: var(--muted); stroke-dasharray: 5 4; } .line, .whisker { fill: none; stroke: var(--c); }
-.line { stroke-width: 1.8; stroke-linejoin: round; } .again .line { stroke-dasharray: 6 3; }
+.line { stroke-width: 1.8; stroke-linejoin: round; }
 .whisker { stroke-width: 1.3; opacity: .8; } .mark { fill: var(--c); stroke: var(--page); }
 .empty { color: var(--muted); }
 .cards { display: flex; gap: .8rem; padding: .3rem .2rem 1rem; } .card { margin: 0; flex: 0 0 116px; width: 116px; }
@@ -142,4 +143,7 @@ summary { cursor: pointer; padding: .3rem 0; overflow-wrap: anywhere; }
 pre { background: var(--soft); padding: .8rem; overflow-x: auto; font-size: .85rem; border-radius: 6px; }
 @media (max-width: 600px) { table { font-size: .85rem; } th, td { padding: .35rem .4rem; } }
 :focus-visible { outline: 2px solid var(--p0); outline-offset: 2px; }
-""" + " ".join(f".c{index} {{ --c: var(--p{index}); }}" for index in range(NUM_STYLES))
+""" + " ".join(
+    [f".c{index} {{ --c: var(--p{index}); }}" for index in range(NUM_STYLES)]
+    + [f".d{index} .line {{ stroke-dasharray: {dash}; }}" for index, dash in enumerate(DASHES)]
+)

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mmctr.page import NUM_STYLES, text
+from mmctr.page import DASHES, NUM_STYLES, text
 
 WIDTH, DRAWN_HEIGHT, LEFT, RIGHT, TOP = 460, 208, 48, 12, 10  # of a plot and its margins, in SVG units
 
@@ -101,7 +101,8 @@ def line_plot(
 
 
 def _style(index: int) -> str:
-    return f"c{index % NUM_STYLES}" + (" again" if index >= NUM_STYLES else "")
+    """Colour and dashes: 24 lines differ, and those of one colour have different marks as well."""
+    return f"c{index % NUM_STYLES} d{index // NUM_STYLES % len(DASHES)}"
 
 
 def _mark(index: int, x: float, y: float) -> str:
@@ -109,7 +110,7 @@ def _mark(index: int, x: float, y: float) -> str:
     shape = (
         "m-4.5 0a4.5 4.5 0 1 0 9 0a4.5 4.5 0 1 0-9 0z", "m-4-4h8v8h-8z", "m0-5l5 9h-10z",
         "m0-5.5l5.5 5.5l-5.5 5.5l-5.5-5.5z", "m0 5l5-9h-10z", "m-4.5-1.5h3v-3h3v3h3v3h-3v3h-3v-3h-3z",
-    )[index % NUM_STYLES]  # fmt: skip
+    )[(index + index // NUM_STYLES) % NUM_STYLES]  # fmt: skip
     return f"<path class='mark' d='M{x:.1f} {y:.1f}{shape}'/>"
 
 
