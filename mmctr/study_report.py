@@ -17,6 +17,7 @@ from mmctr.files import write_text
 from mmctr.page import document, is_number, number, scrolling, short, spread, text
 from mmctr.plots import Series, figure, line_label, line_plot, nice_ticks
 from mmctr.report import SPLITS
+from mmctr.study_results import MIN_USERS
 
 SHOWN = {"gAUC all": ("all", "gauc"), "gAUC warm": ("warm", "gauc"), "gAUC cold": ("cold", "gauc")} | {
     "AUC all": ("all", "auc"),
@@ -111,8 +112,8 @@ def _bare(value: float, sign: str = "+") -> str:
 
 
 def _marked(found: dict[str, Any] | None, metric: str = "gauc") -> bool:
-    """Whether the interval of a difference holds no zero."""
-    ends = _pair(found[f"{metric}_ci"]) if found else None
+    """Whether the interval of a difference holds no zero, and is of users enough to say so."""
+    ends = _pair(found[f"{metric}_ci"]) if found and found["num_users"] >= MIN_USERS else None
     return ends is not None and not ends[0] <= 0 <= ends[1]
 
 

@@ -24,11 +24,15 @@ from mmctr.warmup import STAGES_FILE
 Scores = dict[tuple[str, int], np.ndarray]
 """by method and seed"""
 METRICS = ("gauc", "auc", "log_loss")
+MIN_USERS = 10
+"""with clicked and other rows, that a star takes: where nothing differs at all, resampling two users marks every second
+difference, three to six users one in five, and ten and more about one in ten or less"""
 RULE = (
     "The difference of a method is its gAUC minus that of the baseline on the same rows, averaged over seeds, seed by "
     "seed. Its 95% interval comes from {samples} resamples: each draws users with replacement, the same for both "
     "methods and all seeds, and then as many seeds as there are, with replacement. A star marks an interval without "
-    "zero. With few seeds their spread is underestimated, so an interval that ends near zero decides nothing."
+    "zero over {users} or more users with clicked and other rows. With few seeds their spread is underestimated, so an "
+    "interval that ends near zero decides nothing; and of many methods that change nothing some have a star by chance."
 )
 
 
@@ -44,9 +48,10 @@ def study_results(study: StudyConfig, outcomes: Sequence[Outcome]) -> dict[str, 
     Stages are those of a `staged` protocol, in order, else there are none; all their rows are of new items. I is the
     interval over users of one run, its ends averaged over seeds.
 
-    D is {"auc", "auc_ci", "gauc", "gauc_ci", "seeds": [{"seed", the same keys}]}, None where the split has no rows. G
-    is the difference on cold gAUC over that of the oracle, {"share", "share_ci", "seeds"}; None where there is no
-    oracle, or it is not above the baseline beyond doubt. Raises ValueError for runs of other rows, naming them.
+    D is {"num_users", "auc", "auc_ci", "gauc", "gauc_ci", "seeds": [{"seed", the same keys}]}, None where the split has
+    no rows; its users are those with clicked and other rows. G is the difference on cold gAUC over that of the oracle,
+    {"share", "share_ci", "seeds"}; None where there is no oracle, or it is not above the baseline beyond doubt. Raises
+    ValueError for runs of other rows, naming them.
     """
     protocols = {}
     for protocol in study.protocols:
@@ -58,7 +63,7 @@ def study_results(study: StudyConfig, outcomes: Sequence[Outcome]) -> dict[str, 
         for one in outcomes
         if one.state == "failed"
     ]
-    rule = RULE.format(samples=study.bootstrap)
+    rule = RULE.format(samples=study.bootstrap, users=MIN_USERS)
     return {"study": study.model_dump(mode="json"), "rule": rule, "failed": failed, "protocols": protocols}
 
 
@@ -186,8 +191,9 @@ class _Rows:
         """D of a split, of other scores than those of predictions.parquet if they are given."""
         if not self.masks[split].any():
             return None
-        together: dict[str, Any] = {}
-        one_by_one: list[dict[str, Any]] = [{"seed": seed} for seed in seeds]
+        clicked, others = (self.users[self.masks[split] & (self.labels == label)] for label in (1, 0))
+        together: dict[str, Any] = {"num_users": len(np.intersect1d(clicked, others))}
+        one_by_one: list[dict[str, Any]] = [{"seed": seed, **together} for seed in seeds]
         for metric, (values, samples) in self.samples(method, study, seeds, split, scores).items():
             together |= {metric: _number(values.mean()), f"{metric}_ci": _ends(_over_seeds(samples))}
             for place, one in enumerate(one_by_one):

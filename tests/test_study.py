@@ -13,8 +13,7 @@ import pytest
 import yaml
 
 from mmctr.cli import main
-from mmctr.controls import factor_table, shuffled_table
-from mmctr.data.toy import FACTOR_VALUES
+from mmctr.controls import factor_table
 from mmctr.embeddings import EmbeddingTable
 from mmctr.files import read_json
 from mmctr.interchange import write_npz
@@ -207,6 +206,28 @@ def test_seeds_that_disagree_widen_the_interval(copied):
     assert f"{found['gauc']:+.4f}".replace("0.", ".") + " *" not in table
 
 
+def test_a_star_takes_users_enough(copied):
+    study, out, _ = copied
+    noise = np.random.default_rng(0).random(100_000)
+    with_scores(
+        out, lambda method, _, columns: noise[: len(columns["label"])] + 0.4 * columns["label"] * (method != "ids")
+    )
+
+    def of_users(count: int) -> dict:
+        for path in out.glob("runs/*/*/seed*/predictions.parquet"):
+            table = pq.read_table(path)
+            user, label = (table[name].to_numpy() for name in ("user", "label"))
+            both = [one for one in np.unique(user) if len(set(label[user == one])) == 2][:count]
+            pq.write_table(table.filter(np.isin(user, both)), path)
+        return study_results(study, kept(study, out))
+
+    for count, stars in ((12, True), (4, False)):
+        results = of_users(count)
+        found = results["protocols"]["held_out"]["methods"]["content"]["difference"]["all"]
+        assert found["num_users"] == found["seeds"][0]["num_users"] == count and found["gauc_ci"][0] > 0
+        assert (f"{found['gauc']:+.4f}".replace("0.", ".") + " *" in study_table(results)) == stars
+
+
 def test_gap_closed_is_the_share_of_the_oracles_difference(made, toy_folder, tmp_path):
     def three(values):
         values["methods"]["half"] = values["methods"]["content"]
@@ -344,35 +365,6 @@ def test_a_bad_study_is_one_clear_error(toy_folder, tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         run_study(StudyConfig.load(path), tmp_path / "out", str(path), launch)
     assert not launch.calls
-
-
-def test_factor_table_is_the_truth_one_hot(toy_folder):
-    table = factor_table(toy_folder)
-    items = pq.read_table(toy_folder / "items.parquet")
-    assert table.ids.to_pylist() == items["item_id"].to_pylist()
-    assert table.vectors.shape == (len(items), sum(map(len, FACTOR_VALUES.values())))
-    assert (table.vectors.sum(1) == len(FACTOR_VALUES)).all() and set(np.unique(table.vectors)) == {0, 1}
-    names = [f"factor_{name}" for name in FACTOR_VALUES]
-    rows = [tuple(row[name] for name in names) for row in items.select(names).to_pylist()]
-    vectors = [tuple(vector) for vector in table.vectors]
-    assert len(set(rows)) == len(set(vectors)) == len(set(zip(rows, vectors, strict=True)))  # one vector a combination
-
-
-def test_shuffled_table_gives_every_item_the_vector_of_another(toy_folder, tmp_path):
-    ids = factor_table(toy_folder).ids
-    table = EmbeddingTable(ids[:100], np.random.default_rng(0).random((100, 4), np.float32))
-    write_npz(table, tmp_path / "a.npz")
-    found = shuffled_table(toy_folder, str(tmp_path / "a.npz"), seed=1)
-    assert found.ids.equals(table.ids)
-    assert sorted(map(tuple, found.vectors)) == sorted(map(tuple, table.vectors))
-    assert (found.vectors != table.vectors).any(axis=1).all()
-    again = shuffled_table(toy_folder, [str(tmp_path / "a.npz")], seed=1)
-    assert np.array_equal(again.vectors, found.vectors)
-    assert not np.array_equal(shuffled_table(toy_folder, str(tmp_path / "a.npz")).vectors, found.vectors)
-    assert shuffled_table(toy_folder, [str(tmp_path / "a.npz")] * 2).dim == 8
-    write_npz(EmbeddingTable(ids[:1], table.vectors[:1]), tmp_path / "one.npz")
-    with pytest.raises(ValueError, match="vectors of 1 items"):
-        shuffled_table(toy_folder, str(tmp_path / "one.npz"))
 
 
 def test_factors_need_a_toy_world_and_a_changed_table_is_refused(copied, tmp_path):

@@ -233,7 +233,8 @@ def test_a_staged_study_shows_warm_up_curves(study, tmp_path):
     one, other = (tables[name]["warm_b"].to_numpy() for name in ("ids", "mwuf"))
     difference = protocol["methods"]["mwuf"]["stages"]["warm_b"]["difference"]
     by_hand = paired_difference(label, one, other, user, num_samples=20)
-    assert difference["seeds"][0] == {"seed": 0, **by_hand}
+    users = sum(len(set(label[user == one])) == 2 for one in set(user.tolist()))
+    assert difference["seeds"][0] == {"seed": 0, "num_users": users, **by_hand} and difference["num_users"] == users
     assert protocol["methods"]["ids"]["stages"]["warm_b"]["difference"] is None
 
     write_study_page(results, tmp_path / "page.html")
