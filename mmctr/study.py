@@ -21,13 +21,18 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
+import pyarrow.parquet
+import torch
 from pydantic import AfterValidator, Field, field_validator, model_validator
+from safetensors.torch import load_file
 
 from mmctr.config import Config
 from mmctr.controls import factor_table, shuffled_table
 from mmctr.data.interactions import SplitConfig
-from mmctr.embeddings import EmbeddingTable
+from mmctr.data.tables import one_array
+from mmctr.embeddings import EmbeddingTable, read_tables
 from mmctr.files import claimed, clone_folder
+from mmctr.fusion import ContentTable
 from mmctr.interchange import write_npz
 from mmctr.runs import first_difference
 
@@ -239,6 +244,33 @@ def make_tables(study: StudyConfig, out: Path) -> None:
             )
 
 
+def check_contents(cells: Sequence[Cell]) -> None:
+    """Raises ValueError where a finished cell read other vectors than its `content.path` holds today: those made from
+    now on would read the new ones, and be compared with it as if both were the same method.
+
+    Vectors that were deleted since are nothing that could be read.
+    """
+    now: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    for cell in cells:
+        content = cell.config.task.embedder.content  # type: ignore[attr-defined]
+        if not isinstance(content, ContentTable):
+            continue
+        paths = [content.path] if isinstance(content.path, str) else content.path
+        if not all(Path(path).exists() for path in paths):
+            continue
+        if str(paths) not in now:
+            ids = pyarrow.parquet.read_table(cell.folder / "catalog.parquet")["item_id"]
+            now[str(paths)] = read_tables(paths, one_array(ids))
+        kept, (vectors, has) = load_file(cell.folder / "content.safetensors"), now[str(paths)]
+        same = kept["has_content"].equal(has) and kept["content_table"].shape == vectors.shape
+        # vectors of one encoder that were made twice may differ by rounding
+        if not same or not torch.allclose(kept["content_table"], vectors, rtol=1e-3, atol=1e-4):
+            raise ValueError(
+                f"{cell.folder}: was made with other vectors than {', '.join(paths)} holds now; delete that folder, or "
+                f"give the study another `out`"
+            )
+
+
 def run_study(
     study: StudyConfig,
     out: Path,
@@ -251,7 +283,8 @@ def run_study(
 
     Nothing starts before all configs are checked. A cell that was killed goes on; one that fails is an outcome
     "failed", and the others are made all the same. Raises ValueError as `study_cells` and `make_tables` do, for a
-    dataset that is not there, for a folder that holds a run of another config and while `out` is being written to.
+    dataset that is not there, for a folder that holds a run of another config or of other vectors and while `out` is
+    being written to.
     """
     if not Path(study.data).is_dir():
         raise ValueError(
@@ -267,6 +300,7 @@ def _run_cells(
 ) -> list[Outcome]:
     finished = [cell.is_finished() for cell in cells]
     make_tables(study, out)
+    check_contents([cell for cell, there in zip(cells, finished, strict=True) if there])
     made: dict[Path, Future[Outcome]] = {}
     talking = threading.Lock()
 

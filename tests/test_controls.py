@@ -8,6 +8,7 @@ from mmctr.controls import factor_table, shuffled_table
 from mmctr.data.toy import FACTOR_VALUES
 from mmctr.embeddings import EmbeddingTable
 from mmctr.interchange import write_npz
+from tests.worlds import write_dataset
 
 
 def test_factor_table_is_the_truth_one_hot(toy_folder):
@@ -20,6 +21,12 @@ def test_factor_table_is_the_truth_one_hot(toy_folder):
     rows = [tuple(row[name] for name in names) for row in items.select(names).to_pylist()]
     vectors = [tuple(vector) for vector in table.vectors]
     assert len(set(rows)) == len(set(vectors)) == len(set(zip(rows, vectors, strict=True)))  # one vector a combination
+
+
+def test_factors_need_a_toy_world(tmp_path):
+    items = {"item_id": [1, 2, 3], "title": ["a", "b", "c"]}
+    with pytest.raises(ValueError, match="no column factor_"):
+        factor_table(write_dataset(tmp_path / "data", items))
 
 
 def test_shuffled_table_gives_every_item_the_vector_of_another(toy_folder, tmp_path):

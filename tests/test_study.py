@@ -23,7 +23,6 @@ from mmctr.study_report import study_table, write_study_page
 from mmctr.study_results import study_results
 from tests.test_report import Page
 from tests.tiny import finetune_values, log_lines, start, write_config
-from tests.worlds import write_dataset
 
 pytestmark = pytest.mark.slow
 
@@ -323,6 +322,27 @@ def test_a_cell_of_another_config_is_refused(made):
         run_study(changed, folder / "out", launch=Launcher())
 
 
+def test_vectors_that_changed_since_a_cell_was_made_are_refused(made, toy_folder, tmp_path):
+    def from_file(values):
+        del values["methods"]["content"]["table"]
+        values["methods"]["content"]["set"].append(f"task.embedder.content.path={tmp_path / 'v.npz'}")
+        values["seeds"] = [0]
+
+    table = EmbeddingTable.read(made[1] / "out" / "tables" / "factors.npz")
+    write_npz(table, tmp_path / "v.npz")
+    study, out = StudyConfig.load(write_study(tmp_path, toy_folder, from_file)), tmp_path / "out"
+    run_study(study, out, launch=Launcher())
+    more = study.model_copy(update={"seeds": [0, 1]})
+    write_npz(EmbeddingTable(table.ids, table.vectors[::-1]), tmp_path / "v.npz")
+    with pytest.raises(ValueError, match=r"content/seed0: was made with other vectors than .*v.npz holds now"):
+        run_study(more, out, launch=(launch := Launcher()))
+    assert not launch.calls
+    write_npz(EmbeddingTable(table.ids, table.vectors + np.float32(1e-6)), tmp_path / "v.npz")  # rounding
+    assert {one.state for one in run_study(study, out, launch=launch)} == {"kept"}
+    (tmp_path / "v.npz").unlink()
+    assert {one.state for one in run_study(study, out, launch=launch)} == {"kept"} and not launch.calls
+
+
 def test_runs_on_other_rows_and_without_predictions_are_named(copied):
     study, out, _ = copied
     path = out / "runs" / "held_out" / "content" / "seed0" / "predictions.parquet"
@@ -367,11 +387,8 @@ def test_a_bad_study_is_one_clear_error(toy_folder, tmp_path, change, message):
     assert not launch.calls
 
 
-def test_factors_need_a_toy_world_and_a_changed_table_is_refused(copied, tmp_path):
+def test_a_changed_table_is_refused(copied):
     study, out, _ = copied
-    items = {"item_id": [1, 2, 3], "title": ["a", "b", "c"]}
-    with pytest.raises(ValueError, match="no column factor_"):
-        factor_table(write_dataset(tmp_path / "data", items))
     (out / "tables").unlink()
     table = factor_table(study.data)
     write_npz(EmbeddingTable(table.ids, 1 - table.vectors), out / "tables" / "factors.npz")
