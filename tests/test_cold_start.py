@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
 import pytest
+from safetensors.numpy import load_file
 
 from finetune.train import FinetuneConfig, main
 from mmctr.controls import factor_table
+from mmctr.data.interactions import split_interactions
+from mmctr.data.prepare import open_dataset
 from mmctr.data.toy import ToyWorld, ToyWorldConfig
+from mmctr.files import read_json
 from mmctr.interchange import write_npz
 from mmctr.study import StudyConfig, run_study
 from mmctr.study_results import study_results
 from tests.tiny import write_config
+from tests.worlds import write_dataset
 
 pytestmark = pytest.mark.slow
 
@@ -86,3 +95,57 @@ def test_vectors_of_other_items_do_not(protocol):
     assert 0.4 < cold_gauc(protocol, "shuffled") < 0.6
     low, _ = protocol["methods"]["shuffled"]["difference"]["cold"]["gauc_ci"]
     assert low < 0
+
+
+@pytest.mark.parametrize(
+    "split",
+    [
+        {"name": "cold_items", "cold": 0.2, "test": 0.2},
+        {"name": "temporal", "test": 0.2},
+        {"name": "staged", "new": 0.3, "rows": 2, "test_rows": 4},
+    ],
+    ids=lambda split: split["name"],
+)
+def test_no_label_beyond_training_reaches_a_weight(split, toy_folder, tmp_path):
+    """Flipped labels of test rows, of held-out items and of later stages change neither weights nor the choice of an
+    epoch; with a generator of ID vectors and, in DIEN, negatives that look at clicks."""
+    dataset = open_dataset(toy_folder)
+    log, ids = dataset.interactions, dataset.catalog.item_ids.to_pylist()
+    values = {
+        "data": {"path": "unset"},
+        "split": split,
+        "task": {
+            "embedder": {"id_dim": 6, "cold_ids": {"name": "mwuf", "held_out": 0.3}},
+            "features": {"item": {"category": {"name": "categorical"}}},
+            "ranker": {"name": "dien", "mlp": [8]},
+            "user_dim": 4,
+        },
+        "fit": {"epochs": 2, "batch_size": 128, "optimizer": {"lr": 1e-2}},
+        "cold_fit": {"epochs": 1, "batch_size": 128},
+        "primary": "auc",
+        "run_dir": "unset",
+    }
+    splits = split_interactions(log, len(ids), FinetuneConfig.parse(values).split)
+    known = [splits.train, splits.validation, *[part for name, part in splits.stages.items() if name == "warm_a"]]
+    hidden = np.ones(len(log), bool)
+    hidden[np.concatenate([part.source for part in known])] = False
+    assert hidden[splits.test.source].all()
+
+    def run_of(name: str, label: np.ndarray) -> Path:
+        columns = {"user_id": log.user, "item_id": pa.array(ids).take(pa.array(log.item)), "timestamp": log.time}
+        items = {"item_id": ids, "title": ids, "category": dataset.catalog.table["category"]}
+        data = write_dataset(tmp_path / name / "data", items, columns | {"label": label})
+        run = tmp_path / name / "run"
+        main(FinetuneConfig.parse(values | {"data": {"path": str(data)}, "run_dir": str(run)}))
+        return run
+
+    one, other = run_of("one", log.label), run_of("other", np.where(hidden, 1 - log.label, log.label))
+    weights = {Path("model.safetensors")} | ({Path("checkpoints", "warm_a.safetensors")} if splits.stages else set())
+    for file in weights:
+        before, after = load_file(one / file), load_file(other / file)
+        assert before.keys() == after.keys() and all(np.array_equal(before[key], after[key]) for key in before)
+    first, second = (read_json(run / "metrics.json") for run in (one, other))
+    assert first["validation"] == second["validation"] and first["test"]["all"] != second["test"]["all"]
+    if splits.stages:  # whose labels a stage does learn
+        files = [load_file(run / "checkpoints" / "warm_b.safetensors")["embedder.ids.weight"] for run in (one, other)]
+        assert not np.array_equal(*files)
