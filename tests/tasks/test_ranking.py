@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +17,7 @@ from mmctr.data.ranking import RankingData, RankingVocabulary
 from mmctr.evaluation import embed_catalog
 from mmctr.fusion import ContentEncoder, ContentTable, ItemEmbedderConfig
 from mmctr.optimizers import OptimizerConfig, make_optimizer
-from mmctr.rankers import DINConfig, LRConfig, LSPLMConfig
+from mmctr.rankers import DIENConfig, DINConfig, LRConfig, LSPLMConfig
 from mmctr.tasks import RankingTask, RankingTaskConfig
 from tests.tasks.test_pretrain import pretrain_task
 
@@ -182,6 +183,30 @@ def test_mini_batch_aware_l2_is_the_formula_and_touches_the_rows_of_the_batch(wo
             grad = torch.zeros_like(table.weight).index_add_(0, distinct, grads)
         assert set(grad.abs().sum(1).nonzero().squeeze(1).tolist()) == some
     assert optimizer is not None and task.state_dict().keys().isdisjoint({"item_decay", "user_decay"})
+
+
+@pytest.mark.parametrize("ranker", [DINConfig(attention=[6], mlp=[8]), LSPLMConfig(pieces=3), DIENConfig(mlp=[8])])
+def test_rows_in_double_have_the_same_loss_and_gradient(world, ranker):
+    """Losses are means over rows, and those of DIEN over steps, so a learning rate holds for any size of a batch."""
+    _, splits, vocabulary, data, _, _ = world
+    config = RankingTaskConfig(embedder=ItemEmbedderConfig(id_dim=4), ranker=ranker, user_dim=3)
+    torch.manual_seed(0)
+    task = RankingTask(config, vocabulary).train()
+    with torch.no_grad():
+        for parameter in task.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    rows = np.arange(0, len(splits.train), 40)
+    found = []
+    for times in (1, 2):
+        batch = data.collator(splits.train)(np.tile(rows, times))
+        terms = task(
+            replace(batch, negatives=torch.flip(batch.history[: len(batch.history) // times], [0]).repeat(times))
+        )
+        task.zero_grad()
+        sum(terms.values()).backward()
+        found.append(({n: t.detach() for n, t in terms.items()}, {n: p.grad for n, p in task.named_parameters()}))
+    assert len(found[0][0]) == (2 if ranker.needs_negatives else 1)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
 
 
 def test_single_weights_start_at_zero_and_those_of_pieces_do_not(world):
