@@ -139,16 +139,18 @@ def claimed(folder: Path) -> Iterator[tuple[int, ...]]:
     """Refuse a folder that another process of this machine has claimed and works in.
 
     Yields the file descriptors that child processes take over (`pass_fds`): the folder stays claimed for as long as
-    one of them lives, though its parent was killed. Raises ValueError where it is claimed already; without POSIX locks
-    it never is.
+    one of them lives, though its parent was killed. Raises ValueError where it is claimed already, which without POSIX
+    locks it never is, and OSError where it cannot be written to.
     """
     try:
         import fcntl
     except ImportError:
         yield ()
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a") as handle:
+    with _explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = open(folder / ".lock", "a")  # noqa: SIM115
+    with handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -181,3 +181,6 @@ def test_a_claimed_folder_is_refused_for_as_long_as_a_child_lives(tmp_path):
     child.communicate()
     with claimed(folder), claimed(tmp_path / "other"):
         pass
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"cannot write .*file: .* choose another folder"), claimed(tmp_path / "file"):
+        pass
