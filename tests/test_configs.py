@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,26 @@ def test_a_study_and_its_cells_load(path: Path, tmp_path, monkeypatch):
         assert again == cell.config and again.run_dir == str(cell.folder) and again.data.path == study.data
     assert study.seeds == ([0] if path.stem == "one_epoch" else [0, 1, 2])
     assert path.stem not in ("toy", "ml1m") or study.methods["shuffled"].table == "shuffled"
+
+
+@pytest.mark.parametrize("path", sorted((CLONE / "configs" / "studies").glob("*.yaml")), ids=lambda path: path.name)
+def test_what_a_study_reads_is_made_by_commands_it_names(path: Path, tmp_path, monkeypatch):
+    """In its own comment, or in those of the configs and studies this names; `make demo` makes the demo's."""
+    monkeypatch.chdir(CLONE)
+    needed = set()
+    for cell in study_cells(StudyConfig.load(path), tmp_path):
+        content, tables = cell.config.task.embedder.content.model_dump(), cell.config.data.item_tables
+        vectors = content.get("path") or []
+        needed |= {content.get("run"), *tables, *([vectors] if isinstance(vectors, str) else vectors)}
+    needed = {place for place in needed - {None} if not Path(place).is_relative_to(tmp_path)}
+    said, seen = path.read_text(), set()
+    while new := set(re.findall(r"configs/\S+\.yaml", re.sub("(?m)^[^#]*$", "", said))) - seen:
+        seen |= new
+        said += "".join((CLONE / name).read_text() for name in sorted(new))
+    made = {*re.findall(r"--out (\S+)", said), *re.findall(r"(?m)^run_dir: (\S+)", said)}
+    if "make demo" in said:
+        made |= {"demo/pretrain", "demo/embeddings"}
+    assert needed <= made
 
 
 def test_parts_of_the_optimizer_are_those_of_the_task():
