@@ -288,6 +288,11 @@ def train_cold_ids(
         return quick_metrics(validation, predict(scorer, shown, accelerator), np.ones(len(validation), bool))
 
     without = numbers_of(UnknownTargets(task))
+    if primary not in without:
+        raise ValueError(
+            f"cold_ids.held_out: {primary} is undefined on the {len(validation)} validation rows of cold items and of "
+            f"{kind.held_out} of the old ones: no user has clicked and other rows there; raise it, or split.validation"
+        )
 
     result = fit(
         model.to(device),

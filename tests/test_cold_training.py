@@ -306,6 +306,15 @@ def test_a_batch_too_small_for_an_item_is_refused(world, tmp_path):
         train_cold_ids(task, data, splits.train, splits.validation, FitConfig(batch_size=3), **how)
 
 
+def test_too_few_rows_of_held_out_items_are_refused(world, tmp_path):
+    task, splits = ranker_of(world, "mwuf"), world[1]
+    data = RankingData(world[0], task.vocabulary, task.config.features, task.config.max_history)
+    one_a_user = splits.validation.take(np.unique(splits.validation.user, return_index=True)[1])
+    how = {"run_dir": tmp_path, "accelerator": Accelerator(cpu=True), "primary": "gauc", "seed": 0, "identity": "x"}
+    with pytest.raises(ValueError, match=r"cold_ids.held_out: gauc is undefined on the \d+ validation rows"):
+        train_cold_ids(task, data, splits.train, one_a_user, FitConfig(batch_size=64), **how)
+
+
 def test_what_belongs_to_the_whole_run_cannot_be_set_for_the_second_phase():
     values = {"data": {"path": "x"}, "run_dir": "y", "fit": {"tracker": "wandb"}}
     assert FinetuneConfig.parse(values | {"cold_fit": {"tracker": "wandb"}}).cold_fit.tracker == "wandb"
