@@ -169,6 +169,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", metavar="DIR", help="folder of runs and results (default: the study's `out`)")
     sub.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time, which share the cores")
     sub.add_argument("--html", metavar="FILE", help="write the page to this file (default: report.html in the folder)")
+    sub.add_argument("--figures", metavar="DIR", help="write each plot to a file PROTOCOL_PLOT.svg in this folder too")
     sub.add_argument("--json", action="store_true", help="print JSON; what goes on is told on stderr")
 
     sub = command(
@@ -338,6 +339,7 @@ def _compare(arguments: argparse.Namespace) -> None:
 def _coldstart(arguments: argparse.Namespace) -> None:
     from mmctr.files import write_json
     from mmctr.study import StudyConfig, run_study
+    from mmctr.study_plots import write_figures
     from mmctr.study_report import study_table, write_study_page
     from mmctr.study_results import study_results
 
@@ -353,6 +355,8 @@ def _coldstart(arguments: argparse.Namespace) -> None:
     results = study_results(study, run_study(study, out, arguments.study, tell=tell, jobs=arguments.jobs))
     write_json(out / "results.json", results)
     write_study_page(results, page)
+    if arguments.figures:
+        write_figures(results, arguments.figures)
     print(json.dumps(results, indent=2, ensure_ascii=False) if arguments.json else f"\n{study_table(results)}")
     tell(f"results: {out / 'results.json'}   report: {page}")
     if results["failed"]:

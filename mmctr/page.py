@@ -44,7 +44,7 @@ def document(title: str, sections: Sequence[str]) -> str:
         # a second lock beside the escaping: nothing may run or load, pictures are inside the file
         "<meta http-equiv='Content-Security-Policy' "
         "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">\n"
-        f"<title>{text(title)}</title>\n<style>{_CSS}</style>\n</head>\n<body>\n<main>\n{body}</main>\n</body>\n"
+        f"<title>{text(title)}</title>\n<style>{PLOT_CSS}{_CSS}</style>\n</head>\n<body>\n<main>\n{body}</main>\n</body>\n"
         "</html>\n"
     )
 
@@ -99,11 +99,23 @@ def card(item: ItemCard, kind: str = "") -> str:
     )
 
 
-_CSS = """
+PLOT_CSS = """
 :root { --page: #fff; --ink: #1c2126; --muted: #5a646e; --rule: #dfe3e7; --soft: #f4f6f8;
   --p0: #0072b2; --p1: #c44e00; --p2: #007a5a; --p3: #a23e80; --p4: #7a6200; --p5: #444; }
 @media (prefers-color-scheme: dark) { :root { --page: #15181b; --ink: #e6e9ec; --muted: #a3adb6; --rule: #343b42;
   --soft: #1f2429; --p0: #5bb4ee; --p1: #ff9554; --p2: #35cfa0; --p3: #efa3d0; --p4: #e3c93a; --p5: #d8d8d8; } }
+svg text { fill: var(--ink); font-size: 12px; text-anchor: middle; } svg text.end { text-anchor: end; }
+svg text.minor { fill: var(--muted); font-size: 11px; } .grid { stroke: var(--rule); }
+.reference { stroke: var(--muted); stroke-dasharray: 5 4; } .line, .whisker { fill: none; stroke: var(--c); }
+.line { stroke-width: 1.8; stroke-linejoin: round; }
+.whisker { stroke-width: 1.3; opacity: .8; } .mark { fill: var(--c); stroke: var(--page); }
+""" + " ".join(
+    [f".c{index} {{ --c: var(--p{index}); }}" for index in range(NUM_STYLES)]
+    + [f".d{index} .line {{ stroke-dasharray: {dash}; }}" for index, dash in enumerate(DASHES)]
+)
+"""of the SVG of plots, colours and styles of lines included; the page has it too"""
+
+_CSS = """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
 main { max-width: 1120px; margin: 0 auto; padding: 24px 16px 48px; }
@@ -122,11 +134,6 @@ tr.split span { position: sticky; left: .6rem; }
 .run { display: flex; } .key { flex: none; width: 26px; height: 14px; margin: .3em .45rem 0 0; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 380px), 1fr)); gap: 1rem 2rem; }
 .pair figure { margin: 0; max-width: 620px; } .pair svg { display: block; width: 100%; height: auto; }
-svg text { fill: var(--ink); font-size: 12px; text-anchor: middle; } svg text.end { text-anchor: end; }
-svg text.minor { fill: var(--muted); font-size: 11px; } .grid { stroke: var(--rule); }
-.reference { stroke: var(--muted); stroke-dasharray: 5 4; } .line, .whisker { fill: none; stroke: var(--c); }
-.line { stroke-width: 1.8; stroke-linejoin: round; }
-.whisker { stroke-width: 1.3; opacity: .8; } .mark { fill: var(--c); stroke: var(--page); }
 .empty { color: var(--muted); }
 .cards { display: flex; gap: .8rem; padding: .3rem .2rem 1rem; } .card { margin: 0; flex: 0 0 116px; width: 116px; }
 .card img, .absent { width: 116px; height: 116px; object-fit: contain; background: #fff; border-radius: 6px;
@@ -143,7 +150,4 @@ summary { cursor: pointer; padding: .3rem 0; overflow-wrap: anywhere; }
 pre { background: var(--soft); padding: .8rem; overflow-x: auto; font-size: .85rem; border-radius: 6px; }
 @media (max-width: 600px) { table { font-size: .85rem; } th, td { padding: .35rem .4rem; } }
 :focus-visible { outline: 2px solid var(--p0); outline-offset: 2px; }
-""" + " ".join(
-    [f".c{index} {{ --c: var(--p{index}); }}" for index in range(NUM_STYLES)]
-    + [f".d{index} .line {{ stroke-dasharray: {dash}; }}" for index, dash in enumerate(DASHES)]
-)
+"""

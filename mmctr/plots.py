@@ -7,10 +7,11 @@ phone.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mmctr.page import DASHES, NUM_STYLES, text
+from mmctr.page import DASHES, NUM_STYLES, PLOT_CSS, text
 
 WIDTH, DRAWN_HEIGHT, LEFT, RIGHT, TOP = 460, 208, 48, 12, 10  # of a plot and its margins, in SVG units
 
@@ -119,6 +120,27 @@ def line_label(index: int, name: str) -> str:
     key = f"<path class='line' d='M1 7H25'/>{_mark(index, 13, 7)}"
     svg = f"<svg class='key {_style(index)}' viewBox='0 0 26 14' aria-hidden='true'>{key}</svg>"
     return f"<span class='run'>{svg}<span>{text(name)}</span></span>"
+
+
+def standalone(svg: str, names: Sequence[str]) -> str:
+    """An SVG file of a line plot: colours, the title above, and below a legend of the lines, by style."""
+    _, height = (float(size) for size in re.findall(r"viewBox='0 0 (\S+) (\S+)'", svg)[0])
+    title = re.findall(r"<title[^>]*>(.*?)</title>", svg)[0]
+    top, row, half = 24, 18, -(-len(names) // 2)
+    legend = "".join(
+        f"<g class='{_style(index)}' transform='translate({LEFT + index // half * (WIDTH - LEFT) // 2} "
+        f"{top + height + index % half * row})'><path class='line' d='M1 7H25'/>{_mark(index, 13, 7)}"
+        f"<text class='start' x='32' y='11'>{text(name)}</text></g>"
+        for index, name in enumerate(names)
+    )
+    drawn = svg.replace("<svg ", f"<svg y='{top}' width='{WIDTH}' height='{height:g}' ", 1)
+    whole = top + height + half * row + 8
+    return (
+        f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {WIDTH} {whole:g}' font-family='system-ui, sans-serif'>"
+        f"<style>{PLOT_CSS}\nsvg text.start {{ text-anchor: start; }} .paper {{ fill: var(--page); }}</style>"
+        f"<rect class='paper' width='{WIDTH}' height='{whole:g}'/><text x='{WIDTH / 2:g}' y='17'>{title}</text>{drawn}"
+        f"{legend}</svg>\n"
+    )
 
 
 def figure(caption: str, content: str) -> str:

@@ -14,9 +14,10 @@ from rich.table import Table
 from rich.text import Text
 
 from mmctr.files import write_text
-from mmctr.page import document, is_number, number, scrolling, short, spread, text
-from mmctr.plots import Series, figure, line_label, line_plot, nice_ticks
+from mmctr.page import document, number, scrolling, spread, text
+from mmctr.plots import figure, line_label
 from mmctr.report import SPLITS
+from mmctr.study_plots import STAGE_METRICS, epochs_of, pair, plots, stage_names, stage_plots
 from mmctr.study_results import MIN_USERS
 
 SHOWN = {"gAUC all": ("all", "gauc"), "gAUC warm": ("warm", "gauc"), "gAUC cold": ("cold", "gauc")} | {
@@ -24,8 +25,6 @@ SHOWN = {"gAUC all": ("all", "gauc"), "gAUC warm": ("warm", "gauc"), "gAUC cold"
     "log loss": ("all", "log_loss"),
 }
 """column -> (split, metric)"""
-STAGE_METRICS = {"gauc": "gAUC", "auc": "AUC"}
-"""what is shown by stage"""
 
 
 def study_table(results: dict[str, Any]) -> str:
@@ -62,7 +61,7 @@ def _tables(name: str, protocol: dict[str, Any], study: dict[str, Any]) -> Itera
             cells = [_text_difference(found["difference"][split]) for split in SPLITS]
             table.add_row(Text(method), *cells, *([_share(found["gap_closed"])] if study["oracle"] else []))
         yield f"{name}: gAUC minus the gAUC of {study['baseline']} (95% interval)", table
-    for metric, shown in (STAGE_METRICS if (stages := _stage_names(methods)) else {}).items():
+    for metric, shown in (STAGE_METRICS if (stages := stage_names(methods)) else {}).items():
         table = _table(stages)
         for method, found in methods.items():
             table.add_row(Text(method), *(_text_summary(found["stages"][stage][metric]) for stage in stages))
@@ -72,7 +71,7 @@ def _tables(name: str, protocol: dict[str, Any], study: dict[str, Any]) -> Itera
             table.add_row(Text(method), *(_text_difference(found["stages"][s]["difference"], metric) for s in stages))
         if compared:
             yield f"{name}: {shown} minus the {shown} of {study['baseline']}, by stage (95% interval)", table
-    epochs = _epochs(methods)
+    epochs = epochs_of(methods)
     if epochs:
         part = ", the first eight" if len(epochs) > 8 else ""
         table = _table([f"{epoch:g}" for epoch in epochs[:8]])
@@ -113,7 +112,7 @@ def _bare(value: float, sign: str = "+") -> str:
 
 def _marked(found: dict[str, Any] | None, metric: str = "gauc") -> bool:
     """Whether the interval of a difference holds no zero, and is of users enough to say so."""
-    ends = _pair(found[f"{metric}_ci"]) if found and found["num_users"] >= MIN_USERS else None
+    ends = pair(found[f"{metric}_ci"]) if found and found["num_users"] >= MIN_USERS else None
     return ends is not None and not ends[0] <= 0 <= ends[1]
 
 
@@ -123,10 +122,6 @@ def _mean(found: dict[str, Any] | None) -> str:
 
 def _share(found: dict[str, Any] | None) -> str:
     return "–" if found is None else number(found["share"], ".0%")
-
-
-def _epochs(methods: dict[str, Any]) -> list[float]:
-    return sorted({point["epoch"] for found in methods.values() for point in found["validation"]})
 
 
 def _cell_name(cell: dict[str, Any]) -> str:
@@ -230,7 +225,7 @@ def _differences(protocol: dict[str, Any], results: dict[str, Any]) -> str:
         cells = [_difference_cell(one) for one in parts]
         if oracle:
             closed = found["gap_closed"]
-            cells.append(_share(closed) + spread(_pair(closed and closed["share_ci"]), ".0%"))
+            cells.append(_share(closed) + spread(pair(closed and closed["share_ci"]), ".0%"))
         rows.append(_row(label, cells))
         for place, one in enumerate(parts[0]["seeds"]):
             cells = [_difference_cell(part and part["seeds"][place]) for part in parts]
@@ -251,38 +246,26 @@ def _difference_cell(found: dict[str, Any] | None, metric: str = "gauc") -> str:
     if found is None:
         return "–"
     star = "&nbsp;*" if _marked(found, metric) else ""
-    return number(found[metric], "+.4f") + star + spread(_pair(found[f"{metric}_ci"]), "+.4f")
-
-
-def _stage_names(methods: dict[str, Any]) -> list[str]:
-    """Of a `staged` protocol, in order."""
-    return list(next(iter(methods.values()))["stages"])
+    return number(found[metric], "+.4f") + star + spread(pair(found[f"{metric}_ci"]), "+.4f")
 
 
 def _stages(place: int, methods: dict[str, Any], baseline: str) -> str:
     """Warm-up curves of a `staged` protocol: values and paired differences by stage."""
-    stages = _stage_names(methods)
+    stages = stage_names(methods)
     if not stages:
         return ""
-    drawn, tables = "", ""
-    ticks = [(float(at), stage, "") for at, stage in enumerate(stages)]
+    drawn = "".join(figure(plot.caption, plot.svg) for plot in stage_plots(methods, place))
+    tables = ""
     for metric, shown in STAGE_METRICS.items():
-        lines, rows, compared = [], [], []
+        rows, compared = [], []
         for style, (name, found) in enumerate(methods.items()):
-            shift = (style - (len(methods) - 1) / 2) * min(0.14, 0.7 / len(methods))
             values = [found["stages"][stage] for stage in stages]
             means = [(one[metric] or {}).get("mean") for one in values]
-            ends = [_pair(one[f"{metric}_ci"]) for one in values]
-            points = [(at + shift, *both) for at, both in enumerate(zip(means, ends, strict=True))]
-            lines.append(Series(name, style, points))
+            ends = [pair(one[f"{metric}_ci"]) for one in values]
             label = line_label(style, name)
             rows.append(_row(label, [number(mean) + spread(end) for mean, end in zip(means, ends, strict=True)]))
             if name != baseline:
                 compared.append(_row(label, [_difference_cell(one["difference"], metric) for one in values]))
-        told = "; ".join(f"{line.name}: {', '.join(number(y) for _, y, _ in line.points)}" for line in lines)
-        x_range = (-0.5, len(stages) - 0.5)
-        plot = line_plot(f"stages-{metric}-{place}", f"{shown} by stage", told, lines, ticks, x_range, "stage")
-        drawn += figure(f"<b>{shown}</b> of the same test rows before and after each stage.", plot)
         columns = ["Method", *stages]
         tables += f"<h3>{shown} by stage</h3>\n" + scrolling(f"{shown} by stage", _html_table(columns, rows))
         if compared:
@@ -304,53 +287,12 @@ def _html_table(columns: Sequence[str], rows: Sequence[str]) -> str:
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
 
-def _pair(ends: Sequence[float] | None) -> tuple[float, float] | None:
-    return (ends[0], ends[1]) if ends else None
-
-
 def _plots(place: int, protocol: dict[str, Any]) -> str:
-    """gAUC by clicks of the item, and validation by epoch: a line a method, whiskers from seed to seed."""
-    methods = protocol["methods"]
-    names = [bucket["clicks"] for bucket in next(iter(methods.values()))["buckets"]]
-    counts = [bucket["num_impressions"] for bucket in next(iter(methods.values()))["buckets"]]
-    by_clicks = []
-    for style, (name, found) in enumerate(methods.items()):
-        # methods stand beside each other, or their whiskers would hide one another
-        shift = (style - (len(methods) - 1) / 2) * min(0.14, 0.7 / len(methods))
-        values = [bucket["gauc"] for bucket in found["buckets"]]
-        by_clicks.append(Series(name, style, [_point(at + shift, value) for at, value in enumerate(values)]))
-    ticks = [
-        (float(at), str(name), f"n = {short(n or 0)}") for at, (name, n) in enumerate(zip(names, counts, strict=True))
-    ]
-    told = "; ".join(f"{line.name}: {', '.join(number(y) for _, y, _ in line.points)}" for line in by_clicks)
-    title, x_range = "gAUC by clicks of the item in training", (-0.5, len(names) - 0.5)
-    x_name = "clicks of the item in training (n: impressions)"
-    first = line_plot(f"clicks-{place}", title, told, by_clicks, ticks, x_range, x_name, reference=0.5)
-    legend = "".join(f"<li>{line_label(style, name)}</li>" for style, name in enumerate(methods))
-    drawn = figure("<b>gAUC</b> on the test rows; the dashed line is a random order.", first)
-    for metric, name in (("gauc", "Validation gAUC"), ("auc", "Validation AUC"), ("log_loss", "Validation log loss")):
-        curves = _epoch_plot(f"{metric}-{place}", name, metric, methods)
-        drawn += figure(f"<b>{name}</b> after each epoch that all seeds reached.", curves)
+    legend = "".join(f"<li>{line_label(style, name)}</li>" for style, name in enumerate(protocol["methods"]))
+    drawn = "".join(figure(plot.caption, plot.svg) for plot in plots(protocol, place))
     note = (
         "<p class='note'>Whiskers go from the lowest to the highest seed. A method whose log loss rises, or whose AUC "
         "falls, from its first epoch on has begun to know the training rows by heart, as IDs do sooner than content. "
         "Test rows are scored with the weights of the best epoch.</p>"
     )
     return f"<ul class='legend'>{legend}</ul>\n<div class='pair'>{drawn}</div>\n{note}"
-
-
-def _epoch_plot(uid: str, title: str, metric: str, methods: dict[str, Any]) -> str:
-    lines = []
-    for style, (name, found) in enumerate(methods.items()):
-        lines.append(Series(name, style, [_point(point["epoch"], point[metric]) for point in found["validation"]]))
-    told = "; ".join(f"{line.name}: {', '.join(number(y) for _, y, _ in line.points)}" for line in lines)
-    epochs = _epochs(methods)
-    ends = (min([0.5, *epochs]), max([1.0, *epochs]) + 0.5)
-    ticks = [(tick, short(tick), "") for tick in nice_ticks(*ends) if tick.is_integer()]
-    return line_plot(uid, f"{title} by epoch", told, lines, ticks, ends, "epoch")
-
-
-def _point(x: float, found: dict[str, Any] | None) -> tuple[float, float | None, tuple[float, float] | None]:
-    if found is None or not is_number(found["mean"]):
-        return x, None, None
-    return x, found["mean"], (found["low"], found["high"]) if len(found["seeds"]) > 1 else None

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -19,6 +20,7 @@ from mmctr.files import read_json
 from mmctr.interchange import write_npz
 from mmctr.metrics import gauc, log_loss, paired_difference
 from mmctr.study import Outcome, StudyConfig, run_study, study_cells
+from mmctr.study_plots import write_figures
 from mmctr.study_report import study_table, write_study_page
 from mmctr.study_results import study_results
 from tests.test_report import Page
@@ -274,6 +276,21 @@ def test_page_and_table_hold_the_numbers(made, tmp_path):
     assert json.loads(json.dumps(results, allow_nan=False)) == results
 
 
+def test_figures_are_files_that_stand_alone(made, tmp_path):
+    results = made[2]
+    nothing = {**results["protocols"]["held_out"], "methods": {}}
+    written = write_figures({**results, "protocols": {**results["protocols"], "empty": nothing}}, tmp_path / "figures")
+    names = [f"held_out_{name}.svg" for name in ("clicks", "epochs_gauc", "epochs_auc", "epochs_log_loss")]
+    assert [path.name for path in written] == names
+    assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == sorted(names)
+    for path in written:
+        root = ElementTree.parse(path).getroot()  # well-formed, with a namespace, or no viewer shows it
+        assert root.tag == "{http://www.w3.org/2000/svg}svg" and "var(--p0)" in path.read_text()
+        words = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
+        assert words[-2:] == ["ids", "content"]
+        assert len(list(root.iter("{http://www.w3.org/2000/svg}g"))) == 2 * 2  # a line and a key for each method
+
+
 def test_command_goes_on_after_a_failed_cell_and_exits_with_1(made, toy_folder, tmp_path, capsys):
     def breaks(values):
         lost = {"config": str(tmp_path / "table.yaml"), "set": ["task.embedder.content.path=nowhere"]}
@@ -289,11 +306,22 @@ def test_command_goes_on_after_a_failed_cell_and_exits_with_1(made, toy_folder, 
     config = out / "runs" / "held_out" / "content" / "seed0" / "config.yaml"
     config.write_text(config.read_text().replace(str(made[1] / "out"), str(out)))
     with pytest.raises(SystemExit) as caught:
-        main(["coldstart", str(path), "--json", "--html", str(tmp_path / "page.html")])
+        main(
+            [
+                "coldstart",
+                str(path),
+                "--json",
+                "--html",
+                str(tmp_path / "page.html"),
+                "--figures",
+                str(tmp_path / "svg"),
+            ]
+        )
     said = capsys.readouterr()
     assert caught.value.code == 1 and "1 runs failed" in said.err and "FAILED with exit code 1" in said.err
     results = json.loads(said.out)
     assert results == read_json(out / "results.json") and (tmp_path / "page.html").is_file()
+    assert (tmp_path / "svg" / "held_out_clicks.svg").is_file()
     (failed,) = results["failed"]
     assert failed["method"] == "lost" and "nowhere: no such embedding folder or file" in failed["said"]
     assert "no such embedding folder" in Path(failed["log"]).read_text()
