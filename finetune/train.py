@@ -52,7 +52,7 @@ class FinetuneConfig(Config):
     seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
-    def _one_process_group(self) -> FinetuneConfig:
+    def _one_accelerator(self) -> FinetuneConfig:
         for name in ("tracker", "mixed_precision"):
             value = getattr(self.cold_fit, name)
             if value not in (None, getattr(self.fit, name)):

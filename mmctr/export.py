@@ -220,7 +220,7 @@ def bind_content(
         live = item_content(dataset, config, pretrained, accelerator)
         task.embedder.refresh(*embed_catalog(pretrained, live, len(item_ids), accelerator))
     elif isinstance(content, ContentTable):
-        paths = list(embeddings or ([content.path] if isinstance(content.path, str) else content.path))
+        paths = list(embeddings or content.paths)
         if not embeddings and not all(Path(path).exists() for path in paths):
             return
         kept, has = task.embedder.content_table.cpu(), task.embedder.has_content.cpu()

@@ -51,6 +51,10 @@ class ContentTable(Config):
     """where items show their content: as targets, in histories, or in both; elsewhere they read the "absent" vector, as
     items without content do"""
 
+    @property
+    def paths(self) -> list[str]:
+        return [self.path] if isinstance(self.path, str) else self.path
+
 
 class ContentEncoder(Config):
     """The encoder of a pretraining run, trained on inside the ranker."""
@@ -233,7 +237,8 @@ class ItemEmbedder(nn.Module):
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
-        if self.encoder is not None and getattr(self.config.content, "mode", "train") == "eval":
+        content = self.config.content
+        if self.encoder is not None and isinstance(content, ContentEncoder) and content.mode == "eval":
             self.encoder.eval()
         return self
 

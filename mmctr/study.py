@@ -250,23 +250,23 @@ def check_contents(cells: Sequence[Cell]) -> None:
 
     Vectors that were deleted since are nothing that could be read.
     """
-    now: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    now: dict[tuple[str, ...], tuple[torch.Tensor, torch.Tensor]] = {}
     for cell in cells:
         content = cell.config.task.embedder.content  # type: ignore[attr-defined]
         if not isinstance(content, ContentTable):
             continue
-        paths = [content.path] if isinstance(content.path, str) else content.path
-        if not all(Path(path).exists() for path in paths):
+        key = tuple(content.paths)
+        if not all(Path(path).exists() for path in key):
             continue
-        if str(paths) not in now:
+        if key not in now:
             ids = pyarrow.parquet.read_table(cell.folder / "catalog.parquet")["item_id"]
-            now[str(paths)] = read_tables(paths, one_array(ids))
-        kept, (vectors, has) = load_file(cell.folder / "content.safetensors"), now[str(paths)]
+            now[key] = read_tables(content.paths, one_array(ids))
+        kept, (vectors, has) = load_file(cell.folder / "content.safetensors"), now[key]
         same = kept["has_content"].equal(has) and kept["content_table"].shape == vectors.shape
         # vectors of one encoder that were made twice may differ by rounding
         if not same or not torch.allclose(kept["content_table"], vectors, rtol=1e-3, atol=1e-4):
             raise ValueError(
-                f"{cell.folder}: was made with other vectors than {', '.join(paths)} holds now; delete that folder, or "
+                f"{cell.folder}: was made with other vectors than {', '.join(key)} holds now; delete that folder, or "
                 f"give the study another `out`"
             )
 
