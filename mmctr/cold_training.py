@@ -308,9 +308,7 @@ def train_cold_ids(
         phase="cold_ids",
         steps_before=steps_before,
     )
-    accelerator.print(
-        f"cold ids: {primary} {result['best']:.4f} on held-out items, {without.get(primary, np.nan):.4f} without"
-    )
+    accelerator.print(f"cold ids: {primary} {result['best']:.4f} on held-out items, {without[primary]:.4f} without")
     generator.requires_grad_(False)
     task.embedder.generates = True
     return result | {"without": without}

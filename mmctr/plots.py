@@ -115,21 +115,25 @@ def _mark(index: int, x: float, y: float) -> str:
     return f"<path class='mark' d='M{x:.1f} {y:.1f}{shape}'/>"
 
 
+def _key(index: int) -> str:
+    """A piece of a line with its mark, 26 wide and 14 high."""
+    return f"<path class='line' d='M1 7H25'/>{_mark(index, 13, 7)}"
+
+
 def line_label(index: int, name: str) -> str:
     """The name of a line beside its mark, for legends and tables."""
-    key = f"<path class='line' d='M1 7H25'/>{_mark(index, 13, 7)}"
-    svg = f"<svg class='key {_style(index)}' viewBox='0 0 26 14' aria-hidden='true'>{key}</svg>"
+    svg = f"<svg class='key {_style(index)}' viewBox='0 0 26 14' aria-hidden='true'>{_key(index)}</svg>"
     return f"<span class='run'>{svg}<span>{text(name)}</span></span>"
 
 
 def standalone(svg: str, names: Sequence[str]) -> str:
     """An SVG file of a line plot: colours, the title above, and below a legend of the lines, by style."""
-    _, height = (float(size) for size in re.findall(r"viewBox='0 0 (\S+) (\S+)'", svg)[0])
+    height = float(re.findall(r"viewBox='0 0 \S+ (\S+)'", svg)[0])
     title = re.findall(r"<title[^>]*>(.*?)</title>", svg)[0]
     top, row, half = 24, 18, -(-len(names) // 2)
     legend = "".join(
         f"<g class='{_style(index)}' transform='translate({LEFT + index // half * (WIDTH - LEFT) // 2} "
-        f"{top + height + index % half * row})'><path class='line' d='M1 7H25'/>{_mark(index, 13, 7)}"
+        f"{top + height + index % half * row})'>{_key(index)}"
         f"<text class='start' x='32' y='11'>{text(name)}</text></g>"
         for index, name in enumerate(names)
     )

@@ -72,13 +72,8 @@ def stage_plots(methods: dict[str, Any], place: int = 0) -> list[Plot]:
     for metric, shown in (STAGE_METRICS if stages else {}).items():
         lines = []
         for style, (name, found) in enumerate(methods.items()):
-            values = [found["stages"][stage] for stage in stages]
-            means = [(one[metric] or {}).get("mean") for one in values]
-            ends = [pair(one[f"{metric}_ci"]) for one in values]
             shift = _beside(style, len(methods))
-            lines.append(
-                Series(name, style, [(at + shift, *both) for at, both in enumerate(zip(means, ends, strict=True))])
-            )
+            lines.append(Series(name, style, [(at + shift, *both) for at, both in enumerate(by_stage(found, metric))]))
         x_range = (-0.5, len(stages) - 0.5)
         uid, title = f"stages-{metric}-{place}", f"{shown} by stage"
         svg = line_plot(uid, title, _told(lines), lines, ticks, x_range, "stage")
@@ -91,6 +86,11 @@ def stage_plots(methods: dict[str, Any], place: int = 0) -> list[Plot]:
 def stage_names(methods: dict[str, Any]) -> list[str]:
     """Of a `staged` protocol, in order."""
     return list(next(iter(methods.values()))["stages"])
+
+
+def by_stage(found: dict[str, Any], metric: str) -> list[tuple[float | None, tuple[float, float] | None]]:
+    """A method's mean over seeds, and its interval, for each stage."""
+    return [((one[metric] or {}).get("mean"), pair(one[f"{metric}_ci"])) for one in found["stages"].values()]
 
 
 def epochs_of(methods: dict[str, Any]) -> list[float]:

@@ -17,7 +17,7 @@ from mmctr.files import write_text
 from mmctr.page import document, number, scrolling, spread, text
 from mmctr.plots import figure, line_label
 from mmctr.report import SPLITS
-from mmctr.study_plots import STAGE_METRICS, epochs_of, pair, plots, stage_names, stage_plots
+from mmctr.study_plots import STAGE_METRICS, by_stage, epochs_of, pair, plots, stage_names, stage_plots
 from mmctr.study_results import MIN_USERS
 
 SHOWN = {"gAUC all": ("all", "gauc"), "gAUC warm": ("warm", "gauc"), "gAUC cold": ("cold", "gauc")} | {
@@ -259,13 +259,11 @@ def _stages(place: int, methods: dict[str, Any], baseline: str) -> str:
     for metric, shown in STAGE_METRICS.items():
         rows, compared = [], []
         for style, (name, found) in enumerate(methods.items()):
-            values = [found["stages"][stage] for stage in stages]
-            means = [(one[metric] or {}).get("mean") for one in values]
-            ends = [pair(one[f"{metric}_ci"]) for one in values]
             label = line_label(style, name)
-            rows.append(_row(label, [number(mean) + spread(end) for mean, end in zip(means, ends, strict=True)]))
+            rows.append(_row(label, [number(mean) + spread(ends) for mean, ends in by_stage(found, metric)]))
             if name != baseline:
-                compared.append(_row(label, [_difference_cell(one["difference"], metric) for one in values]))
+                differences = [one["difference"] for one in found["stages"].values()]
+                compared.append(_row(label, [_difference_cell(one, metric) for one in differences]))
         columns = ["Method", *stages]
         tables += f"<h3>{shown} by stage</h3>\n" + scrolling(f"{shown} by stage", _html_table(columns, rows))
         if compared:

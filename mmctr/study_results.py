@@ -164,6 +164,12 @@ class _Rows:
         self.labels, self.users = (first[1][key].to_numpy() for key in ("label", "user"))
         cold = first[1]["cold"].to_numpy().astype(bool)
         self.masks = {"all": np.ones_like(cold), "warm": ~cold, "cold": cold}
+        self.num_users = {split: self._num_users(mask) for split, mask in self.masks.items()}
+
+    def _num_users(self, mask: np.ndarray) -> int:
+        """With clicked and other rows."""
+        clicked, others = (self.users[mask & (self.labels == label)] for label in (1, 0))
+        return len(np.intersect1d(clicked, others))
 
     def counts(self) -> dict[str, int]:
         return {split: int(mask.sum()) for split, mask in self.masks.items()}
@@ -191,8 +197,7 @@ class _Rows:
         """D of a split, of other scores than those of predictions.parquet if they are given."""
         if not self.masks[split].any():
             return None
-        clicked, others = (self.users[self.masks[split] & (self.labels == label)] for label in (1, 0))
-        together: dict[str, Any] = {"num_users": len(np.intersect1d(clicked, others))}
+        together: dict[str, Any] = {"num_users": self.num_users[split]}
         one_by_one: list[dict[str, Any]] = [{"seed": seed, **together} for seed in seeds]
         for metric, (values, samples) in self.samples(method, study, seeds, split, scores).items():
             together |= {metric: _number(values.mean()), f"{metric}_ci": _ends(_over_seeds(samples))}
