@@ -22,9 +22,7 @@ import numpy as np
 from accelerate import Accelerator
 from sklearn.decomposition import PCA, FastICA
 
-from mmctr.concept_report import latents_of
-from mmctr.concepts import attributes_of, name_dimensions, words_of
-from mmctr.disentanglement import (
+from mmctr.concepts.disentanglement import (
     active_dimensions,
     all_scores,
     bins_of,
@@ -32,9 +30,11 @@ from mmctr.disentanglement import (
     mutual_information,
     shuffled,
 )
-from mmctr.evaluation import embed_rows
-from mmctr.export import data_config, load_encoder
-from mmctr.runs import item_content, open_data
+from mmctr.concepts.naming import attributes_of, name_dimensions, words_of
+from mmctr.concepts.report import latents_of
+from mmctr.evaluation.predict import embed_rows
+from mmctr.runs.finished import data_config, load_encoder
+from mmctr.runs.launch import item_content, open_data
 from pretrain.train import PretrainConfig
 
 HERE = Path(__file__).resolve().parent

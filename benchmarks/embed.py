@@ -19,7 +19,7 @@ import torch
 from stopwatch import _cpu_seconds, _own_seconds
 
 from mmctr.data.batches import ItemBatch
-from mmctr.precision import lower
+from mmctr.runs.precision import lower
 from mmctr.tasks import PretrainTask, PretrainTaskConfig
 
 PRECISIONS = ("fp32", "bf16", "int8")

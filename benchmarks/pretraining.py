@@ -72,10 +72,10 @@ def ours(options: argparse.Namespace, **fit_values: Any) -> tuple[Any, ...]:
     import torch
 
     from mmctr.data.interactions import ColdItemsSplit
-    from mmctr.pretraining import PretrainData
-    from mmctr.runs import DataConfig, item_content, keep_heap, make_accelerator, open_data
+    from mmctr.runs.launch import DataConfig, item_content, keep_heap, make_accelerator, open_data
+    from mmctr.runs.pretrain_data import PretrainData
     from mmctr.tasks import PretrainTask, PretrainTaskConfig
-    from mmctr.training import FitConfig
+    from mmctr.training.fit import FitConfig
 
     keep_heap()
     torch.manual_seed(0)
@@ -183,7 +183,7 @@ def run_embed(options: argparse.Namespace) -> None:
     from PIL import Image
     from torch.utils.data import DataLoader
 
-    from mmctr.evaluation import embed_items
+    from mmctr.evaluation.predict import embed_items
 
     began = time.perf_counter()
     task, data, _, _, accelerator = ours(options)

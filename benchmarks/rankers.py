@@ -40,15 +40,15 @@ def run_ours(options: argparse.Namespace) -> None:
     import torch
     from stopwatch import Stopwatch
 
-    from mmctr.data.features import FeatureColumns, Vocabulary
     from mmctr.data.interactions import Impressions
     from mmctr.data.loaders import BatchPlan, BehaviorCollator, NegativeSampler, TrainBatches
-    from mmctr.data.ranking import RankingVocabulary
     from mmctr.evaluation import predict
-    from mmctr.metrics import auc
-    from mmctr.runs import keep_heap, make_accelerator
+    from mmctr.evaluation.metrics import auc
+    from mmctr.features.columns import FeatureColumns, Vocabulary
+    from mmctr.features.ranking_data import RankingVocabulary
+    from mmctr.runs.launch import keep_heap, make_accelerator
     from mmctr.tasks import RankingTask, RankingTaskConfig
-    from mmctr.training import FitConfig, fit
+    from mmctr.training.fit import FitConfig, fit
 
     keep_heap()
     torch.manual_seed(0)

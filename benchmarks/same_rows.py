@@ -24,8 +24,8 @@ from finetune.train import FinetuneConfig
 from mmctr.data.interactions import Impressions, Splits, split_interactions
 from mmctr.data.loaders import behaviors_read
 from mmctr.data.prepare import Dataset, open_dataset
-from mmctr.data.ranking import RankingData, RankingVocabulary
-from mmctr.evaluation import full_report
+from mmctr.evaluation.predict import full_report
+from mmctr.features.ranking_data import RankingData, RankingVocabulary
 
 CONFIG = HERE.parent / "configs" / "finetune" / "ml1m_din_id.yaml"
 

@@ -24,9 +24,9 @@ import faiss
 import numpy as np
 import pyarrow as pa
 
-from mmctr.embeddings import EmbeddingTable
-from mmctr.index import ItemIndex
-from mmctr.index_tuning import Wanted, num_lists
+from mmctr.data.embeddings import EmbeddingTable
+from mmctr.retrieval.index import ItemIndex
+from mmctr.retrieval.tuning import Wanted, num_lists
 
 K = 10
 

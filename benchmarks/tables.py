@@ -18,9 +18,9 @@ import pyarrow as pa
 import torch
 
 from mmctr.data.batches import BehaviorBatch, ItemBatch
-from mmctr.data.ranking import RankingVocabulary
-from mmctr.optimizers import OptimizerConfig, make_optimizer
+from mmctr.features.ranking_data import RankingVocabulary
 from mmctr.tasks import RankingTask, RankingTaskConfig
+from mmctr.training.optimizers import OptimizerConfig, make_optimizer
 
 BATCH, MEAN_HISTORY, NUM_USERS = 2048, 20, 50_000
 

@@ -18,23 +18,23 @@ import pyarrow.parquet
 import torch
 from pydantic import Field, model_validator
 
-from mmctr.cold_training import train_cold_ids
 from mmctr.config import Config
+from mmctr.data.embeddings import read_tables
 from mmctr.data.interactions import ColdItemsSplit, SplitConfig, StagedSplit, split_interactions
 from mmctr.data.loaders import BatchPlan, NegativeSampler, TrainBatches
-from mmctr.data.ranking import RankingData, RankingVocabulary
 from mmctr.data.tables import one_array
-from mmctr.data.trees import Trees, disjoint_rows
-from mmctr.embeddings import read_tables
-from mmctr.evaluation import embed_catalog, full_report, predict, predictions_table, quick_metrics
+from mmctr.embedders.item_embedder import ContentEncoder, ContentTable
+from mmctr.evaluation.predict import embed_catalog, full_report, predict, predictions_table, quick_metrics
+from mmctr.features.ranking_data import RankingData, RankingVocabulary
+from mmctr.features.trees import Trees, disjoint_rows
 from mmctr.files import replace_file, write_json
-from mmctr.fusion import ContentEncoder, ContentTable
 from mmctr.rankers import GBDTLRConfig
-from mmctr.runs import DataConfig, begin_run, end_run, item_content, make_accelerator, open_run_data, run_recipe
+from mmctr.runs.launch import DataConfig, begin_run, end_run, item_content, make_accelerator, open_run_data, run_recipe
 from mmctr.tasks import PretrainTask, RankingTask, RankingTaskConfig
-from mmctr.tasks.make import load_expert
-from mmctr.training import FitConfig, fit
-from mmctr.warmup import StagesConfig, check_stages, save_stages, warm_up
+from mmctr.tasks.expert import load_expert
+from mmctr.training.fit import FitConfig, fit
+from mmctr.training.generator_tasks import train_cold_ids
+from mmctr.training.stages import StagesConfig, check_stages, save_stages, warm_up
 
 
 class FinetuneConfig(Config):

@@ -1,4 +1,4 @@
-from mmctr.cli import main
+from mmctr.cli.main import main
 
 if __name__ == "__main__":
     main()

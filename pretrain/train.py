@@ -15,12 +15,12 @@ from pydantic import Field
 
 from mmctr.config import Config
 from mmctr.data.interactions import ColdItemsSplit, SplitConfig
+from mmctr.evaluation.pretraining import evaluate_pretraining
 from mmctr.files import write_json
-from mmctr.held_out import evaluate_pretraining
-from mmctr.pretraining import PretrainData, StreamData
-from mmctr.runs import DataConfig, begin_run, end_run, item_content, make_accelerator, open_run_data, run_recipe
+from mmctr.runs.launch import DataConfig, begin_run, end_run, item_content, make_accelerator, open_run_data, run_recipe
+from mmctr.runs.pretrain_data import PretrainData, StreamData
 from mmctr.tasks import PretrainTask, PretrainTaskConfig
-from mmctr.training import FitConfig, fit
+from mmctr.training.fit import FitConfig, fit
 
 
 class PretrainConfig(Config):

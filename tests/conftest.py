@@ -8,9 +8,9 @@ import pytest
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: workers share the cores
 
-from mmctr.cli import main
-from mmctr.data.toy import ToyWorld, ToyWorldConfig
-from tests.tiny import finetune_values, pretrain_values, start, write_config
+from mmctr.cli.main import main
+from mmctr.datasets.toy_world import ToyWorld, ToyWorldConfig
+from tests.helpers.tiny import finetune_values, pretrain_values, start, write_config
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from mmctr.embeddings import EmbeddingTable
+from mmctr.data.embeddings import EmbeddingTable
 from tests.data.test_catalog import bomb, noise
-from tests.tiny import losses, pretrain_values, start, write_config
-from tests.worlds import picture
+from tests.helpers.tiny import losses, pretrain_values, start, write_config
+from tests.helpers.worlds import picture
 
 pytestmark = pytest.mark.slow
 

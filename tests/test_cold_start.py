@@ -10,16 +10,16 @@ import pytest
 from safetensors.numpy import load_file
 
 from finetune.train import FinetuneConfig, main
-from mmctr.controls import factor_table
 from mmctr.data.interactions import split_interactions
 from mmctr.data.prepare import open_dataset
-from mmctr.data.toy import ToyWorld, ToyWorldConfig
+from mmctr.datasets.toy_world import ToyWorld, ToyWorldConfig
+from mmctr.export.formats import write_npz
 from mmctr.files import read_json
-from mmctr.interchange import write_npz
-from mmctr.study import StudyConfig, run_study
-from mmctr.study_results import study_results
-from tests.tiny import write_config
-from tests.worlds import write_dataset
+from mmctr.studies.controls import factor_table
+from mmctr.studies.results import study_results
+from mmctr.studies.runner import StudyConfig, run_study
+from tests.helpers.tiny import write_config
+from tests.helpers.worlds import write_dataset
 
 pytestmark = pytest.mark.slow
 

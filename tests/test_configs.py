@@ -10,10 +10,10 @@ import yaml
 from pydantic import TypeAdapter
 
 from finetune.train import FinetuneConfig
-from mmctr.optimizers import make_optimizer
-from mmctr.study import StudyConfig, study_cells
+from mmctr.studies.runner import StudyConfig, study_cells
+from mmctr.training.optimizers import make_optimizer
 from pretrain.train import PretrainConfig
-from tests.tiny import CLONE
+from tests.helpers.tiny import CLONE
 
 RECIPES = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
 CONFIGS = [path for name in RECIPES for path in sorted((CLONE / "configs" / name).rglob("*.yaml"))]
@@ -78,9 +78,9 @@ def test_what_a_study_reads_is_made_by_commands_it_names(path: Path, tmp_path, m
 
 def test_parts_of_the_optimizer_are_those_of_the_task():
     """`parts` above is what the tasks call them."""
-    from mmctr.optimizers import OptimizerConfig
     from mmctr.tasks import PretrainTask, PretrainTaskConfig
-    from tests.tiny import ARCHITECTURE
+    from mmctr.training.optimizers import OptimizerConfig
+    from tests.helpers.tiny import ARCHITECTURE
 
     task = PretrainTask(PretrainTaskConfig.parse({"encoder": {"name": "openclip", "architecture": ARCHITECTURE}}))
     groups = {name: {"lr": 0.5} for name in ("encoder", "temperatures")}

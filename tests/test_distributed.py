@@ -18,9 +18,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from mmctr.embeddings import EmbeddingTable
-from mmctr.heads import Standardise
-from mmctr.losses import (
+from mmctr.data.embeddings import EmbeddingTable
+from mmctr.encoders.heads import Standardise
+from mmctr.layers.jagged import Dice
+from mmctr.losses.contrastive import (
     Bank,
     clip_loss,
     multi_positive_loss,
@@ -28,9 +29,8 @@ from mmctr.losses import (
     siglip_loss,
     similarity_distillation_loss,
 )
-from mmctr.rankers.layers import Dice
-from mmctr.vae import dip_penalties, kl_parts
-from tests.tiny import (
+from mmctr.losses.variational import dip_penalties, kl_parts
+from tests.helpers.tiny import (
     CLONE,
     all_ok,
     finetune_values,
@@ -46,9 +46,9 @@ pytestmark = pytest.mark.slow
 
 WORKER = """
 import sys, torch, torch.distributed as dist, torch.nn.functional as F
-from mmctr.losses import gather_rows
-from mmctr.memory_bank import MemoryBank
-from mmctr.rankers.layers import Dice
+from mmctr.losses.contrastive import gather_rows
+from mmctr.embedders.memory_bank import MemoryBank
+from mmctr.layers.jagged import Dice
 from tests.test_distributed import LOSSES, loss_and_gradients
 
 dist.init_process_group("gloo")

@@ -21,7 +21,7 @@ from mmctr.files import (
     write_json,
     write_text,
 )
-from tests.worlds import in_processes
+from tests.helpers.worlds import in_processes
 
 REMEDY = "Free some space or choose another folder, then start the same command again: what was saved before is intact"
 

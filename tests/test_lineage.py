@@ -10,7 +10,7 @@ import pytest
 
 from finetune.train import FinetuneConfig, main
 from mmctr.files import fingerprint, read_json
-from tests.worlds import write_dataset
+from tests.helpers.worlds import write_dataset
 
 pytestmark = pytest.mark.slow
 

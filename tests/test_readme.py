@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mmctr.cli import _parser
+from mmctr.cli.main import _parser
 
 CLONE = Path(__file__).resolve().parents[1]
 PAGES = sorted([*CLONE.glob("*.md"), *(CLONE / "docs").glob("*.md")])

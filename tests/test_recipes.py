@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from mmctr.embeddings import EmbeddingTable
-from tests.tiny import Run, all_ok, finetune_values, log_lines, losses, pretrain_values, start, write_config
-from tests.worlds import log_columns, write_dataset
+from mmctr.data.embeddings import EmbeddingTable
+from tests.helpers.tiny import Run, all_ok, finetune_values, log_lines, losses, pretrain_values, start, write_config
+from tests.helpers.worlds import log_columns, write_dataset
 
 pytestmark = pytest.mark.slow
 

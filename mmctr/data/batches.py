@@ -157,7 +157,7 @@ class Partners(Batch):
     there: Tensor
     """(B,) bool"""
     log_q: Tensor | None = None
-    """(B,) how often the partner is drawn, see `mmctr.losses.pair_loss`"""
+    """(B,) how often the partner is drawn, see `mmctr.losses.contrastive.pair_loss`"""
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ class PairBatch(Batch):
     anchor: Tensor
     """(B,) positions in `items`, each another one"""
     keys: Tensor
-    """(U, K) what tells items apart, see `mmctr.losses`"""
+    """(U, K) what tells items apart, see `mmctr.losses.contrastive`"""
     partners: dict[str, Partners] = field(default_factory=dict)
     query_ids: Tensor | None = None
     """(B, T) tokens of a query for which the anchor was clicked"""

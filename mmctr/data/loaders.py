@@ -18,9 +18,9 @@ from torch.utils.data import Dataset as TorchDataset
 
 from mmctr.data.batches import BehaviorBatch, Features, ItemBatch, jagged_rows
 from mmctr.data.content import ItemContent
-from mmctr.data.features import BehaviorView, FeatureColumns
 from mmctr.data.hashing import hashed_uniform
 from mmctr.data.interactions import Impressions
+from mmctr.features.columns import BehaviorView, FeatureColumns
 
 BatchT = TypeVar("BatchT")
 

@@ -220,7 +220,7 @@ class PairCollator:
 
     Args:
         catalog_rows: catalog row of each training row.
-        keys: (N, K) what tells items apart, see `mmctr.losses`; the first column is the catalog row.
+        keys: (N, K) what tells items apart, see `mmctr.losses.contrastive`; the first column is the catalog row.
         samplers: by the name under which an objective looks for its partners.
     """
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from mmctr.rankers.layers import (
+from mmctr.layers.jagged import (
     MLP,
     Activation,
     BaseRankerConfig,
@@ -23,7 +23,7 @@ from mmctr.rankers.layers import (
     segment_softmax,
     take_rows,
 )
-from mmctr.rankers.recurrence import Gate, Recurrence, TimeMajor
+from mmctr.layers.recurrence import Gate, Recurrence, TimeMajor
 
 
 class DIENConfig(BaseRankerConfig):

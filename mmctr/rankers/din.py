@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from mmctr.rankers import native
-from mmctr.rankers.layers import (
+from mmctr.layers import native
+from mmctr.layers.jagged import (
     MLP,
     Activation,
     BaseRankerConfig,

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from mmctr.rankers.layers import MLP, Activation, BaseRankerConfig, RankerInput, RankerOutput, pool_rows, take_rows
+from mmctr.layers.jagged import MLP, Activation, BaseRankerConfig, RankerInput, RankerOutput, pool_rows, take_rows
 
 
 class EmbeddingMLPConfig(BaseRankerConfig):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Literal
 
-from mmctr.data.trees import TreesConfig
-from mmctr.rankers.layers import BaseRankerConfig
+from mmctr.features.trees import TreesConfig
+from mmctr.layers.jagged import BaseRankerConfig
 from mmctr.rankers.linear import LR
 
 
 class GBDTLRConfig(BaseRankerConfig):
     """The linear part is that of `lr`, with one weight a leaf beside those of IDs, side features and crosses. Training
-    fits the trees first (see `mmctr.data.trees`); they are kept with the vocabulary."""
+    fits the trees first (see `mmctr.features.trees`); they are kept with the vocabulary."""
 
     name: Literal["gbdt_lr"] = "gbdt_lr"
     trees: TreesConfig = TreesConfig()

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from mmctr.rankers.layers import BaseRankerConfig, RankerInput, RankerOutput, take_rows
+from mmctr.layers.jagged import BaseRankerConfig, RankerInput, RankerOutput, take_rows
 
 
 class LRConfig(BaseRankerConfig):

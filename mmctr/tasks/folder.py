@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mmctr.config import Config
 from mmctr.files import read_json, replace_file, write_json
-from mmctr.training import save_weights
+from mmctr.training.fit import save_weights
 
 Kind = Literal["pretrain", "ranking"]
 

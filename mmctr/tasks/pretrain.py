@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from mmctr.config import Config
 from mmctr.data.batches import ItemBatch, PairBatch
 from mmctr.encoders import EncoderConfig
-from mmctr.heads import HeadConfig, VariationalHead
-from mmctr.hub import Shareable
-from mmctr.objectives import BankViews, ClipConfig, Objective, ObjectivesConfig, Views
-from mmctr.tasks.bank import BankConfig, MemoryBank
-from mmctr.tasks.features import (
+from mmctr.encoders.heads import HeadConfig, VariationalHead
+from mmctr.losses.objectives import BankViews, ClipConfig, Objective, ObjectivesConfig, Views
+from mmctr.tasks.folder import save_task, task_config, task_weights
+from mmctr.tasks.item_features import (
     ItemFeatures,
     ProjectionConfig,
     content_masks,
@@ -26,7 +25,8 @@ from mmctr.tasks.features import (
     make_projection,
     unit,
 )
-from mmctr.tasks.folder import save_task, task_config, task_weights
+from mmctr.tasks.queue import BankConfig, MemoryBank
+from mmctr.tasks.sharing import Shareable
 
 
 class PretrainTaskConfig(Config):
@@ -195,7 +195,7 @@ class PretrainTask(Shareable, nn.Module):
         return terms
 
     def chunks(self, batch: PairBatch, size: int) -> list[tuple[ItemBatch | None, Tensor | None]]:
-        """What `mmctr.chunking` encodes at a time: items, then queries."""
+        """What `mmctr.training.grad_cache` encodes at a time: items, then queries."""
         if self.bank is not None and self.bank.follower is not None:
             raise ValueError(
                 "fit.chunk_size: the second encoder of task.bank.momentum reads whole batches; set it to 0"

@@ -15,23 +15,23 @@ from pydantic import Field, model_validator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mmctr.cold_ids import NoColdIds, make_generator
 from mmctr.config import Config
 from mmctr.data.batches import BehaviorBatch
-from mmctr.data.ranking import FeatureConfigs, RankingVocabulary
 from mmctr.data.tables import as_ids, read_table, rows_of
-from mmctr.feature_embedder import FeatureEmbedder
+from mmctr.embedders.feature_embedder import FeatureEmbedder
+from mmctr.embedders.id_generators import NoColdIds, make_generator
+from mmctr.embedders.item_embedder import ContentEncoder, ContentNone, ItemEmbedder, ItemEmbedderConfig, initial_std
+from mmctr.embedders.similarity import SimTierConfig, tier_counts
+from mmctr.features.ranking_data import FeatureConfigs, RankingVocabulary
 from mmctr.files import read_json, replace_file, write_json
-from mmctr.fusion import ContentEncoder, ContentNone, ItemEmbedder, ItemEmbedderConfig, initial_std
-from mmctr.hub import Shareable
-from mmctr.optimizers import RowTable, share_of_processes
+from mmctr.layers.jagged import RankerInput, RankerOutput
 from mmctr.rankers import RankerConfig
 from mmctr.rankers.din import DINConfig
-from mmctr.rankers.layers import RankerInput, RankerOutput
-from mmctr.similarity import SimTierConfig, tier_counts
+from mmctr.tasks.expert import Expert, MAKEConfig, read_expert, same_content
 from mmctr.tasks.folder import save_task, task_config, task_weights
-from mmctr.tasks.make import Expert, MAKEConfig, read_expert, same_content
 from mmctr.tasks.pretrain import PretrainTask, PretrainTaskConfig
+from mmctr.tasks.sharing import Shareable
+from mmctr.training.optimizers import RowTable, share_of_processes
 
 
 class RankingTaskConfig(Config):
@@ -140,7 +140,7 @@ class RankingTask(Shareable, nn.Module):
                 expert.embedder.refresh(self.embedder.content_table, self.embedder.has_content)
         context_dim = user_dim + self.context.dim + tiers + (self.expert.dim if self.expert else 0)
         self.ranker = config.ranker.build(self.embedder.dim, context_dim, **options)
-        # last, so that a ranker begins the same with and without; it learns when the ranker has (mmctr.cold_training)
+        # last, so that a ranker begins the same with and without; it learns when the ranker has (mmctr.training.generator_tasks)
         self.embedder.generator = make_generator(
             config.embedder.cold_ids,
             config.embedder.id_dim,

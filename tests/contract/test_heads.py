@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.test_heads import HEADS, B, batch, build
+from tests.encoders.test_heads import HEADS, B, batch, build
 
 
 @pytest.mark.parametrize("name", HEADS)

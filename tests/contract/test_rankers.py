@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from mmctr.layers.jagged import RankerInput
 from mmctr.rankers import DIENConfig, DINConfig, EmbeddingMLPConfig, GBDTLRConfig, LRConfig, LSPLMConfig
-from mmctr.rankers.layers import RankerInput
-from tests.rankers.references import separate
+from tests.helpers.references import separate
 
 RANKERS = {
     "lr": LRConfig(),

@@ -22,7 +22,7 @@ from mmctr.data.catalog import Catalog, Pictures
 from mmctr.data.images import decode_picture
 from mmctr.data.prepare import open_dataset, prepare
 from mmctr.files import locked
-from tests.worlds import in_processes, picture, write_dataset
+from tests.helpers.worlds import in_processes, picture, write_dataset
 
 COLOURS = [(250, 10, 20), (20, 240, 30), (10, 20, 230), (120, 130, 10)]
 

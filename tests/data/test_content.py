@@ -9,7 +9,7 @@ import torch
 
 from mmctr.data.content import ItemContent, PictureField, TextField
 from mmctr.data.prepare import open_dataset
-from tests.worlds import picture, write_dataset
+from tests.helpers.worlds import picture, write_dataset
 
 NUM_ITEMS = 12
 

@@ -14,7 +14,7 @@ from mmctr.data.interactions import (
     TemporalSplit,
     split_interactions,
 )
-from tests.worlds import random_log
+from tests.helpers.worlds import random_log
 
 NUM_ITEMS = 30
 SPLITS = [

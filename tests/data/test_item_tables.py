@@ -11,12 +11,12 @@ import pytest
 from finetune.train import FinetuneConfig, main
 from mmctr.data.item_tables import described, join_item_tables
 from mmctr.data.prepare import open_dataset
-from mmctr.export import evaluate_run
 from mmctr.files import read_json
-from mmctr.runs import DataConfig
-from mmctr.semantic_ids import semantic_ids
-from tests.tiny import pretrain_values, start, write_config
-from tests.worlds import log_columns, write_dataset, write_table
+from mmctr.retrieval.semantic_ids import semantic_ids
+from mmctr.runs.finished import evaluate_run
+from mmctr.runs.launch import DataConfig
+from tests.helpers.tiny import pretrain_values, start, write_config
+from tests.helpers.worlds import log_columns, write_dataset, write_table
 
 ITEMS = {"item_id": ["a", "b", "c"], "title": ["x", None, "z"]}
 LOG = log_columns([(1, "a", 1, 1), (1, "b", 2, 0), (2, "c", 3, 1)])

@@ -11,8 +11,6 @@ from torch import Tensor
 
 from mmctr.data.batches import BehaviorBatch, Jagged
 from mmctr.data.content import ItemContent, PictureField, TextField
-from mmctr.data.crosses import CrossFeature, cross_features
-from mmctr.data.features import FeatureColumns
 from mmctr.data.interactions import ColdItemsSplit, Impressions, split_interactions
 from mmctr.data.loaders import (
     BatchPlan,
@@ -21,7 +19,9 @@ from mmctr.data.loaders import (
     TrainBatches,
 )
 from mmctr.data.prepare import prepare
-from tests.worlds import picture, random_log, write_dataset
+from mmctr.features.columns import FeatureColumns
+from mmctr.features.crosses import CrossFeature, cross_features
+from tests.helpers.worlds import picture, random_log, write_dataset
 
 NUM_ITEMS = 30
 

@@ -10,7 +10,7 @@ from mmctr.data.batches import ItemBatch
 from mmctr.data.content import ItemContent, TextField
 from mmctr.data.interactions import Impressions, Interactions
 from mmctr.data.pairs import ClickedQueries, CoClicks, GroupMates, PairCollator, ShownNotClicked
-from tests.worlds import random_log
+from tests.helpers.worlds import random_log
 
 NUM_ITEMS = 30
 

@@ -10,7 +10,7 @@ import pytest
 
 from mmctr.data.prepare import Dataset, clean_items, open_dataset, prepare
 from mmctr.files import read_json
-from tests.worlds import log_columns, picture, write_dataset, write_table
+from tests.helpers.worlds import log_columns, picture, write_dataset, write_table
 
 FORMATS = ["parquet", "csv", "jsonl"]
 ITEMS = {"item_id": [10, 20, 30], "title": ["ten", "twenty", "thirty"]}

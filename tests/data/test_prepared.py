@@ -8,7 +8,7 @@ import pytest
 
 from mmctr.data.prepare import open_dataset, prepare
 from tests.data.test_prepare import ITEMS, LOG, rows
-from tests.worlds import write_dataset
+from tests.helpers.worlds import write_dataset
 
 
 def test_prepared_once_and_anew_when_a_table_changes(tmp_path):

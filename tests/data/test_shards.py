@@ -13,7 +13,7 @@ import torch
 from mmctr.data import shards as module
 from mmctr.data.shards import ShardedItems
 from mmctr.data.stream import StreamBatches
-from tests.data.streams import (
+from tests.helpers.streams import (
     batches_of,
     colour,
     equal,
@@ -27,7 +27,7 @@ from tests.data.streams import (
     write_shards,
     write_tar,
 )
-from tests.worlds import in_processes, picture
+from tests.helpers.worlds import in_processes, picture
 
 # Parquet shards -----------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from mmctr.data.batches import ItemBatch
 from mmctr.data.images import decode_picture
 from mmctr.data.loaders import TrainBatches
 from mmctr.data.stream import content_keys
-from tests.data.streams import (
+from tests.helpers.streams import (
     batches_of,
     colour,
     equal,
@@ -25,7 +25,7 @@ from tests.data.streams import (
     write_shard,
     write_shards,
 )
-from tests.worlds import picture
+from tests.helpers.worlds import picture
 
 
 def test_content_by_row(tmp_path):

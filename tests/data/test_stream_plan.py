@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mmctr.data.stream import StreamPlan
-from tests.data.streams import epoch_of, numbers
+from tests.helpers.streams import epoch_of, numbers
 
 
 def plans(group_rows, world_size: int, **options) -> list[StreamPlan]:

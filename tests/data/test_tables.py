@@ -9,7 +9,7 @@ import pyarrow.parquet
 import pytest
 
 from mmctr.data.tables import as_ids, as_text, examples, find_table, read_table, rows_of
-from tests.worlds import write_table
+from tests.helpers.worlds import write_table
 
 FORMATS = ["parquet", "csv", "jsonl"]
 INTEGERS = [1, 2**24 + 1, 2**31 + 1, 2**53 + 1, 2**63 - 1, -5, 0]

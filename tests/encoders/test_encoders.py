@@ -10,7 +10,7 @@ from pydantic import TypeAdapter
 from mmctr.encoders import EncoderConfig
 from mmctr.encoders.base import EncoderBase, model_source
 from mmctr.tasks import PretrainTaskConfig
-from tests.tiny import ARCHITECTURE
+from tests.helpers.tiny import ARCHITECTURE
 
 _VISION = {"image_size": 32, "patch_size": 16, "hidden_size": 16, "intermediate_size": 16}
 _SMALL = {"num_hidden_layers": 1, "num_attention_heads": 2}

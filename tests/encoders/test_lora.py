@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from mmctr.fusion import ContentEncoder, ItemEmbedderConfig
-from mmctr.optimizers import OptimizerConfig, make_optimizer
+from mmctr.embedders.item_embedder import ContentEncoder, ItemEmbedderConfig
 from mmctr.rankers import DINConfig
 from mmctr.tasks import PretrainTask, PretrainTaskConfig, RankingTask, RankingTaskConfig
+from mmctr.training.optimizers import OptimizerConfig, make_optimizer
 from tests.encoders.test_encoders import ENCODERS, build, with_modes
-from tests.encoders.towers import DEEP, RESNET, SIGLIP, features_of, gradients_of, open_adapters, open_clip
+from tests.helpers.tiny import _server
+from tests.helpers.towers import DEEP, RESNET, SIGLIP, features_of, gradients_of, open_adapters, open_clip
 from tests.tasks.test_pretrain import item_batch
 from tests.tasks.test_ranking import world  # noqa: F401
-from tests.tiny import _server
 
 NAMES = {  # names of what has an adapter
     "openclip": {"attn", "c_fc", "c_proj"},

@@ -16,11 +16,11 @@ from torch import nn
 
 from mmctr.encoders.base import EncoderBase
 from mmctr.encoders.layers import find_layers
-from mmctr.optimizers import OptimizerConfig, load_optimizer_tensors, make_optimizer, optimizer_tensors
 from mmctr.tasks import PretrainTask, PretrainTaskConfig
-from mmctr.training import save_weights
+from mmctr.training.fit import save_weights
+from mmctr.training.optimizers import OptimizerConfig, load_optimizer_tensors, make_optimizer, optimizer_tensors
 from tests.encoders.test_encoders import ENCODERS, build, pixels, with_modes
-from tests.encoders.towers import CLIP, DEEP, RESNET, SIGLIP, features_of, gradients_of, open_adapters, open_clip
+from tests.helpers.towers import CLIP, DEEP, RESNET, SIGLIP, features_of, gradients_of, open_adapters, open_clip
 from tests.tasks.test_pretrain import pair_batch
 
 # Learning rates by layer --------------------------------------------------------------------------

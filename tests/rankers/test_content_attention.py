@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from mmctr.export.padded_rankers import padded_logits
 from mmctr.rankers.din import DIN, DINConfig
-from mmctr.rankers.padded import padded_logits
-from tests.rankers.references import repeated
+from tests.helpers.references import repeated
 
 D, C, LENGTHS = 4, 3, [3, 0, 1, 5]
 NAN = math.nan

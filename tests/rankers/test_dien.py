@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from mmctr.layers.jagged import RankerInput
 from mmctr.rankers.dien import DIEN, DIENConfig
-from mmctr.rankers.layers import RankerInput
-from tests.rankers.references import one_by_one, repeated, separate
+from tests.helpers.references import one_by_one, repeated, separate
 
 D, C, LENGTHS = 4, 2, [3, 0, 1, 5]
 

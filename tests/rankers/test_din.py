@@ -5,10 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mmctr.rankers import layers, native
+from mmctr.layers import jagged as layers
+from mmctr.layers import native
+from mmctr.layers.jagged import RankerInput, segment_ids
 from mmctr.rankers.din import DIN, ActivationUnit, DINConfig, _Interaction
-from mmctr.rankers.layers import RankerInput, segment_ids
-from tests.rankers.references import repeated, separate
+from tests.helpers.references import repeated, separate
 
 D, C = 4, 3
 LENGTHS = [3, 0, 1, 5]

@@ -11,12 +11,12 @@ import torch
 from mmctr.data.interactions import TemporalSplit, split_interactions
 from mmctr.data.loaders import NegativeSampler
 from mmctr.data.prepare import prepare
-from mmctr.data.ranking import RankingData, RankingVocabulary
-from mmctr.data.trees import TreesConfig
-from mmctr.optimizers import OptimizerConfig, make_optimizer
+from mmctr.features.ranking_data import RankingData, RankingVocabulary
+from mmctr.features.trees import TreesConfig
 from mmctr.tasks import RankingTask, RankingTaskConfig
+from mmctr.training.optimizers import OptimizerConfig, make_optimizer
 from tests.contract.test_rankers import RANKERS
-from tests.worlds import write_dataset
+from tests.helpers.worlds import write_dataset
 
 EVENTS, ITEMS, MAX_HISTORY = 50_000, 60, 20
 FEATURES = {

@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mmctr.rankers.layers import RankerInput
+from mmctr.layers.jagged import RankerInput
 from mmctr.rankers.linear import LRConfig, LSPLMConfig
-from tests.rankers.references import separate
+from tests.helpers.references import separate
 
 
 def inputs(dim: int, parts: int = 3, scale: float = 1.0) -> RankerInput:

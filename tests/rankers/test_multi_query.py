@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch.nn.functional import pad
 
+from mmctr.layers.jagged import RankerInput, segment_ids
 from mmctr.rankers.din import DIN, DINConfig
-from mmctr.rankers.layers import RankerInput, segment_ids
 from mmctr.tasks import RankingTask, RankingTaskConfig
-from tests.rankers.references import repeated
+from tests.helpers.references import repeated
+from tests.helpers.serving import ServingWorld, make_task, make_world, ranking_data
 from tests.rankers.test_din import explicit_unit
-from tests.serving import ServingWorld, make_task, make_world, ranking_data
 
 D, C = 7, 3
 COLUMNS = {"id": slice(0, 2), "content": slice(4, 7)}  # side features between them

@@ -10,11 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmctr.data.batches import ItemBatch, PairBatch, Partners
-from mmctr.losses import clip_loss, multi_positive_loss, pair_loss, siglip_loss, similarity_distillation_loss
-from mmctr.objectives import DistillationConfig, ObjectivesConfig
+from mmctr.losses.contrastive import (
+    clip_loss,
+    multi_positive_loss,
+    pair_loss,
+    siglip_loss,
+    similarity_distillation_loss,
+)
+from mmctr.losses.objectives import DistillationConfig, ObjectivesConfig
 from mmctr.tasks import PretrainTask, PretrainTaskConfig, RankingTask
 from tests.encoders.test_encoders import ENCODERS
-from tests.tiny import ARCHITECTURE
+from tests.helpers.tiny import ARCHITECTURE
 
 OPENCLIP = {"name": "openclip", "architecture": ARCHITECTURE}
 TOWERS = {"encoder": ENCODERS["towers"], "projection": {"dim": 8}}

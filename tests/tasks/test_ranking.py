@@ -13,12 +13,12 @@ from mmctr.data.content import ItemContent, PictureField, TextField
 from mmctr.data.interactions import ColdItemsSplit, split_interactions
 from mmctr.data.loaders import NegativeSampler
 from mmctr.data.prepare import open_dataset
-from mmctr.data.ranking import RankingData, RankingVocabulary
-from mmctr.evaluation import embed_catalog
-from mmctr.fusion import ContentEncoder, ContentTable, ItemEmbedderConfig
-from mmctr.optimizers import OptimizerConfig, make_optimizer
+from mmctr.embedders.item_embedder import ContentEncoder, ContentTable, ItemEmbedderConfig
+from mmctr.evaluation.predict import embed_catalog
+from mmctr.features.ranking_data import RankingData, RankingVocabulary
 from mmctr.rankers import DIENConfig, DINConfig, LRConfig, LSPLMConfig
 from mmctr.tasks import RankingTask, RankingTaskConfig
+from mmctr.training.optimizers import OptimizerConfig, make_optimizer
 from tests.tasks.test_pretrain import pretrain_task
 
 

@@ -1,0 +1,260 @@
+"""Everything a ranker's batches are made of: vocabularies learned on training rows, and columns encoded with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import torch
+from pydantic import model_validator
+from torch import Tensor
+
+from mmctr.config import Config
+from mmctr.data.batches import Features
+from mmctr.data.interactions import Impressions, Splits
+from mmctr.data.loaders import BehaviorCollator, ItemContent, NegativeSampler, behaviors_read
+from mmctr.data.prepare import Dataset
+from mmctr.data.tables import one_array, rows_of
+from mmctr.features.columns import (
+    BehaviorView,
+    FeatureColumns,
+    FeatureConfig,
+    NumericFeature,
+    Vocabulary,
+    encode_table,
+    learn_vocabularies,
+)
+from mmctr.features.crosses import HISTORY, CrossFeature, cross_features
+from mmctr.features.trees import LEAVES, TreeColumns, Trees, TreesConfig
+from mmctr.files import read_json, write_json
+
+
+class FeatureConfigs(Config):
+    """Side features by column name."""
+
+    item: dict[str, FeatureConfig] = {}
+    """columns of the items table"""
+    user: dict[str, FeatureConfig] = {}
+    """columns of the users table"""
+    context: dict[str, FeatureConfig] = {}
+    """further columns of the interactions, known before the click"""
+    cross: dict[str, CrossFeature] = {}
+    """combinations of these, under names of your choice"""
+
+    @model_validator(mode="after")
+    def _distinct(self) -> FeatureConfigs:
+        both = set(self.user) & set(self.context)
+        if both:
+            raise ValueError(f"the column {sorted(both)[0]!r} is declared as a user and a context feature; keep one")
+        if "item_id" in self.item:
+            raise ValueError("item_id is not a side feature: the embedder's id_dim makes the ID vector")
+        declared = self.user | self.context
+        columns = self.item | declared
+        choices = ["user_id", "item_id", "history.item_id", *columns, *(HISTORY + name for name in self.item)]
+        if LEAVES in declared | self.cross:
+            raise ValueError(f"the name {LEAVES!r} is taken; rename the feature")
+        for name, config in self.cross.items():
+            if name in declared:
+                raise ValueError(f"the cross {name!r} has the name of another feature; rename it")
+            for part in config.of:
+                if part not in choices:
+                    raise ValueError(f"the cross {name!r} is of {part!r}, which is none of {', '.join(choices)}")
+                feature = columns.get(part.removeprefix(HISTORY))
+                if isinstance(feature, NumericFeature) and not feature.buckets:
+                    raise ValueError(f"the cross {name!r} is of the number {part!r}; give it `buckets`")
+        return self
+
+
+@dataclass(frozen=True)
+class RankingVocabulary:
+    """What training has seen: items and users with a row of their own, and the values of side features."""
+
+    item_ids: pa.Array
+    """items with at least one training impression; row i + 1 of the ID table is item_ids[i]"""
+    clicks: np.ndarray
+    """(number of item_ids,) training clicks of each"""
+    user_ids: pa.Array
+    item: dict[str, Vocabulary] = field(default_factory=dict)
+    user: dict[str, Vocabulary] = field(default_factory=dict)
+    context: dict[str, Vocabulary] = field(default_factory=dict)
+    trees: Trees | None = None
+    """of GBDT+LR"""
+
+    @classmethod
+    def learn(cls, dataset: Dataset, splits: Splits, features: FeatureConfigs) -> RankingVocabulary:
+        """From training rows alone: item values weigh by items, user values by users, context values by rows."""
+        warm = np.flatnonzero(splits.seen)
+        users = np.unique(splits.train.user)
+        return cls(
+            item_ids=dataset.catalog.item_ids.take(pa.array(warm)),
+            clicks=splits.clicks[warm],
+            user_ids=_user_ids(dataset).take(pa.array(users)),
+            item=learn_vocabularies(features.item, dataset.catalog.table, warm, "items table"),
+            user=learn_vocabularies(features.user, dataset.users, users, "users table"),
+            context=learn_vocabularies(features.context, dataset.context, splits.train.source, "interactions table"),
+        )
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        pyarrow.parquet.write_table(
+            pa.table({"item_id": self.item_ids, "clicks": self.clicks}), folder / "items.parquet"
+        )
+        pyarrow.parquet.write_table(pa.table({"user_id": self.user_ids}), folder / "users.parquet")
+        groups = {"item": self.item, "user": self.user, "context": self.context}
+        write_json(
+            folder / "features.json", {g: {n: v.to_json() for n, v in group.items()} for g, group in groups.items()}
+        )
+        if self.trees is not None:
+            self.trees.save(folder)
+
+    @classmethod
+    def load(cls, folder: Path) -> RankingVocabulary:
+        items = pyarrow.parquet.read_table(folder / "items.parquet")
+        users = pyarrow.parquet.read_table(folder / "users.parquet")
+        groups = {
+            g: {n: Vocabulary(**v) for n, v in group.items()}
+            for g, group in read_json(folder / "features.json").items()
+        }
+        return cls(
+            item_ids=one_array(items.column("item_id")),
+            clicks=items.column("clicks").to_numpy(),
+            user_ids=one_array(users.column("user_id")),
+            **groups,
+            trees=Trees.load(folder) if (folder / "trees.json").is_file() else None,
+        )
+
+    def item_rows(self, item_ids: pa.Array) -> np.ndarray:
+        """(n,) rows of the ID table, 0 for items unseen in training."""
+        return rows_of(item_ids, self.item_ids, "the run's items and this dataset's") + 1
+
+
+class RankingData:
+    """A dataset seen through a vocabulary: makes collators for its impressions.
+
+    Works for the dataset of training and for any other with the same columns.
+
+    Args:
+        content: (N, D) frozen content vectors of the catalog and the (N,) mask of items that have one, for trees.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        vocabulary: RankingVocabulary,
+        features: FeatureConfigs,
+        max_history: int,
+        content: tuple[Tensor, Tensor] | None = None,
+    ):
+        self.vocabulary = vocabulary
+        self.max_history = max_history
+        self.content = content
+        catalog = dataset.catalog
+        self.id_rows = vocabulary.item_rows(catalog.item_ids)
+        """(N,) row of each catalog item in the ID table, 0 for cold items"""
+        items = encode_table(features.item, vocabulary.item, catalog.table, "items table")
+        self.items = FeatureColumns({"item_id": torch.from_numpy(self.id_rows), **items.columns})
+        self.user_rows = torch.from_numpy(rows_of(_user_ids(dataset), vocabulary.user_ids, "users") + 1)
+        self.users = encode_table(features.user, vocabulary.user, dataset.users, "users table")
+        # nothing of the log's further columns is read unless a feature asks for one
+        context = dataset.context if features.context else pa.table({})
+        self.context = encode_table(features.context, vocabulary.context, context, "interactions table")
+        self.derived: tuple[Callable[[BehaviorView], Features], ...] = ()
+        if features.cross:
+            self.derived += (partial(cross_features, features.cross),)
+        if vocabulary.trees is not None:
+            projected = self.projected(vocabulary.trees.columns)
+            self.derived += (partial(vocabulary.trees.leaves, content=projected),)
+
+    @property
+    def clicks(self) -> np.ndarray:
+        """(N,) training clicks of each catalog item."""
+        return np.concatenate([[0], self.vocabulary.clicks])[self.id_rows]
+
+    def projected(self, columns: TreeColumns) -> np.ndarray | None:
+        """(N, P) what trees read of the content vectors, NaN where an item has none."""
+        if columns.projection is None:
+            return None
+        if self.content is None:
+            return np.full((len(self.id_rows), columns.projection.components.shape[1]), np.float32("nan"))
+        vectors, has = (part.cpu().numpy() for part in self.content)
+        return np.where(has[:, None], columns.projection(vectors), np.float32("nan"))
+
+    def fit_trees(self, config: TreesConfig, impressions: Impressions, id_dropout: float, seed: int) -> Trees:
+        """Boosted trees on the given impressions. Cold items are imitated as in the training of rankers: some items
+        show no ID."""
+        columns = TreeColumns.learn(
+            config, self.items, FeatureColumns(self.users.columns | self.context.columns), self.content
+        )
+        content = self.projected(columns)
+        parts: list[np.ndarray] = []
+        is_category: list[bool] = []
+
+        def collect(view: BehaviorView) -> Features:
+            x, is_category[:] = columns(view, content)
+            parts.append(x)
+            return {}
+
+        collator = replace(self.collator(impressions, id_dropout=id_dropout, seed=seed), derived=(collect,))
+        for step, begin in enumerate(range(0, len(impressions), 4096)):
+            collator(np.arange(begin, min(begin + 4096, len(impressions))), step)
+        return Trees.fit(config, columns, np.concatenate(parts), is_category, impressions.label, seed)
+
+    def samples(self, impressions: Impressions) -> tuple[np.ndarray, np.ndarray]:
+        """For each row of the ID tables of items and of users, how many of the impressions it is in."""
+        items = samples_of_items(impressions, len(self.id_rows), self.max_history)
+        users = self.user_rows.numpy()[impressions.user]
+        sizes = len(self.vocabulary.item_ids) + 1, len(self.vocabulary.user_ids) + 1
+        of_items = np.bincount(self.id_rows, weights=items, minlength=sizes[0])
+        return of_items.astype(np.int64), np.bincount(users, minlength=sizes[1])
+
+    def collator(
+        self,
+        impressions: Impressions,
+        *,
+        content: ItemContent | None = None,
+        encode_history: bool = True,
+        max_encoded: int | None = None,
+        negatives: NegativeSampler | None = None,
+        id_dropout: float = 0.0,
+        user_dropout: float = 0.0,
+        seed: int = 0,
+    ) -> BehaviorCollator:
+        return BehaviorCollator(
+            impressions=impressions,
+            items=self.items,
+            user_rows=self.user_rows,
+            users=self.users,
+            context=self.context,
+            max_history=self.max_history,
+            content=content,
+            encode_history=encode_history,
+            max_encoded=max_encoded,
+            derived=self.derived,
+            negatives=negatives,
+            id_dropout=id_dropout,
+            user_dropout=user_dropout,
+            seed=seed,
+        )
+
+
+def samples_of_items(impressions: Impressions, num_items: int, max_history: int) -> np.ndarray:
+    """(num_items,) how many impressions have each catalog row as their target or among the behaviours read."""
+    counts = np.zeros(num_items, np.int64)
+    for begin in range(0, len(impressions), 1 << 16):
+        part = slice(begin, begin + (1 << 16))
+        index, offsets = behaviors_read(impressions, part, max_history)
+        target = impressions.item[part].astype(np.int64)
+        impression = np.repeat(np.arange(len(target)), np.diff(offsets.numpy()))
+        behaviors = impressions.history[index.numpy()]
+        pairs = [np.arange(len(target)) * num_items + target, impression * num_items + behaviors]
+        counts += np.bincount(np.unique(np.concatenate(pairs)) % num_items, minlength=num_items)
+    return counts
+
+
+def _user_ids(dataset: Dataset) -> pa.Array:
+    return one_array(dataset.users.column("user_id"))

@@ -1,0 +1,280 @@
+"""Boosted trees as a feature transform: which leaf of each tree an impression falls into (He et al. 2014).
+
+The trees are LightGBM's, from the optional extra `gbdt`. They read what a linear model cannot combine by itself:
+numbers as they are, categories as codes, the most frequent values of lists, how much the behaviours share with the
+target, and the principal components of frozen content vectors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from mmctr.config import Config
+from mmctr.data.batches import Features, Jagged
+from mmctr.features.columns import BehaviorView, FeatureColumns, known_values, pooled_by
+from mmctr.files import read_json, write_json
+
+LEAVES = "gbdt_leaves"
+"""the context feature the leaves are"""
+
+
+class TreesConfig(Config):
+    share: float = Field(default=0.25, gt=0, lt=1)
+    """of the training rows, drawn at random: trees learn on these, the linear model on the others. On rows the trees
+    have learnt, leaves would promise more than they keep"""
+    num_trees: int = Field(default=100, ge=1)
+    num_leaves: int = Field(default=32, ge=2)
+    """at most, of each tree"""
+    learning_rate: float = Field(default=0.1, gt=0)
+    min_rows: int = Field(default=50, ge=1)
+    """of a leaf"""
+    top_values: int = Field(default=16, ge=0)
+    """most frequent values of a multi-valued feature that get a column each"""
+    content_dims: int = Field(default=16, ge=0)
+    """principal components of frozen content vectors that get a column each"""
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Content vectors -> principal components of unit length."""
+
+    mean: np.ndarray
+    """(D,)"""
+    components: np.ndarray
+    """(D, P)"""
+
+    @classmethod
+    def fit(cls, vectors: np.ndarray, dims: int) -> Projection:
+        """From (N, D) vectors."""
+        sample = vectors[np.random.default_rng(0).permutation(len(vectors))[:50_000]].astype(np.float64)
+        mean = sample.mean(0)
+        _, basis = np.linalg.eigh((sample - mean).T @ (sample - mean))
+        return cls(mean, basis[:, ::-1][:, :dims])
+
+    def __call__(self, vectors: np.ndarray) -> np.ndarray:
+        """(N, D) -> (N, P) float32."""
+        projected = ((vectors - self.mean) @ self.components).astype(np.float32)
+        return projected / np.maximum(np.linalg.norm(projected, axis=1, keepdims=True), 1e-12)
+
+
+@dataclass(frozen=True)
+class TreeColumns:
+    """What trees read of impressions: `columns(view, content) -> (B, C)` float32 with NaN for what is missing.
+
+    Args:
+        item, impression: names of the item features, and of those of users and context.
+        top: values of multi-valued features that have a column, by `item NAME` or `impression NAME`.
+    """
+
+    item: list[str]
+    impression: list[str]
+    top: dict[str, list[int]]
+    projection: Projection | None = None
+
+    @classmethod
+    def learn(
+        cls,
+        config: TreesConfig,
+        items: FeatureColumns,
+        impressions: FeatureColumns,
+        content: tuple[Tensor, Tensor] | None,
+    ) -> TreeColumns:
+        top = {}
+        of_items = {f"item {name}": column for name, column in items.columns.items()}
+        of_impressions = {f"impression {name}": column for name, column in impressions.columns.items()}
+        for name, column in (of_items | of_impressions).items():
+            if isinstance(column, Jagged):
+                counts = np.bincount(column.values.numpy(), minlength=1)
+                by_count = np.argsort(-counts, kind="stable")[: config.top_values]
+                top[name] = [int(value) for value in by_count if counts[value]]
+        projection = None
+        if content is not None and config.content_dims:
+            vectors, has = (part.cpu().numpy() for part in content)
+            if has.any():
+                projection = Projection.fit(vectors[has], config.content_dims)
+        return cls(list(items.columns), list(impressions.columns), top, projection)
+
+    def __call__(self, view: BehaviorView, content: np.ndarray | None = None) -> tuple[np.ndarray, list[bool]]:
+        """(B, C) columns, and which of these are codes of categories. `content`: (N, P) of `projection`, by catalog
+        row, NaN where an item has none."""
+        lengths = np.diff(view.offsets.numpy())
+        parts: list[np.ndarray] = [lengths]
+        is_category = [False]
+
+        def add(name: str, feature: Tensor | Jagged) -> None:
+            columns = self._own(name, feature)
+            parts.extend(columns)
+            is_category.extend([not isinstance(feature, Jagged) and feature.ndim == 1] * len(columns))
+
+        for name in self.impression:
+            add(f"impression {name}", view.impression[name])
+        for name in self.item:
+            target = view.target(name)
+            add(f"item {name}", target)
+            if isinstance(target, Jagged) or target.ndim == 1:
+                shared = _shared(known_values(target), pooled_by(known_values(view.history(name)), view.offsets))
+                parts.append(np.where(lengths > 0, shared / np.maximum(lengths, 1), np.nan))
+                is_category.append(False)
+        if content is not None:
+            target = content[view.target_rows.numpy()]
+            parts += [*target.T, *_similarity(target, content[view.history_rows.numpy()], view.offsets.numpy())]
+            is_category += [False] * (target.shape[1] + 3)
+        return np.stack(parts, 1).astype(np.float32), is_category
+
+    def _own(self, name: str, feature: Tensor | Jagged) -> list[np.ndarray]:
+        """The columns of one feature itself: a code, a number, or whether each of the top values is there."""
+        if isinstance(feature, Jagged):
+            values, row = feature.values.numpy(), _row_of(feature)
+            columns = []
+            for value in self.top[name]:
+                column = np.zeros(len(feature.offsets) - 1)
+                column[row[values == value]] = 1
+                columns.append(column)
+            return columns
+        if feature.ndim == 1:
+            return [np.where(feature.numpy() > 0, feature.numpy(), np.nan)]
+        value, missing = feature.numpy().T
+        return [np.where(missing > 0, np.nan, value)]
+
+
+def _row_of(feature: Jagged) -> np.ndarray:
+    """(V,) the row each value is of."""
+    lengths = np.diff(feature.offsets.numpy())
+    return np.repeat(np.arange(len(lengths)), lengths)
+
+
+def _shared(target: Jagged, behaviors: Jagged) -> np.ndarray:
+    """(B,) pairs of a target's value and an equal value of a behaviour; a value counts once for a target."""
+    row, value = _row_of(target), target.values.numpy()
+    of, values = _row_of(behaviors), behaviors.values.numpy()
+    num_rows, num_values = len(target.offsets) - 1, int(max(value.max(initial=0), values.max(initial=0))) + 1
+    if num_rows * num_values <= 1 << 26:
+        wanted = np.zeros(num_rows * num_values, bool)
+        wanted[row * num_values + value] = True
+        found = wanted[of * num_values + values]
+    else:
+        found = np.isin(of * num_values + values, row * num_values + value)
+    return np.bincount(of, weights=found, minlength=num_rows)
+
+
+def _similarity(target: np.ndarray, behaviors: np.ndarray, offsets: np.ndarray) -> list[np.ndarray]:
+    """Cosine of the target (B, P) with its behaviours (H, P): mean, largest, with the newest; NaN where undefined."""
+    lengths = np.diff(offsets)
+    cosine = np.einsum("hp,hp->h", target[np.repeat(np.arange(len(target)), lengths)], behaviors)
+    defined = np.isfinite(cosine)
+    some = np.flatnonzero(lengths > 0)
+    mean, largest, newest = (np.full(len(target), np.nan) for _ in range(3))
+    if len(some):
+        starts = offsets[:-1][some]
+        total, count = (np.add.reduceat(x, starts) for x in (np.where(defined, cosine, 0), defined.astype(np.float64)))
+        with np.errstate(invalid="ignore"):
+            mean[some] = np.where(count > 0, total / np.maximum(count, 1), np.nan)
+        top = np.maximum.reduceat(np.where(defined, cosine, -2), starts)
+        largest[some] = np.where(top > -2, top, np.nan)
+        newest[some] = cosine[offsets[1:][some] - 1]
+    return [mean, largest, newest]
+
+
+@dataclass(frozen=True)
+class Trees:
+    """Fitted trees: `trees.leaves(view, content)` is the context feature `LEAVES`."""
+
+    columns: TreeColumns
+    model: str
+    """LightGBM's text form"""
+    booster: Any = field(compare=False)
+    num_leaves: int
+    """rows of the table a tree takes"""
+
+    @property
+    def num_rows(self) -> int:
+        """Of the table of leaves; row 0 is unused."""
+        return self.booster.num_trees() * self.num_leaves + 1
+
+    @classmethod
+    def fit(
+        cls,
+        config: TreesConfig,
+        columns: TreeColumns,
+        x: np.ndarray,
+        is_category: list[bool],
+        label: np.ndarray,
+        seed: int,
+    ) -> Trees:
+        """From the (n, C) columns of impressions and their labels (n,): the same trees for the same seed."""
+        lightgbm = _lightgbm()
+        categories = [i for i, flag in enumerate(is_category) if flag]
+        settings = {
+            "objective": "binary",
+            "num_leaves": config.num_leaves,
+            "learning_rate": config.learning_rate,
+            "min_data_in_leaf": config.min_rows,
+            "num_threads": torch.get_num_threads(),
+            "deterministic": True,
+            "force_row_wise": True,
+            "seed": seed,
+            "verbosity": -1,
+        }
+        data = lightgbm.Dataset(x, label, categorical_feature=categories, params={"verbosity": -1})
+        booster = lightgbm.train(settings, data, num_boost_round=config.num_trees)
+        return cls(columns, booster.model_to_string(), booster, config.num_leaves)
+
+    def leaves(self, view: BehaviorView, content: np.ndarray | None = None) -> Features:
+        """{LEAVES: Jagged of one row a tree} for the impressions of a batch."""
+        x, _ = self.columns(view, content)
+        # one thread: loader workers are forked processes, in which the threads of OpenMP do not exist
+        leaf = np.asarray(self.booster.predict(x, pred_leaf=True, num_threads=1), np.int64).reshape(len(x), -1)
+        trees = leaf.shape[1]
+        rows = leaf + np.arange(trees) * self.num_leaves + 1
+        return {LEAVES: Jagged(torch.from_numpy(rows.ravel()), torch.arange(len(x) + 1) * trees)}
+
+    def save(self, folder: Path) -> None:
+        projection = self.columns.projection
+        values = {
+            "item": self.columns.item,
+            "impression": self.columns.impression,
+            "top": self.columns.top,
+            "mean": None if projection is None else projection.mean.tolist(),
+            "components": None if projection is None else projection.components.tolist(),
+            "num_leaves": self.num_leaves,
+            "model": self.model,
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "trees.json", values)
+
+    @classmethod
+    def load(cls, folder: Path) -> Trees:
+        values = read_json(folder / "trees.json")
+        projection = None
+        if values["mean"] is not None:
+            projection = Projection(np.array(values["mean"]), np.array(values["components"]))
+        columns = TreeColumns(values["item"], values["impression"], values["top"], projection)
+        booster = _lightgbm().Booster(model_str=values["model"])
+        return cls(columns, values["model"], booster, values["num_leaves"])
+
+
+def disjoint_rows(num_rows: int, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows for the trees and rows for what reads their leaves, both ascending.
+
+    Raises ValueError when one of them would be empty.
+    """
+    order = np.random.default_rng([seed, 7]).permutation(num_rows)
+    count = round(share * num_rows)
+    if not 0 < count < num_rows:
+        raise ValueError(f"trees.share={share} of {num_rows} training rows leaves none to trees or to the linear model")
+    return np.sort(order[:count]), np.sort(order[count:])
+
+
+def _lightgbm() -> Any:
+    try:
+        import lightgbm
+    except ImportError:
+        raise ValueError("the ranker gbdt_lr needs LightGBM: pip install 'mmctr[gbdt]'") from None
+    return lightgbm

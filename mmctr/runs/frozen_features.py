@@ -1,0 +1,91 @@
+"""Features of frozen towers: made once for a catalog, kept on disk, and read instead of pictures and texts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from mmctr.data.catalog import Catalog
+from mmctr.data.content import ItemContent, PictureField, TextField
+from mmctr.data.embeddings import EmbeddingTable, write_embeddings
+from mmctr.encoders.augment import AugmentConfig
+from mmctr.encoders.base import EncoderBase
+from mmctr.files import fingerprint
+
+
+def with_frozen_features(
+    encoder: EncoderBase, content: ItemContent, catalog: Catalog, accelerator: Accelerator
+) -> ItemContent:
+    """The content with the features of each frozen tower in place of what it reads.
+
+    They are made by all processes, in shards: a killed run goes on. An image tower whose pictures are augmented has
+    other features each step, so its pictures stay.
+    """
+    pictures, texts = content.pictures, content.texts
+    if encoder.modes.get("image") == "frozen" and encoder.augment == AugmentConfig():
+        pictures = tuple(_with_features(encoder, "image", field, catalog, accelerator) for field in pictures)
+    if encoder.modes.get("text") == "frozen":
+        texts = tuple(_with_features(encoder, "text", field, catalog, accelerator) for field in texts)
+    return ItemContent(pictures, texts)
+
+
+def _with_features(
+    encoder: EncoderBase, tower: str, field: PictureField | TextField, catalog: Catalog, accelerator: Accelerator
+) -> Any:
+    if isinstance(field, PictureField):
+        source = [field.pictures.folder.name, field.pictures.report["key"]]
+    else:
+        source = [fingerprint(field.input_ids.numpy().tobytes())]
+    identity = {
+        "tower": _tower_key(encoder, tower),
+        "source": source,
+        "catalog": fingerprint(catalog.item_ids.to_pylist()),
+    }
+    folder = catalog.folder / f"features-{tower}-{fingerprint(identity)}"
+    has = field.has
+
+    @torch.inference_mode()
+    def encode(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        parts = []
+        for start in range(0, len(rows), 128):
+            values = field.take(torch.from_numpy(rows[start : start + 128])).to(accelerator.device)
+            with accelerator.autocast():
+                features = encoder.encode_image(values) if tower == "image" else encoder.encode_text(values)
+            parts.append(features.float().cpu())
+        return torch.cat(parts).numpy(), has[rows]
+
+    if not (folder / "manifest.json").is_file():
+        accelerator.print(f"{tower} tower is frozen: its features of {int(has.sum())} items are made once, in {folder}")
+    was_training = encoder.training
+    encoder.eval()
+    write_embeddings(
+        folder,
+        catalog.item_ids,
+        None,
+        encode,
+        identity,
+        shard_size=1024,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        wait=accelerator.wait_for_everyone,
+    )
+    encoder.train(was_training)
+    features, _ = EmbeddingTable.read(folder).aligned(catalog.item_ids)
+    return replace(field, features=features)
+
+
+def _tower_key(encoder: EncoderBase, tower: str) -> str:
+    """Changes with the weights, the architecture and what is done to the pixels; not with the other tower, which may
+    be in training."""
+    other = {id(p) for p in encoder.tower_parameters("text" if tower == "image" else "image")}
+    weights = [
+        fingerprint(name, value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        for name, value in encoder.state_dict(keep_vars=True).items()
+        if id(value) not in other
+    ]
+    pixels = [encoder.image_size, encoder.image_mean.flatten().tolist(), encoder.image_std.flatten().tolist()]
+    return fingerprint(type(encoder).__name__, [str(module) for module in encoder.tower(tower)], weights, pixels)

@@ -1,0 +1,284 @@
+"""What `pretrain.train` reads: training items and their partners, from a prepared dataset or from shards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from mmctr.data.batches import PairBatch
+from mmctr.data.catalog import Catalog, tokenized
+from mmctr.data.content import ItemContent
+from mmctr.data.embeddings import read_tables
+from mmctr.data.hashing import row_hashes
+from mmctr.data.interactions import SplitConfig, Splits, split_interactions
+from mmctr.data.loaders import BatchPlan, TrainBatches
+from mmctr.data.pairs import ClickedQueries, CoClicks, GroupMates, PairCollator, PartnerSampler, ShownNotClicked
+from mmctr.data.prepare import Dataset
+from mmctr.data.shards import ShardedItems
+from mmctr.data.stream import HeldItems, StreamBatches, StreamContent, StreamPlan
+from mmctr.data.tables import as_text, require_columns, value_codes
+from mmctr.evaluation.pretraining import HeldOut, HeldOutCoClicks
+from mmctr.files import cache_folder, fingerprint
+from mmctr.runs.launch import DataConfig, pair_rows
+from mmctr.tasks import PretrainTask
+
+
+@dataclass(frozen=True)
+class Partners:
+    """What objectives ask for beyond pictures and texts: partners of items, queries, groups, a table to distil from."""
+
+    samplers: dict[str, PartnerSampler] = field(default_factory=dict)
+    queries: ClickedQueries | None = None
+    groups: dict[str, Tensor] = field(default_factory=dict)
+    teacher: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def make(
+        cls, dataset: Dataset, splits: Splits | None, task: PretrainTask, allowed: np.ndarray, source: str, seed: int
+    ) -> Partners:
+        """Raises ValueError when the dataset lacks what an objective reads.
+
+        Args:
+            splits: not None where an objective reads behaviour.
+            allowed: (N,) bool, the items that may be partners.
+        """
+        objectives, catalog, num_items = task.config.objectives, dataset.catalog, len(dataset.catalog)
+        samplers: dict[str, PartnerSampler] = {}
+        queries, groups, teacher = None, {}, None
+        if objectives.behavior is not None and splits is not None:
+            behavior = objectives.behavior
+            clicked = CoClicks(
+                splits.train, dataset.interactions, num_items, behavior.window, behavior.max_gap, seed, allowed
+            )
+            if not clicked.num_pairs:
+                raise ValueError(
+                    f"{source}: no user has two training clicks near each other: there are no pairs of items"
+                )
+            samplers["clicked"] = clicked
+            if behavior.hard_negatives:
+                samplers["shown"] = ShownNotClicked(splits.train, num_items, behavior.shown_window, seed, allowed)
+        if objectives.query is not None and splits is not None:
+            queries = _queries(dataset, splits, objectives.query.column, task, num_items, seed)
+        if objectives.group is not None:
+            column = objectives.group.column
+            codes = value_codes(catalog.table, column, "items table")[0]
+            groups[column] = torch.from_numpy(codes)
+            samplers["group"] = GroupMates(codes, allowed, seed)
+        if objectives.distillation is not None:
+            vectors, there = read_tables(objectives.distillation.path, catalog.item_ids)
+            if not there.any():
+                raise ValueError(f"{objectives.distillation.path}: holds none of the items of {source}")
+            teacher = torch.nn.functional.normalize(vectors, dim=1), there
+        return cls(samplers, queries, groups, teacher)
+
+
+@dataclass(frozen=True)
+class PretrainData:
+    """Training rows and partners, and what is held out."""
+
+    content: ItemContent
+    train_rows: np.ndarray
+    """(n,) catalog rows a step may start from"""
+    held_out: HeldOut
+    keys: Tensor
+    """(N, K) int64, what tells items apart"""
+    partners: Partners = Partners()
+    counts: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+
+    @classmethod
+    def make(
+        cls,
+        dataset: Dataset,
+        content: ItemContent,
+        task: PretrainTask,
+        split: SplitConfig,
+        *,
+        validation: float,
+        same: Sequence[str],
+        attributes: Sequence[str],
+        source: str,
+        seed: int,
+    ) -> PretrainData:
+        """Everything the objectives of a task ask for. Raises ValueError when the dataset lacks it."""
+        objectives, catalog = task.config.objectives, dataset.catalog
+        require_columns(catalog.table, list(attributes), "items table")
+        pairs, validation_rows = pair_rows(content, validation, source)
+        held_out = np.zeros(len(catalog), bool)
+        held_out[validation_rows] = True
+        assert content.has_image is not None and content.has_text is not None
+        has_content = content.has_image | content.has_text
+        allowed = ~held_out & has_content
+        # where pictures are only compared with texts, an item that lacks one says nothing
+        both = set(objectives.given) <= {"clip", "siglip"}
+
+        splits = None
+        try:
+            splits = split_interactions(dataset.interactions, len(catalog), split)
+        except ValueError:  # no log, or one too small to cut: only an objective on behaviour needs it
+            if objectives.read_behavior:
+                raise
+        values = {
+            name: as_text(catalog.table.column(name)).take(pa.array(validation_rows)).to_pylist() for name in attributes
+        }
+        coclicks = None if splits is None else HeldOutCoClicks.make(splits, has_content)
+        train_rows = pairs if both else np.flatnonzero(allowed)
+        counts: dict[str, Any] = {
+            "train_items": len(train_rows),
+            "validation_items": len(validation_rows),
+            "without_content": int((~has_content).sum()),
+            "without_pair": len(catalog) - len(pairs) - len(validation_rows),
+            "items_set_aside": dataset.report["items"]["set aside"],
+        }
+        for number, picture in enumerate(content.pictures):
+            rejected = {reason: entry["count"] for reason, entry in picture.pictures.report["rejected"].items()}
+            counts[f"rejected_pictures{f'_{number}' if number else ''}"] = rejected
+        return cls(
+            content=content,
+            train_rows=train_rows,
+            held_out=HeldOut(content, validation_rows, values, coclicks),
+            keys=item_keys(catalog, content, same),
+            partners=Partners.make(dataset, splits, task, allowed, source, seed),
+            counts=counts,
+            seed=seed,
+        )
+
+    @property
+    def num_keys(self) -> int:
+        return self.keys.shape[1]
+
+    @property
+    def num_train_items(self) -> int:
+        return len(self.train_rows)
+
+    def batches(self, batch_size: int, num_workers: int, rank: int, world_size: int) -> TrainBatches[PairBatch]:
+        plan = BatchPlan(len(self.train_rows), batch_size, self.seed, rank, world_size)
+        return TrainBatches(plan, self.collator(), num_workers)
+
+    def collator(self) -> PairCollator:
+        p = self.partners
+        return PairCollator(
+            self.content, self.train_rows, self.keys, p.samplers, p.queries, p.groups, p.teacher, self.seed
+        )
+
+    def summary(self) -> str:
+        """What is there to train on, and what was set aside."""
+        lines = [
+            f"{self.counts['train_items']} items to train on, {self.counts['validation_items']} held out, "
+            f"{self.counts['without_pair']} lack picture or text"
+        ]
+        for reason, entry in self.counts["items_set_aside"].items():
+            found = entry if isinstance(entry, int) else entry["count"]
+            if found:
+                lines.append(f"items set aside: {found}, {reason}")
+        for picture in self.content.pictures:
+            for reason, entry in picture.pictures.report["rejected"].items():
+                lines.append(f"pictures rejected as {reason}: {entry['count']}, for example items {entry['examples']}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class StreamData:
+    """Training items read from shards, and what is held out of them."""
+
+    content: StreamContent
+    plan: StreamPlan
+    """of one row a step"""
+    held_out: HeldOut
+    num_keys: int = 3
+
+    @classmethod
+    def make(
+        cls, config: DataConfig, task: PretrainTask, *, validation: float, attributes: Sequence[str], seed: int
+    ) -> StreamData:
+        """Raises ValueError for objectives that need more than the items of a batch."""
+        assert config.stream is not None
+        more = set(task.config.objectives.given) - {"clip", "siglip"}
+        if more:
+            raise ValueError(
+                f"task.objectives.{min(more)}: needs the whole catalog at hand, and data.stream reads it in shards; "
+                f"prepare the dataset instead, or leave the objective out"
+            )
+        content = stream_content(config, task, attributes)
+        rows = content.items.group_rows
+        plan = StreamPlan(rows, 1, seed, buffer_rows=config.stream.buffer_rows, validation=validation)
+        table, items = StreamBatches(content, plan).held_out(config.stream.held_out)
+        assert items.has_image is not None and items.has_text is not None
+        picked = np.flatnonzero((items.has_image & items.has_text).numpy())
+        if len(picked) < 2:
+            raise ValueError(f"{config.path}: {len(picked)} held-out items have picture and text; raise validation")
+        values = {name: as_text(table[name]).take(pa.array(picked)).to_pylist() for name in attributes}
+        return cls(content, plan, HeldOut(HeldItems(items), picked, values))
+
+    @property
+    def num_train_items(self) -> int:
+        return int(self.plan.train_rows.sum())
+
+    @property
+    def counts(self) -> dict[str, Any]:
+        """What the first process has read until now."""
+        rejected = {reason: entry["count"] for reason, entry in self.content.report.items()}
+        return {
+            "items": int(self.plan.first_row[-1]),
+            "validation_items": len(self.held_out.rows),
+            "rejected_pictures": rejected,
+        }
+
+    def batches(self, batch_size: int, num_workers: int, rank: int, world_size: int) -> TrainBatches[PairBatch]:
+        plan = replace(self.plan, batch_size=batch_size, rank=rank, world_size=world_size)
+        return StreamBatches(self.content, plan, num_workers)
+
+    def summary(self) -> str:
+        return (
+            f"{self.plan.first_row[-1]} items in {len(self.plan.group_rows)} groups of rows, "
+            f"{self.plan.train_rows.sum()} to train on, {len(self.held_out.rows)} held out and evaluated"
+        )
+
+
+def stream_content(config: DataConfig, task: PretrainTask, attributes: Sequence[str] = ()) -> StreamContent:
+    """The shards at `data.path`, as an encoder reads them."""
+    columns = list(dict.fromkeys([*config.text, *attributes]))
+    items = ShardedItems(config.path, columns, cache_folder() / f"shards-{fingerprint(config.path)}")
+    size = config.image_size or task.encoder.image_size
+    return StreamContent(items, config.text, task.encoder.tokenize, size, config.image_resize)
+
+
+def item_keys(catalog: Catalog, content: ItemContent, same: Sequence[str]) -> Tensor:
+    """(N, K) int64: the row, then a number for each of `same` that items share when they have the same one. Items
+    without one get a number of their own."""
+    num_items = len(catalog)
+    alone = -1 - np.arange(num_items)
+    columns = [np.arange(num_items)]
+    for name in same:
+        if name == "image":
+            for picture in content.pictures:
+                index = picture.pictures.index
+                hashes = picture.pictures.hashes[np.maximum(index, 0)] if len(picture.pictures.hashes) else alone
+                codes = np.unique(hashes, return_inverse=True)[1].reshape(-1)
+                columns.append(np.where(index >= 0, codes, alone))
+        elif name == "text":
+            for text in content.texts:
+                columns.append(np.where(text.has, row_hashes(text.input_ids.numpy()), alone))
+        else:
+            codes = value_codes(catalog.table, name, "items table")[0]
+            columns.append(np.where(codes >= 0, codes, alone))
+    return torch.from_numpy(np.stack(columns, axis=1).astype(np.int64))
+
+
+def _queries(
+    dataset: Dataset, splits: Splits, column: str, task: PretrainTask, num_items: int, seed: int
+) -> ClickedQueries:
+    number, words = value_codes(dataset.context, column, "interactions table")
+    # one place more for -1, which has no words
+    blank = np.array([*(not word.strip() for word in words), True])
+    number = np.where(blank[number], -1, number)
+    if not (number[splits.train.source[splits.train.label == 1]] >= 0).any():
+        raise ValueError(f"interactions table: no training click has a text in column {column!r}")
+    input_ids = tokenized(words, task.encoder.tokenize)
+    return ClickedQueries(splits.train, num_items, number, input_ids, seed)

@@ -1,0 +1,201 @@
+"""`mmctr serve`: one process that searches, embeds, scores and explains over HTTP, and shows it on a page.
+
+The page and the description of the API are files of the package; nothing is fetched from elsewhere. Requests are
+checked and bounded: what is wrong gets a 4xx with a reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import FastAPI, File, Form, HTTPException, Query, Request, UploadFile
+from fastapi.responses import FileResponse, JSONResponse, Response
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+from mmctr.data.images import PictureError
+from mmctr.errors import UnknownId
+from mmctr.retrieval.index import ItemIndex, Neighbour
+from mmctr.serving.scoring import Scorer
+from mmctr.serving.search import Searcher
+from mmctr.serving.service import (
+    MAX_BODY,
+    MAX_PICTURE,
+    Answer,
+    EmbedRequest,
+    ExplainRequest,
+    Explanation,
+    Found,
+    Id,
+    K,
+    Ranking,
+    RankRequest,
+    ScoreRequest,
+    SearchRequest,
+    Service,
+    Text,
+    Vectors,
+)
+
+STATIC = Path(__file__).parent / "static"
+
+
+def create_app(service: Service, hosts: tuple[str, ...] = ("localhost", "127.0.0.1", "[::1]", "testserver")) -> FastAPI:
+    """The HTTP face of a service.
+
+    Args:
+        hosts: names this server answers to, so that a page of another site cannot reach it under a name of its own.
+    """
+    app = FastAPI(
+        title="mmctr",
+        description="Search items by words, pictures, items and users; score and explain with a ranker.",
+        docs_url=None,
+        redoc_url=None,
+    )
+    app.add_middleware(BodyLimit)
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
+
+    @app.exception_handler(ValueError)
+    def refuse(_: Request, error: ValueError) -> JSONResponse:
+        status = 404 if isinstance(error, UnknownId) else 400
+        return JSONResponse({"detail": str(error)}, status)
+
+    @app.get("/api/facts", tags=["about"], summary="What is served")
+    def facts() -> dict[str, Any]:
+        return known
+
+    @app.post("/api/search", tags=["search"], summary="Nearest items to a query, or a mix")
+    def search(request: SearchRequest) -> Answer:
+        return _answer(service.search(request))
+
+    @app.post("/api/search/picture", tags=["search"], summary="Nearest items to an uploaded picture")
+    def search_picture(
+        picture: Annotated[UploadFile, File()],
+        k: Annotated[K, Form()] = 10,
+        where: Annotated[list[Text] | None, Form()] = None,
+    ) -> Answer:
+        return _answer(service.search_picture(picture.file.read(), k, where or []))
+
+    @app.post("/api/embed", tags=["search"], summary="Vectors of texts")
+    def embed(request: EmbedRequest) -> Vectors:
+        with service.busy:
+            return Vectors(vectors=service.searcher.encoder.texts(request.texts).tolist())
+
+    @app.post("/api/score", tags=["rank"], summary="Click probabilities of given items for a user")
+    def score(request: ScoreRequest) -> Ranking:
+        return service.score(request)
+
+    @app.post("/api/rank", tags=["rank"], summary="The best items for a user")
+    def rank(request: RankRequest) -> Ranking:
+        return service.rank(request)
+
+    @app.post("/api/explain", tags=["rank"], summary="What each item of the history does to a score")
+    def explain(request: ExplainRequest) -> Explanation:
+        return service.explain(request)
+
+    @app.get("/api/users", tags=["rank"], summary="Users whose id begins so")
+    def users(
+        starts: Annotated[str, Query(max_length=100)] = "", count: Annotated[int, Query(ge=1, le=100)] = 20
+    ) -> list[Id]:
+        return service.users(starts, count)
+
+    @app.get("/api/picture", tags=["about"], summary="The picture of an item")
+    def picture(item_id: Annotated[str, Query(max_length=500)]) -> Response:
+        try:
+            found = service.picture(item_id)
+        except PictureError as error:
+            raise HTTPException(404, error.reason) from None
+        kind = next((kind for magic, kind in PICTURES.items() if found.startswith(magic)), None)
+        if kind is None:
+            raise HTTPException(404, "the picture is in a format browsers do not show")
+        return Response(found, media_type=kind, headers={"Cache-Control": "max-age=3600", **NO_SNIFF})
+
+    for path, name in (("/", "index.html"), ("/docs", "docs.html"), ("/page.js", "page.js"), ("/docs.js", "docs.js")):
+        app.get(path, include_in_schema=False)(_page(STATIC / name))
+    app.get("/style.css", include_in_schema=False)(_page(STATIC / "style.css"))
+    known = service.facts()
+    return app
+
+
+PICTURES = {b"\xff\xd8\xff": "image/jpeg", b"\x89PNG": "image/png", b"GIF8": "image/gif", b"RIFF": "image/webp"}
+NO_SNIFF = {"X-Content-Type-Options": "nosniff"}
+POLICY = "default-src 'none'; img-src 'self' blob: data:; style-src 'self'; script-src 'self'; connect-src 'self'"
+
+
+def _answer(found: list[Neighbour]) -> Answer:
+    return Answer(items=[Found(item_id=n.item_id, score=n.score, title=n.title) for n in found])
+
+
+def _page(path: Path) -> Callable[[], FileResponse]:
+    def page() -> FileResponse:
+        return FileResponse(path, headers={"Content-Security-Policy": POLICY, **NO_SNIFF})
+
+    return page
+
+
+class BodyLimit:
+    """Refuses bodies that are too large, by their declared length or while they come in."""
+
+    def __init__(self, app: Any):
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        headers = dict(scope["headers"])
+        upload = headers.get(b"content-type", b"").startswith(b"multipart/form-data")
+        limit = MAX_PICTURE if upload else MAX_BODY
+        declared = headers.get(b"content-length", b"0")
+        response = JSONResponse({"detail": f"the body is larger than {limit:,} bytes"}, 413, {"Connection": "close"})
+        if not declared.isdigit() or int(declared) > limit:
+            return await response(scope, receive, send)
+        size, refused = 0, False
+
+        async def bounded() -> Any:
+            nonlocal size, refused
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > limit:
+                refused = True
+                return {"type": "http.request", "body": b"", "more_body": False}
+            return message
+
+        async def answered(message: Any) -> None:
+            if not refused:
+                await send(message)
+
+        await self.app(scope, bounded, answered)
+        if refused:
+            await response(scope, receive, send)
+
+
+def serve(
+    index: str,
+    ranker: str | None,
+    baseline: str | None,
+    data: str | None,
+    run: str | None,
+    embeddings: list[str],
+    host: str,
+    port: int,
+) -> None:
+    """Load everything, then answer until interrupted. Raises ValueError for what cannot be loaded."""
+    import faiss
+    import torch
+    import uvicorn
+
+    # one request a core: threads inside a request would take turns
+    faiss.omp_set_num_threads(1)
+    torch.set_num_threads(1)
+    searcher = Searcher(ItemIndex.load(index), run, data)
+    scorers = {}
+    for name, folder in (("ranker", ranker), ("baseline", baseline)):
+        if folder:
+            scorers[name] = Scorer(folder, data, embeddings if name == "ranker" else ())
+    service = Service(searcher, scorers, data)
+    if searcher.has_encoder:
+        searcher.encoder  # noqa: B018  (loaded now rather than at the first query)
+    hosts = ("*",) if host in ("0.0.0.0", "::") else (host, "localhost", "127.0.0.1", "[::1]")
+    print(f"http://{host}:{port}   (API: http://{host}:{port}/docs; Ctrl-C stops)", flush=True)
+    uvicorn.run(create_app(service, hosts), host=host, port=port, log_level="warning")

@@ -1,0 +1,373 @@
+"""A study of cold items: methods x protocols x seeds, each cell an ordinary run of `finetune.train`.
+
+`StudyConfig` says what is compared, `study_cells` lays out the runs, `run_study` makes those that are not there yet.
+What is then read off them is in `mmctr.studies.results`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import numpy as np
+import pyarrow.parquet
+import torch
+from pydantic import AfterValidator, Field, field_validator, model_validator
+from safetensors.torch import load_file
+
+from mmctr.config import Config
+from mmctr.data.embeddings import EmbeddingTable, read_tables
+from mmctr.data.interactions import SplitConfig
+from mmctr.data.tables import one_array
+from mmctr.embedders.item_embedder import ContentTable
+from mmctr.export.formats import write_npz
+from mmctr.files import claimed, clone_folder
+from mmctr.runs.launch import first_difference
+from mmctr.studies.controls import factor_table, shuffled_table
+
+OWN_KEYS = ("data.path", "split", "seed", "run_dir")
+"""keys of a cell's config that the study sets"""
+Launch = Callable[[Sequence[str], Path], int]
+"""(arguments of `finetune.train`, log file) -> exit code"""
+
+
+class FactorsConfig(Config):
+    """The true factors of a ToyWorld, one-hot: what the best encoder could know."""
+
+    name: Literal["factors"] = "factors"
+
+
+class ShuffledConfig(Config):
+    """Vectors that stand beside the wrong items: what leaks, if anything does."""
+
+    name: Literal["shuffled"] = "shuffled"
+    of: str | list[str]
+    """a table of item vectors, or several side by side, as `content.path` takes them"""
+    seed: int = Field(default=0, ge=0)
+
+
+TableConfig = Annotated[FactorsConfig | ShuffledConfig, Field(discriminator="name")]
+
+
+def _without_own_keys(overrides: list[str]) -> list[str]:
+    for override in overrides:
+        key = override.partition("=")[0]
+        if key == "data" or any(key == name or key.startswith(f"{name}.") for name in OWN_KEYS):
+            raise ValueError(f"{key} is the same for all methods of a study; leave it out here")
+    return overrides
+
+
+Overrides = Annotated[list[str], AfterValidator(_without_own_keys)]
+"""`key=value`, as the recipe takes them"""
+
+
+class MethodConfig(Config):
+    """A recipe config of `finetune.train`, and what is changed in it."""
+
+    config: str
+    set: Overrides = []
+    """`key=value` overrides, as the recipe takes them"""
+    table: str | None = None
+    """one of the study's `tables`, read as the content of items"""
+    after: str | None = None
+    """a method above, whose run of the same protocol and seed is the expert, `task.make.run`"""
+
+
+class StudyConfig(Config):
+    """What is compared with what, on which rows."""
+
+    data: str
+    """dataset folder"""
+    protocols: dict[str, SplitConfig] = Field(min_length=1)
+    """how the log is cut, by name"""
+    methods: dict[str, MethodConfig] = Field(min_length=1)
+    set: Overrides = []
+    """`key=value` overrides of all methods, before their own"""
+    baseline: str
+    """the method that differences are taken from"""
+    oracle: str | None = None
+    """the method that is the ceiling"""
+    tables: dict[str, TableConfig] = {}
+    """item tables the study makes itself, for `methods.NAME.table`"""
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(default=[0, 1, 2], min_length=1)
+    bootstrap: int = Field(default=200, ge=20)
+    """resamples behind an interval"""
+    out: str
+    """folder of the runs, the tables and the results"""
+
+    @field_validator("protocols", "methods", "tables")
+    @classmethod
+    def _names_are_folders(cls, parts: dict[str, Any]) -> dict[str, Any]:
+        for name in parts:
+            if not re.fullmatch(r"[\w-][\w.-]*", name):
+                raise ValueError(f"the name {name!r} is also that of a folder: use letters, digits, _, - and .")
+        return parts
+
+    @model_validator(mode="after")
+    def _names_are_known(self) -> Self:
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds: {self.seeds} holds a seed twice; keep one")
+        for key, name in (("baseline", self.baseline), ("oracle", self.oracle)):
+            if name is not None and name not in self.methods:
+                raise ValueError(f"{key}: no method is called {name!r}; it is one of {', '.join(self.methods)}")
+        if self.oracle == self.baseline:
+            raise ValueError(f"oracle: {self.oracle!r} is the baseline too; name another method, or leave oracle out")
+        for name, method in self.methods.items():
+            if method.table is not None and method.table not in self.tables:
+                known = ", ".join(self.tables) or "none is declared"
+                raise ValueError(f"methods.{name}.table: {method.table!r} is not among `tables` ({known})")
+            if method.after is not None and any(
+                change.partition("=")[0] in ("task.make", "task.make.run") for change in (*self.set, *method.set)
+            ):
+                raise ValueError(f"methods.{name}: `after` sets task.make.run; leave it out of `set`")
+            before = list(self.methods)[: list(self.methods).index(name)]
+            if method.after is not None and method.after not in before:
+                there = ", ".join(before) or "there is none"
+                raise ValueError(f"methods.{name}.after: no method above it is called {method.after!r} ({there})")
+        return self
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a study."""
+
+    protocol: str
+    method: str
+    seed: int
+    folder: Path
+    arguments: list[str]
+    """of `finetune.train`"""
+    config: Config
+    """what they come to, a FinetuneConfig"""
+    after: Path | None = None
+    """folder of the cell whose run it reads"""
+
+    @property
+    def name(self) -> str:
+        return f"{self.protocol} / {self.method} / seed {self.seed}"
+
+    @property
+    def log(self) -> Path:
+        return self.folder.with_name(f"{self.folder.name}.log")
+
+    def is_finished(self) -> bool:
+        """Whether its numbers are there. Raises ValueError where the folder holds a run of another config."""
+        path = self.folder / "config.yaml"
+        if path.is_file():
+            there = type(self.config).load(path).model_dump(mode="json")
+            differing = first_difference(there, self.config.model_dump(mode="json"))
+            if differing:
+                key, before, now = differing
+                raise ValueError(
+                    f"{self.folder}: holds a run of another config ({key}: {before!r} there, {now!r} in the study); "
+                    f"delete that folder, or give the study another `out`"
+                )
+        return path.is_file() and (self.folder / "metrics.json").is_file()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a cell in this call."""
+
+    cell: Cell
+    state: Literal["kept", "made", "failed"]
+    said: str = ""
+    """last lines of the log of a failed one"""
+
+
+def study_cells(study: StudyConfig, out: Path, source: str = "study") -> list[Cell]:
+    """The runs of a study, protocol by protocol, seed by seed, method by method; their configs are checked.
+
+    The first seed of all methods comes before the second of any, so that a study stopped halfway compares something.
+    Raises ValueError naming the study and the method for a config that does not load, or is not of a clone.
+    """
+    clone = str(clone_folder("mmctr coldstart"))
+    if clone not in sys.path:  # the console script knows the library alone
+        sys.path.insert(0, clone)
+    from finetune.train import FinetuneConfig
+
+    cells = []
+    for protocol, split in study.protocols.items():
+        for seed in study.seeds:
+            for name, method in study.methods.items():
+                folder = _cell_folder(out, protocol, name, seed)
+                after = None if method.after is None else _cell_folder(out, protocol, method.after, seed)
+                changes = [*study.set, *method.set]
+                if after is not None:
+                    changes.append(f"task.make.run={_quoted(str(after))}")
+                if method.table is not None:
+                    changes.append(f"task.embedder.content.path={_quoted(str(_table_file(out, method.table)))}")
+                changes += [
+                    f"data.path={_quoted(study.data)}",
+                    f"split={_quoted(split.model_dump(mode='json'))}",
+                    f"seed={seed}",
+                    f"run_dir={_quoted(str(folder))}",
+                ]
+                try:
+                    config = FinetuneConfig.load(method.config, changes)
+                except ValueError as error:
+                    raise ValueError(f"{source}: methods.{name}: {error}") from None
+                cells.append(Cell(protocol, name, seed, folder, [method.config, *changes], config, after))
+    return cells
+
+
+def make_tables(study: StudyConfig, out: Path) -> None:
+    """Write the study's own tables to OUT/tables/NAME.npz.
+
+    Raises ValueError where one is there and would come out otherwise today: runs may have been made with it.
+    """
+    for name, config in study.tables.items():
+        path = _table_file(out, name)
+        if isinstance(config, FactorsConfig):
+            table = factor_table(study.data)
+        else:
+            table = shuffled_table(study.data, config.of, config.seed)
+        if not path.is_file():
+            write_npz(table, path)
+            continue
+        old = EmbeddingTable.read(path)
+        if not old.ids.equals(table.ids) or not np.array_equal(old.vectors, table.vectors):
+            raise ValueError(
+                f"{path}: holds another table than `tables.{name}` gives now, as the items or their vectors have "
+                f"changed; give the study another `out`, or delete the folder {out}"
+            )
+
+
+def check_contents(cells: Sequence[Cell]) -> None:
+    """Raises ValueError where a finished cell read other vectors than its `content.path` holds today: those made from
+    now on would read the new ones, and be compared with it as if both were the same method.
+
+    Vectors that were deleted since are nothing that could be read.
+    """
+    now: dict[tuple[str, ...], tuple[torch.Tensor, torch.Tensor]] = {}
+    for cell in cells:
+        content = cell.config.task.embedder.content  # type: ignore[attr-defined]
+        if not isinstance(content, ContentTable):
+            continue
+        key = tuple(content.paths)
+        if not all(Path(path).exists() for path in key):
+            continue
+        if key not in now:
+            ids = pyarrow.parquet.read_table(cell.folder / "catalog.parquet")["item_id"]
+            now[key] = read_tables(content.paths, one_array(ids))
+        kept, (vectors, has) = load_file(cell.folder / "content.safetensors"), now[key]
+        same = kept["has_content"].equal(has) and kept["content_table"].shape == vectors.shape
+        # vectors of one encoder that were made twice may differ by rounding
+        if not same or not torch.allclose(kept["content_table"], vectors, rtol=1e-3, atol=1e-4):
+            raise ValueError(
+                f"{cell.folder}: was made with other vectors than {', '.join(key)} holds now; delete that folder, or "
+                f"give the study another `out`"
+            )
+
+
+def run_study(
+    study: StudyConfig,
+    out: Path,
+    source: str = "study",
+    launch: Launch | None = None,
+    tell: Callable[[str], Any] = print,
+    jobs: int = 1,
+) -> list[Outcome]:
+    """Make the cells that are not finished, `jobs` at a time; each is a process of its own, its output in a log.
+
+    Nothing starts before all configs are checked. A cell that was killed goes on; one that fails is an outcome
+    "failed", and the others are made all the same. Raises ValueError as `study_cells` and `make_tables` do, for a
+    dataset that is not there, for a folder that holds a run of another config or of other vectors and while `out` is
+    being written to.
+    """
+    if not Path(study.data).is_dir():
+        raise ValueError(
+            f"{source}: data: no folder {study.data!r}; name a dataset folder, from where the study is started"
+        )
+    cells = study_cells(study, out, source)
+    with claimed(out) as claims:
+        return _run_cells(study, out, cells, launch or partial(_launch, jobs, claims), tell, jobs)
+
+
+def _run_cells(
+    study: StudyConfig, out: Path, cells: list[Cell], launch: Launch, tell: Callable[[str], Any], jobs: int
+) -> list[Outcome]:
+    finished = [cell.is_finished() for cell in cells]
+    make_tables(study, out)
+    check_contents([cell for cell, there in zip(cells, finished, strict=True) if there])
+    made: dict[Path, Future[Outcome]] = {}
+    talking = threading.Lock()
+
+    def say(line: str) -> None:
+        with talking:  # print writes a line and its end one after the other
+            tell(line)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        for number, (cell, there) in enumerate(zip(cells, finished, strict=True), 1):
+            place = f"[{number}/{len(cells)}] {cell.name}"
+            # a cell that is read begins before the one that reads it, so waiting for it cannot block
+            needs = None if cell.after is None else made[cell.after]
+            made[cell.folder] = pool.submit(_make, cell, there, needs, place, launch, say)
+        try:
+            return [future.result() for future in made.values()]
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # whoever interrupts a study wants no further run
+
+
+def _make(
+    cell: Cell, there: bool, needs: Future[Outcome] | None, place: str, launch: Launch, tell: Callable[[str], Any]
+) -> Outcome:
+    if there:
+        tell(f"{place}: finished before")
+        return Outcome(cell, "kept")
+    if needs is not None and needs.result().state == "failed":
+        tell(f"{place}: not started: the run it reads, {cell.after}, has failed")
+        return Outcome(cell, "failed", f"it reads the run {cell.after}, which has failed")
+    tell(f"{place}: output in {cell.log}")
+    begun = time.perf_counter()
+    cell.log.parent.mkdir(parents=True, exist_ok=True)
+    code = launch(cell.arguments, cell.log)
+    if code == 0 and (cell.folder / "metrics.json").is_file():
+        tell(f"{place}: {time.perf_counter() - begun:.0f} s")
+        return Outcome(cell, "made")
+    tell(f"{place}: FAILED with exit code {code}; its output is in {cell.log}")
+    return Outcome(cell, "failed", _last_lines(cell.log))
+
+
+def _quoted(value: Any) -> str:
+    """As YAML reads it, whatever characters a path has."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _cell_folder(out: Path, protocol: str, method: str, seed: int) -> Path:
+    return out / "runs" / protocol / method / f"seed{seed}"
+
+
+def _table_file(out: Path, name: str) -> Path:
+    return out / "tables" / f"{name}.npz"
+
+
+def _launch(jobs: int, claims: tuple[int, ...], arguments: Sequence[str], log: Path) -> int:
+    """`claims` are handed on: a run that outlives a killed study is still writing to its folder."""
+    environment = dict(os.environ)
+    clone = str(clone_folder("mmctr coldstart"))
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [clone, os.environ.get("PYTHONPATH")]))
+    if jobs > 1:  # each run would take all cores for itself
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+    with open(log, "ab") as output:  # a cell that goes on keeps what it said before
+        command = [sys.executable, "-m", "finetune.train", *arguments]
+        run = subprocess.run(
+            command, env=environment, stdout=output, stderr=subprocess.STDOUT, check=False, pass_fds=claims
+        )
+    return run.returncode
+
+
+def _last_lines(log: Path, count: int = 5) -> str:
+    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+    return "\n".join([line for line in text.splitlines() if line.strip()][-count:])

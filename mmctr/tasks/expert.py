@@ -1,0 +1,206 @@
+"""MAKE: a ranker on content alone, trained before for several epochs, hands what it knows to a ranker on IDs.
+
+Sheng et al. 2024 (arXiv 2407.19467). IDs overfit after an epoch on the log, while a ranker on content needs several. So
+each is trained for as long as it gains by it: the first run is an ordinary one without item IDs, and the second one, of
+a single epoch, reads at three levels what the first has learned:
+
+    | of the expert                          | in the ranker                                           |
+    |----------------------------------------|---------------------------------------------------------|
+    | v: target and interest, before its MLP | beside context, target and interest, before the MLP     |
+    | its last hidden layers                 | beside the hidden layers that are as far from the end   |
+    | its logit                              | added to the logit                                      |
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import torch
+import yaml
+from pydantic import Field
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from mmctr.config import Config
+from mmctr.data.batches import BehaviorBatch
+from mmctr.embedders.item_embedder import ContentTable
+from mmctr.features.ranking_data import RankingVocabulary
+from mmctr.files import read_json, replace_file, write_json
+from mmctr.layers.jagged import RankerOutput
+
+if TYPE_CHECKING:
+    from mmctr.embedders.item_embedder import ItemEmbedder
+    from mmctr.tasks.ranking import RankingTask, RankingTaskConfig
+
+
+class MAKEConfig(Config):
+    """The expert on content, and what is read of it."""
+
+    run: str
+    """run folder of `finetune.train`, of a DIN on a table of content, without item IDs, on the same data and split"""
+    frozen: bool = True
+    """no gradient into the expert; else it learns on with the ranker, as the part `expert` of `fit.optimizer.groups`"""
+    hidden_layers: int = Field(default=1, ge=0)
+    """so many of its last hidden layers are handed over"""
+
+
+class Expert(nn.Module):
+    """The expert inside the ranker that reads it.
+
+    Args:
+        config: of the ranker.
+        task: the expert.
+
+    Raises ValueError for a run that cannot be the expert of this ranker, as `check_expert` does.
+    """
+
+    def __init__(self, config: RankingTaskConfig, task: RankingTask):
+        super().__init__()
+        assert config.make is not None
+        check_expert(config, task.config)
+        self.task, self.frozen = task, config.make.frozen
+        self.shares_content = False
+        """whether it reads the content vectors that the ranker reads"""
+        if self.frozen:
+            task.requires_grad_(False)
+        self.num_hidden = config.make.hidden_layers
+        self.dim = 2 * task.embedder.dim  # no multi_query: that needs IDs
+        """size of v"""
+        widths: list[int] = task.config.ranker.mlp  # type: ignore[union-attr]
+        self.beside = widths[len(widths) - self.num_hidden :]
+        """sizes of the hidden layers that are handed over"""
+
+    def train(self, mode: bool = True) -> Expert:
+        """A frozen expert is always in evaluation mode: its statistics stay, and nothing is dropped."""
+        return super().train(mode and not self.frozen)
+
+    def forward(self, batch: BehaviorBatch, target_shift: Tensor | None = None) -> tuple[Tensor, list[Tensor], Tensor]:
+        """v (B, dim), the hidden layers handed over (B, width) each, and the logit (B,)."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            output: RankerOutput = self.task.output(batch, target_shift)
+            hidden = list(output.hidden)
+            return torch.cat(list(output.vectors), dim=1), hidden[len(hidden) - self.num_hidden :], output.logits
+
+    def save(self, folder: Path, beside: ItemEmbedder) -> None:
+        """`task.json`, and the table of content where `beside`, the embedder of the ranker, has another one. The ranker
+        keeps the weights and the vocabulary."""
+        write_json(folder / "task.json", {"kind": "ranking", "config": self.task.config.model_dump(mode="json")})
+        own, path = self.task.embedder, folder / "content.safetensors"
+        if same_content(own, beside):
+            path.unlink(missing_ok=True)
+            return
+        table = {"content_table": own.content_table, "has_content": own.has_content}
+        replace_file(path, lambda temporary: save_file(table, temporary))
+
+
+def same_content(one: ItemEmbedder, other: ItemEmbedder) -> bool:
+    """Whether two embedders read equal frozen tables of content."""
+    if not all(isinstance(embedder.config.content, ContentTable) for embedder in (one, other)):
+        return False
+    tables = (one.content_table, other.content_table), (one.has_content, other.has_content)
+    return all(a.shape == b.shape and torch.equal(a, b) for a, b in tables)
+
+
+def check_expert(config: RankingTaskConfig, expert: RankingTaskConfig) -> None:
+    """Raises ValueError where a ranker cannot read a run of this config as its expert."""
+    make = config.make
+    assert make is not None
+    source = f"task.make.run: {make.run}"
+    if expert.ranker.name != "din" or expert.make is not None:
+        kind = "itself a ranker with an expert" if expert.make else f"a {expert.ranker.name}"
+        raise ValueError(f"{source} is {kind}; an expert is a DIN on content alone, see *_din_make_content.yaml")
+    if expert.embedder.id_dim:
+        raise ValueError(
+            f"{source} reads item IDs (embedder.id_dim {expert.embedder.id_dim}), which overfit in the epochs that "
+            f"content needs; train it with task.embedder.id_dim=0"
+        )
+    if not isinstance(expert.embedder.content, ContentTable):
+        raise ValueError(
+            f"{source} has its content from {expert.embedder.content.name!r}; train it on a table (`mmctr embed` makes "
+            f"one of an encoder)"
+        )
+    if expert.max_history != config.max_history:
+        raise ValueError(
+            f"{source} was trained with max_history {expert.max_history}, this ranker has {config.max_history}; both "
+            f"read the same batches, so set them equal"
+        )
+    for part in ("item", "user", "context", "cross"):
+        own: dict[str, Any] = getattr(config.features, part)
+        for name, feature in getattr(expert.features, part).items():
+            if own.get(name) != feature:
+                raise ValueError(
+                    f"{source} reads the {part} feature {name!r}, which this ranker lacks or reads in another way; "
+                    f"declare it here as there, or train the expert without it"
+                )
+    for whose, layers in (("the expert", expert.ranker.mlp), ("this ranker", config.ranker.mlp)):  # type: ignore[union-attr]
+        if make.hidden_layers > len(layers):
+            raise ValueError(
+                f"task.make.hidden_layers: {make.hidden_layers}, but {whose} has {len(layers)} hidden layers "
+                f"(ranker.mlp); take fewer"
+            )
+
+
+def load_expert(
+    config: MAKEConfig, data: str, items: str | None, split: Config, vocabulary: RankingVocabulary, item_ids: pa.Array
+) -> RankingTask:
+    """The expert of a new run, its content in the order of the catalog `item_ids`.
+
+    Args:
+        data, items: path of the new run's dataset, and of its items where these are elsewhere.
+        split: how the new run cuts the log.
+        vocabulary: of the new run.
+
+    Raises ValueError for a run on another dataset, or one that cut it in another way: an expert that was trained on
+    the rows that are tested knows their answers.
+    """
+    from mmctr.tasks.ranking import RankingTask
+
+    run, source = Path(config.run), f"task.make.run: {config.run}"
+    if not (run / "config.yaml").is_file() or not (run / "task.json").is_file():
+        raise ValueError(f"{source} is not the folder of a finished run; make it with `python -m finetune.train` first")
+    theirs: dict[str, Any] = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    for key, old, new in (("path", theirs["data"]["path"], data), ("items", theirs["data"].get("items"), items)):
+        if _place(old) != _place(new):
+            raise ValueError(f"{source} was trained on data.{key} {old!r}, this run on {new!r}; give both the same")
+    cut, before = split.model_dump(mode="json"), theirs["split"]
+    differing = [key for key in {**before, **cut} if cut.get(key) != before.get(key)]
+    if differing:
+        key = differing[0]
+        raise ValueError(
+            f"{source} was trained on another split ({key}: {before.get(key)!r} there, {cut.get(key)!r} here): it may "
+            f"have seen the rows that are tested; give both runs the same split"
+        )
+    task = RankingTask.load(run)
+    known = task.vocabulary
+    if not (
+        known.item_ids.equals(vocabulary.item_ids)
+        and known.user_ids.equals(vocabulary.user_ids)
+        and (known.clicks == vocabulary.clicks).all()
+    ):
+        raise ValueError(f"{source} was trained on other rows: the dataset has changed since; train it again")
+    task.bind(item_ids)
+    return task
+
+
+def read_expert(
+    folder: Path, vocabulary: RankingVocabulary, table: tuple[Tensor, Tensor] | None, ids: pa.Array | None
+) -> RankingTask:
+    """What `Expert.save` wrote; its weights are still to be loaded.
+
+    Args:
+        table: of the ranker, which the expert reads too where it has none of its own.
+    """
+    from mmctr.tasks.ranking import RankingTask, RankingTaskConfig
+
+    path = folder / "task.json"
+    config = RankingTaskConfig.parse(read_json(path)["config"], source=str(path))
+    if (folder / "content.safetensors").is_file():
+        content = load_file(folder / "content.safetensors")
+        table = content["content_table"], content["has_content"]
+    return RankingTask(config, vocabulary, table, catalog_ids=ids)
+
+
+def _place(path: str | None) -> Path | None:
+    return None if path is None else Path(path).resolve()

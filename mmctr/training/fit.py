@@ -1,0 +1,326 @@
+"""fit(): the one training loop; the learning rate of a step; checkpoints that resume exactly."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from pydantic import Field
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from mmctr.config import Config
+from mmctr.data.loaders import TrainBatches
+from mmctr.files import fingerprint, read_json, replace_file, replace_folder, write_json
+from mmctr.training.grad_cache import ChunkedTask, chunked_backward
+from mmctr.training.optimizers import (
+    OptimizerConfig,
+    load_optimizer_tensors,
+    make_optimizer,
+    optimizer_tensors,
+    spread_like,
+)
+from mmctr.training.part_schedule import PartSchedule
+from mmctr.training.sharding import Sharding
+
+
+class FitConfig(Config):
+    epochs: float = Field(default=1.0, ge=0)
+    """0 trains nothing: the run folder then holds the model as it was loaded"""
+    batch_size: int = Field(default=1024, ge=1)
+    """rows of a step over all processes together"""
+    chunk_size: int | None = Field(default=None, ge=1)
+    """items of a process that are encoded at a time; the gradient stays that of the whole batch, for a second forward
+    pass (`mmctr.training.grad_cache`). None: all of them. For tasks with an encoder"""
+    warmup: float = Field(default=0.05, ge=0, le=1)
+    """fraction of the run in which the learning rate rises from 0"""
+    decay: Literal["constant", "cosine", "linear"] = "cosine"
+    """what the learning rate does after that"""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    max_grad_norm: float | None = Field(default=5.0, gt=0)
+    evaluations: float = Field(default=1.0, gt=0)
+    """evaluations on the validation rows an epoch"""
+    patience: int | None = Field(default=None, ge=1)
+    """stop after this many evaluations without a better one; None: run to the end"""
+    log_every: int = Field(default=20, ge=1)
+    checkpoint_every: int = Field(default=500, ge=1)
+    """steps; every evaluation is followed by a checkpoint as well"""
+    num_workers: int = Field(default=0, ge=0)
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = None
+    """None: what `accelerate launch` was told, else full precision"""
+    tracker: str | None = None
+    """an Accelerate tracker: tensorboard, wandb, trackio, mlflow, ..."""
+
+
+def lr_at(step: int, total: int, config: FitConfig) -> float:
+    """The factor on every learning rate at a step: a pure function, so a resumed run goes on exactly."""
+    warmup = max(1, round(total * config.warmup)) if config.warmup else 0
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, total - warmup)
+    if config.decay == "cosine":
+        return 0.5 * (1 + float(torch.cos(torch.tensor(progress * torch.pi, dtype=torch.float64))))
+    return 1.0 - progress if config.decay == "linear" else 1.0
+
+
+def fit(
+    task: nn.Module,
+    train: TrainBatches[Any],
+    config: FitConfig,
+    *,
+    run_dir: Path,
+    accelerator: Accelerator,
+    evaluate: Callable[[], dict[str, float]],
+    primary: str,
+    seed: int,
+    identity: str,
+    evaluate_first: bool = False,
+    phase: str = "",
+    steps_before: int = 0,
+) -> dict[str, Any]:
+    """Train `task`, keep the weights of the best evaluation, and put them back at the end.
+
+    Args:
+        task: called on a batch it returns named, weighted loss terms; `parameter_parts()` groups its parameters,
+            `after_step()` restores constraints on them.
+        evaluate: gives numbers on the validation rows, the higher the better for `primary`.
+        identity: what the run is (its config); a checkpoint of another one is refused with a ValueError.
+        evaluate_first: evaluate the untrained task too; it can be the best one.
+        phase, steps_before: of a run that fits more than once: what the names of a tracker begin with, and the steps of
+            the fits before, as trackers drop a step that is behind the last one.
+
+    Started again with the same arguments after a crash, it goes on from the newest checkpoint and ends bit for bit
+    where it would have ended (CPU, fp32): batches, dropout and learning rate are functions of the step.
+
+    Returns `{"best_step", "best", "steps", "untrained"}`, the last one empty without `evaluate_first`.
+    """
+    total = round(config.epochs * train.steps_per_epoch)
+    eval_every = max(1, round(train.steps_per_epoch / config.evaluations))
+    sharding = Sharding(task, accelerator, config.batch_size, config.chunk_size, config.max_grad_norm)
+    optimizer = make_optimizer(task, config.optimizer, config.max_grad_norm)
+    if accelerator.mixed_precision == "fp16" and optimizer.row_tables:
+        raise ValueError(
+            "fit.mixed_precision: fp16 scales the loss, which tables trained by rows do not undo; take bf16, or a "
+            "fit.optimizer.rows_from above the size of the tables"
+        )
+    schedule = PartSchedule(task, optimizer, config.optimizer, train.steps_per_epoch, seed)
+    if schedule and accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise ValueError("fit.optimizer.groups: from_epoch, to_epoch and redraw are not for FSDP and DeepSpeed")
+    chunked: ChunkedTask = task  # type: ignore[assignment]
+    if config.chunk_size is not None and not hasattr(task, "encode_chunk"):
+        raise ValueError("fit.chunk_size: this task encodes nothing in chunks; leave it out")
+    model, optimizer = sharding.prepare(optimizer)
+    checkpoints = Checkpoints(run_dir / "checkpoints", identity, sharding)
+    state = checkpoints.load(task, optimizer)
+    if state is None:
+        state = {"step": 0, "best": None, "best_step": 0, "waited": 0, "stopped": False, "untrained": {}}
+        if evaluate_first or not total:
+            with sharding.whole():
+                task.eval()
+                state["untrained"] = evaluate()
+            _require_number(state["untrained"], primary, 0)
+            state["best"] = state["untrained"][primary]
+            checkpoints.save_best(task)
+    log = Log(run_dir / "log.jsonl", state["step"], accelerator, phase, steps_before)
+    bar = tqdm(total=total, initial=state["step"], disable=not accelerator.is_main_process or None, unit="step")
+    sums: dict[str, Tensor] = {}
+    num_logged, started = 0, time.perf_counter()
+
+    task.train()
+    for step, batch in train.iterate(state["step"], 0 if state["stopped"] else total):
+        # single training step
+        torch.manual_seed(step_seed(seed, step, accelerator.process_index))
+        for group in optimizer.param_groups:
+            group["lr"] = group["base_lr"] * lr_at(step, total, config)
+        schedule.before_step(step)
+        batch = batch.to(accelerator.device, non_blocking=True)
+        if config.chunk_size is None:
+            with accelerator.autocast():
+                terms: dict[str, Tensor] = model(batch)
+            loss = torch.stack(list(terms.values())).sum()
+            accelerator.backward(loss)
+        else:
+            seeds = functools.partial(step_seed, seed, step, accelerator.process_index)
+            terms = chunked_backward(model, chunked, batch, config.chunk_size, accelerator, seeds)
+            loss = torch.stack(list(terms.values())).sum()
+        schedule.hold(step)
+        if config.max_grad_norm is not None:
+            accelerator.clip_grad_norm_(task.parameters(), config.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        sharding.after_step()
+        done = state["step"] = step + 1
+        bar.update()
+
+        # once in a while: log (the only place where the loop waits for the device)
+        for name, term in ({"loss": loss} | terms).items():
+            sums[name] = sums.get(name, torch.zeros((), device=loss.device)) + term.detach().float()
+        num_logged += 1
+        if done % config.log_every == 0 or done == total:
+            means = accelerator.reduce(torch.stack(list(sums.values())) / num_logged, "mean").tolist()  # type: ignore[union-attr]
+            values = dict(zip(sums, means, strict=True))
+            if values["loss"] != values["loss"]:
+                raise ValueError(f"step {done}: the loss is NaN; lower fit.optimizer.lr or raise fit.warmup")
+            rate = num_logged * config.batch_size / (time.perf_counter() - started)
+            epoch = done / train.steps_per_epoch
+            lr = optimizer.param_groups[0]["lr"]
+            log.write({"step": done, "epoch": round(epoch, 4), "lr": lr, **values, "rows_per_second": round(rate)})
+            bar.set_postfix(loss=f"{values['loss']:.4f}", rows_per_s=round(rate))
+            sums, num_logged, started = {}, 0, time.perf_counter()
+
+        # once in a while: evaluate on the validation rows (all processes take part)
+        if done % eval_every == 0 or done == total:
+            with sharding.whole():
+                task.eval()
+                numbers = evaluate()
+            task.train()
+            log.write({"step": done, "epoch": round(done / train.steps_per_epoch, 4), "validation": numbers})
+            bar.write(f"step {done}: " + "  ".join(f"{name} {value:.4f}" for name, value in numbers.items()))
+            _require_number(numbers, primary, done)
+            if state["best"] is None or numbers[primary] > state["best"]:
+                state |= {"best": numbers[primary], "best_step": done, "waited": 0}
+                checkpoints.save_best(task)
+            else:
+                state["waited"] += 1
+            state["stopped"] = config.patience is not None and state["waited"] >= config.patience
+            started = time.perf_counter()
+        if done % config.checkpoint_every == 0 or done % eval_every == 0 or done == total:
+            checkpoints.save(task, optimizer, state)
+        if state["stopped"]:
+            break
+    bar.close()
+    accelerator.wait_for_everyone()
+    sharding.make_whole()
+    checkpoints.load_best(task)
+    task.eval()
+    return {name: state[name] for name in ("best_step", "best", "untrained")} | {"steps": state["step"]}
+
+
+def _require_number(numbers: dict[str, float], primary: str, step: int) -> None:
+    value = numbers.get(primary)
+    if value is None:
+        raise ValueError(
+            f"step {step}: {primary} is undefined on the validation rows (there are {', '.join(numbers)}); the "
+            f"predictions may be NaN, else choose another `primary` or split"
+        )
+    if value != value:
+        raise ValueError(f"step {step}: {primary} is NaN; lower fit.optimizer.lr or raise fit.warmup")
+
+
+def step_seed(*parts: int) -> int:
+    """The seed of everything random inside a step, or a chunk of it: from the run's seed, the step, the process."""
+    return int(fingerprint(*parts)[:15], 16)
+
+
+class Log:
+    """`log.jsonl`: one JSON object a line, on the main process; lines after a resumed step are taken back."""
+
+    def __init__(self, path: Path, step: int, accelerator: Accelerator, phase: str = "", steps_before: int = 0):
+        self.path, self.accelerator = path, accelerator
+        self.prefix, self.steps_before = f"{phase}/" if phase else "", steps_before
+        if accelerator.is_main_process:
+            kept = [line for line in _json_lines(path) if line["step"] <= step]
+            replace_file(
+                path, lambda temporary: temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            )
+
+    def write(self, values: dict[str, Any]) -> None:
+        numbers = {f"validation/{k}": v for k, v in values["validation"].items()} if "validation" in values else values
+        tracked = {self.prefix + name: value for name, value in numbers.items() if name != "step"}
+        self.accelerator.log(tracked, step=self.steps_before + values["step"])
+        if self.accelerator.is_main_process:
+            with open(self.path, "a", encoding="utf-8") as handle:
+                handle.write(json.dumps(values) + "\n")
+
+
+def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The whole lines of a JSON lines file; a last line cut off by a crash is left out."""
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:
+                return
+
+
+class Checkpoints:
+    """`checkpoints/step-N/` (weights, optimiser, state) and `checkpoints/best.safetensors`. No pickle.
+
+    All processes save, and the main one writes.
+    """
+
+    def __init__(self, folder: Path, identity: str, sharding: Sharding | None = None):
+        self.folder, self.identity, self.sharding = folder, identity, sharding
+
+    def save(self, task: nn.Module, optimizer: Any, state: dict[str, Any]) -> None:
+        with self._writing() as writes:
+            moments = optimizer_tensors(optimizer, keep=writes)
+            if writes:
+                self._write(task, moments, state)
+
+    def _write(self, task: nn.Module, moments: dict[str, Tensor], state: dict[str, Any]) -> None:
+        def write(folder: Path) -> None:
+            save_weights(task, folder / "task.safetensors")
+            save_file(moments, folder / "optimizer.safetensors")
+            write_json(folder / "state.json", state | {"identity": self.identity})
+
+        path = self.folder / f"step-{state['step']:09d}"
+        try:
+            replace_folder(path, write)
+        except Exception as error:
+            raise OSError(
+                f"cannot save the checkpoint {path}: {error}. Free some space, then start the same command again: "
+                f"it goes on from the checkpoint before"
+            ) from error
+        # older ones, and what a killed process left half written
+        for old in [*self._finished()[:-1], *self.folder.glob(".step-*")]:
+            shutil.rmtree(old, ignore_errors=True)
+        for old in self.folder.glob(".best.*"):
+            old.unlink(missing_ok=True)
+
+    def load(self, task: nn.Module, optimizer: Any) -> dict[str, Any] | None:
+        """Put the newest checkpoint into task and optimiser; returns its state, None when there is none."""
+        finished = self._finished()
+        if not finished:
+            return None
+        state = read_json(finished[-1] / "state.json")
+        if state.pop("identity") != self.identity:
+            raise ValueError(
+                f"{finished[-1]}: this checkpoint belongs to another config or dataset; choose another run_dir, or "
+                f"delete {self.folder.parent} to start anew"
+            )
+        own = task.state_dict()
+        weights = load_file(finished[-1] / "task.safetensors").items()
+        task.load_state_dict({name: spread_like(x, own[name]) if name in own else x for name, x in weights})
+        load_optimizer_tensors(optimizer, load_file(finished[-1] / "optimizer.safetensors"))
+        return state
+
+    def save_best(self, task: nn.Module) -> None:
+        with self._writing() as writes:
+            if writes:
+                replace_file(self.folder / "best.safetensors", lambda path: save_weights(task, path))
+
+    def load_best(self, task: nn.Module) -> None:
+        task.load_state_dict(load_file(self.folder / "best.safetensors"))
+
+    def _writing(self) -> AbstractContextManager[bool]:
+        return nullcontext(True) if self.sharding is None else self.sharding.writing()
+
+    def _finished(self) -> list[Path]:
+        return sorted(path for path in self.folder.glob("step-*") if (path / "state.json").is_file())
+
+
+def save_weights(module: nn.Module, path: Path) -> None:
+    """The state dict as one safetensors file; it refuses views and tensors that share memory, hence the copies."""
+    tensors = module.state_dict()
+    save_file({name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}, path)

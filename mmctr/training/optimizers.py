@@ -1,0 +1,338 @@
+"""AdamW over the parts of a task, and embedding tables that are trained by the rows of a batch.
+
+A dense optimiser reads and writes every row of a table at every step. That is the fastest way for small tables (one
+fused kernel) and impossible for large ones, so tables above `rows_from` are trained by rows: a step touches the rows
+its batch holds, whatever the size of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from mmctr.config import Config
+
+
+class GroupConfig(Config):
+    """Optimiser settings of one part of a task; None takes the common one."""
+
+    lr: float | None = Field(default=None, ge=0)
+    weight_decay: float | None = Field(default=None, ge=0)
+    from_epoch: float = Field(default=0.0, ge=0)
+    """the part trains when so many epochs have passed, and stays as it is before"""
+    to_epoch: float | None = Field(default=None, gt=0)
+    """and until so many have passed; it stays as it is then. None: to the end"""
+    redraw: bool = False
+    """of ID tables: draw them anew at the start of every epoch but the first (MEDA); see `mmctr.training.part_schedule`"""
+
+    @model_validator(mode="after")
+    def _epochs_in_order(self) -> GroupConfig:
+        if self.to_epoch is not None and self.to_epoch <= self.from_epoch:
+            raise ValueError(
+                f"to_epoch {self.to_epoch} is not after from_epoch {self.from_epoch}; the part never trains"
+            )
+        if self.to_epoch is not None and self.redraw:
+            raise ValueError("redraw makes new tables each epoch, which to_epoch would leave untrained; keep one")
+        return self
+
+
+class OptimizerConfig(Config):
+    """AdamW, one setting for all parameters and exceptions by part."""
+
+    lr: float = Field(default=1e-3, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    """not applied to biases, norms and other vectors; of tables trained by rows, the rows of a batch decay"""
+    betas: tuple[float, float] = (0.9, 0.999)
+    groups: dict[str, GroupConfig] = {}
+    """by the names of the task's `parameter_parts()`: `encoder`, `projection`, `head` and more in pretraining; `id`,
+    `content`, `encoder`, `expert`, `ranker` in ranking"""
+    rows: Literal["adam", "adagrad", "ftrl"] = "adam"
+    """how tables are trained by rows. `adam`: moments of a row advance when it is in a batch, as in torch's SparseAdam.
+    `adagrad`: one accumulator a row, half the memory of the weights and less; wants a higher lr, near 0.05.
+    `ftrl`: FTRL-Proximal (McMahan et al. 2013) with one learning rate a row, for linear rankers; exact zeros"""
+    rows_from: int = Field(default=300_000, ge=0)
+    """tables with at least so many rows are trained by rows; 0: all"""
+    l1: float = Field(default=0.0, ge=0)
+    """of `ftrl`: sets single weights to zero. As in the paper it stands against the sum of gradients so far: with the
+    mean loss of a batch over T steps, l1 is T times the weight of an L1 term beside that loss; so are the next two"""
+    l21: float = Field(default=0.0, ge=0)
+    """of `ftrl`: sets whole rows to zero, by their norm: a feature is dropped (Gai et al. 2017, equation 4)"""
+    l2: float = Field(default=0.0, ge=0)
+    """of `ftrl`: pulls towards zero"""
+
+    @model_validator(mode="after")
+    def _penalties_need_ftrl(self) -> OptimizerConfig:
+        if (self.l1 or self.l21 or self.l2) and self.rows != "ftrl":
+            raise ValueError("l1, l21 and l2 belong to rows: ftrl; AdamW has weight_decay")
+        if self.rows == "ftrl" and self.rows_from:
+            raise ValueError("rows: ftrl is meant for all tables; set rows_from: 0")
+        return self
+
+
+class RowTable(nn.Embedding):
+    """An embedding table that can be trained by rows.
+
+    Row 0, "unknown", starts at zero: until training moves it, it says nothing rather than something random.
+    """
+
+    def __init__(self, num_rows: int, dim: int, init_std: float):
+        super().__init__(num_rows, dim)
+        self.init_std = init_std
+        self.draw()
+        self.by_rows = False
+        self._picked: list[tuple[Tensor, Tensor]] = []
+
+    @torch.no_grad()
+    def draw(self, generator: torch.Generator | None = None) -> None:
+        """Start anew; a generator is one of the CPU, so that every device gets the same numbers."""
+        if generator is None:
+            self.weight.normal_(0, self.init_std)
+        else:
+            self.weight.copy_(torch.empty(self.weight.shape).normal_(0, self.init_std, generator=generator))
+        self.weight[0] = 0
+
+    def train_by_rows(self) -> None:
+        """From now on gradients are of the picked rows; the weight itself has none, in any process."""
+        self.by_rows = True
+        self.weight.requires_grad_(False)
+
+    def pick(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights (R, D) and the positions of `ids` in them, of the shape of `ids`."""
+        if not self.by_rows or not torch.is_grad_enabled():
+            return self.weight, ids
+        rows, positions = torch.unique(ids, return_inverse=True)
+        picked = self.weight.index_select(0, rows).requires_grad_()
+        self._picked.append((rows, picked))
+        return picked, positions
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., D) from ids (...)."""
+        weight, positions = self.pick(input)
+        return F.embedding(positions, weight)
+
+    def drop_gradient(self) -> None:
+        """Forget what has been picked since the last step."""
+        self._picked = []
+
+    def pop_gradient(self) -> tuple[Tensor, Tensor]:
+        """Distinct rows (R,) since the last call and their gradient (R, D), averaged over processes."""
+        dim = self.weight.shape[1]
+        rows = [self.weight.new_empty(0, dtype=torch.int64), *(rows for rows, _ in self._picked)]
+        grads = [self.weight.new_empty((0, dim))]
+        grads += [torch.zeros_like(picked) if picked.grad is None else picked.grad for _, picked in self._picked]
+        picked_once, self._picked = len(self._picked) == 1, []
+        all_rows, all_grads = gather_parts(torch.cat([part.long() for part in rows]), torch.cat(grads))
+        if picked_once and len(all_rows) == len(rows[1]):  # one process: distinct and in order as they are
+            return all_rows, all_grads
+        distinct, positions = torch.unique(all_rows, return_inverse=True)
+        return distinct, torch.zeros(len(distinct), dim, device=all_grads.device).index_add_(0, positions, all_grads)
+
+
+def gather_parts(rows: Tensor, grads: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows of all processes, whose numbers differ, and their gradients divided by the number of processes."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return rows, grads
+    world = dist.get_world_size()
+    sizes = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(world)]
+    dist.all_gather(sizes, torch.tensor([len(rows)], device=rows.device))
+    counts = [int(size) for size in sizes]
+    gathered = []
+    for part in (rows, grads / world):
+        padded = part.new_zeros((max(counts), *part.shape[1:]))
+        padded[: len(part)] = part
+        parts = [torch.empty_like(padded) for _ in range(world)]
+        dist.all_gather(parts, padded)
+        gathered.append(torch.cat([whole[:count] for whole, count in zip(parts, counts, strict=True)]))
+    return gathered[0], gathered[1]
+
+
+def share_of_processes(rows: Tensor) -> Tensor:
+    """(R,) for each of the distinct rows (R,) of this process the fraction of processes that have it too."""
+    everywhere, parts = gather_parts(rows, torch.ones(len(rows), 1, device=rows.device))
+    distinct, positions = torch.unique(everywhere, return_inverse=True)
+    shares = torch.zeros(len(distinct), device=rows.device).index_add_(0, positions, parts[:, 0])
+    return shares[torch.searchsorted(distinct, rows)]
+
+
+class RowAdamW(torch.optim.AdamW):
+    """Fused AdamW for what has a gradient, and row-wise steps for the tables that are trained by rows."""
+
+    def __init__(
+        self, groups: list[dict[str, Any]], config: OptimizerConfig, tables: list[RowTable], max_norm: float | None
+    ):
+        super().__init__(groups, betas=config.betas, fused=True)
+        self._config, self._max_norm = config, max_norm
+        self.row_tables = {table.weight: table for table in tables}
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        result = super().step(closure)  # skips what has no gradient
+        found = {
+            weight: (group, *self.row_tables[weight].pop_gradient())
+            for group in self.param_groups
+            for weight in group["params"]
+            if weight in self.row_tables
+        }
+        scale = 1.0
+        if found and self._max_norm is not None:
+            norm = torch.stack([grad.square().sum() for _, _, grad in found.values()]).sum().sqrt()
+            scale = (self._max_norm / (norm + 1e-6)).clamp(max=1.0)
+        for weight, (group, rows, grad) in found.items():
+            if len(rows):
+                self._step_rows(group, weight, rows, grad * scale)
+        return result
+
+    def _step_rows(self, group: dict[str, Any], weight: Tensor, rows: Tensor, grad: Tensor) -> None:
+        state = self.state[weight]
+        lr = group["lr"]
+        values = weight.index_select(0, rows) * (1 - lr * group["weight_decay"])
+        if not state:
+            state["step"] = torch.zeros(())
+            if self._config.rows != "adam":
+                state["sum"] = torch.zeros(len(weight), device=weight.device)
+            if self._config.rows == "ftrl":
+                state["z"], state["scale"] = torch.zeros_like(weight), torch.zeros_like(state["sum"])
+            elif self._config.rows == "adam":
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weight), torch.zeros_like(weight)
+        state["step"] += 1
+        if self._config.rows == "adagrad":
+            total = state["sum"].index_select(0, rows) + grad.square().mean(1)
+            state["sum"].index_copy_(0, rows, total)
+            values -= lr * grad / (total.sqrt() + 1e-10)[:, None]
+        elif self._config.rows == "ftrl":
+            before = state["sum"].index_select(0, rows)
+            total = before + grad.square().mean(1)
+            # what a step adds to the curvature at the current weights; their sum is sqrt(total) / lr for a constant lr
+            added = (total.sqrt() - before.sqrt()) / max(lr, 1e-12)
+            scale = state["scale"].index_select(0, rows) + added
+            z = state["z"].index_select(0, rows) + grad - added[:, None] * weight.index_select(0, rows)
+            for name, value in (("sum", total), ("scale", scale), ("z", z)):
+                state[name].index_copy_(0, rows, value)
+            values = proximal_weights(z, scale, self._config.l1, self._config.l21, self._config.l2)
+        else:
+            beta1, beta2 = group["betas"]
+            mean = state["exp_avg"].index_select(0, rows).lerp_(grad, 1 - beta1)
+            square = state["exp_avg_sq"].index_select(0, rows).mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+            state["exp_avg"].index_copy_(0, rows, mean)
+            state["exp_avg_sq"].index_copy_(0, rows, square)
+            step = state["step"]
+            scale = (1 - beta2**step).sqrt()
+            values -= lr / (1 - beta1**step) * mean / (square.sqrt() / scale + group["eps"])
+        weight.index_copy_(0, rows, values)
+
+
+def proximal_weights(z: Tensor, scale: Tensor, l1: float, l21: float, l2: float) -> Tensor:
+    """For each row the w (R, D) that minimises z w + scale |w|^2 / 2 + l1 |w|_1 + l21 |w|_2 + l2 |w|^2 / 2.
+
+    The two thresholds compose: single weights first, then the row (Gai et al. 2017 meet both at once; the order is
+    exact because the row's shrinkage keeps signs and zeros).
+    """
+    soft = z.sign() * (z.abs() - l1).clamp(min=0)
+    norm = soft.norm(dim=1, keepdim=True)
+    shrunk = soft * (1 - l21 / norm.clamp(min=1e-30)).clamp(min=0)
+    return -shrunk / (scale[:, None] + l2).clamp(min=1e-30)
+
+
+def make_optimizer(task: nn.Module, config: OptimizerConfig, max_grad_norm: float | None = None) -> RowAdamW:
+    """The optimiser of a task; its large tables are trained by rows from then on.
+
+    Args:
+        max_grad_norm: the gradient of the rows of a step, all tables together, is scaled down to this norm; that of
+            everything else is the caller's to clip.
+
+    Modules of the task with `lr_scales()` say what the learning rate of some of their parameters is multiplied with.
+
+    Raises ValueError for a group name that is no part of the task.
+    """
+    parts: dict[str, list[nn.Parameter]] = task.parameter_parts()  # type: ignore[operator]
+    unknown = set(config.groups) - set(parts)
+    if unknown:
+        raise ValueError(f"optimizer.groups: no part {sorted(unknown)[0]!r}; this task has {', '.join(parts)}")
+    tables = [
+        module
+        for module in task.modules()
+        if isinstance(module, RowTable) and module.weight.requires_grad and len(module.weight) >= config.rows_from
+    ]
+    scales: dict[nn.Parameter, float] = {}
+    for module in task.modules():
+        if hasattr(module, "lr_scales"):
+            scales |= module.lr_scales()  # type: ignore[operator]
+    groups = []
+    by_rows = {id(table.weight) for table in tables}
+    for name, parameters in parts.items():
+        own = config.groups.get(name, GroupConfig())
+        lr = config.lr if own.lr is None else own.lr
+        decay = config.weight_decay if own.weight_decay is None else own.weight_decay
+        # the whole rate first: it is the one that is logged
+        for scale in sorted({scales.get(p, 1.0) for p in parameters}, reverse=True):
+            trained = [p for p in parameters if p.requires_grad and scales.get(p, 1.0) == scale]
+            matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
+            dense, rows = [p for p in matrices if id(p) not in by_rows], [p for p in matrices if id(p) in by_rows]
+            groups += [
+                {"params": dense, "part": name, "lr": lr * scale, "weight_decay": decay},
+                {"params": vectors, "part": name, "lr": lr * scale, "weight_decay": 0.0},
+                {"params": rows, "part": name, "lr": lr * scale, "weight_decay": decay},
+            ]
+    groups = [group | {"base_lr": group["lr"]} for group in groups if group["params"]]
+    for table in tables:
+        table.train_by_rows()
+    return RowAdamW(groups, config, tables, max_grad_norm)
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """All of a tensor that is spread over processes, which all take part; another one as it is."""
+    return tensor.full_tensor() if _is_spread(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def spread_like(tensor: Tensor, other: Tensor) -> Tensor:
+    """A whole tensor spread as `other` is, if it is; all processes take part."""
+    if tensor.numel() == other.numel() == 1:
+        tensor = tensor.reshape(other.shape)  # a scalar is spread as a vector
+    if _is_spread(other) and tensor.shape == other.shape:
+        from torch.distributed.tensor import distribute_tensor
+
+        return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements)  # type: ignore[attr-defined]
+    return tensor
+
+
+def _is_spread(tensor: Tensor) -> bool:
+    """Whether it is a DTensor; importing that takes a third of a second, which plain runs need not spend."""
+    return hasattr(tensor, "full_tensor")
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, keep: bool = True) -> dict[str, Tensor]:
+    """The state of an optimiser as named tensors: `<parameter number>.<state name>`.
+
+    Args:
+        keep: False for a process that only takes part in putting together what is spread; it gets nothing.
+    """
+    tensors = {}
+    for i, entry in optimizer.state_dict()["state"].items():
+        for name, value in entry.items():
+            whole = whole_tensor(value.detach())
+            if keep:
+                tensors[f"{i}.{name}"] = whole.to("cpu", copy=True).contiguous()
+    return tensors
+
+
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    whole = optimizer.state_dict()
+    whole["state"] = {}
+    parameters = getattr(optimizer, "parameters", None) or [
+        p for group in optimizer.param_groups for p in group["params"]
+    ]
+    for key, tensor in tensors.items():
+        number, _, name = key.partition(".")
+        value = tensor if name == "step" else spread_like(tensor, parameters[int(number)])
+        whole["state"].setdefault(int(number), {})[name] = value
+    optimizer.load_state_dict(whole)
+    for parameter, state in optimizer.state.items():
+        for name, tensor in state.items():
+            if tensor.shape == parameter.shape and tensor.stride() != parameter.stride():
+                # fused AdamW walks through memory and does not look at strides, which are others in channels_last
+                state[name] = torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
