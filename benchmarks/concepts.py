@@ -30,11 +30,12 @@ from mmctr.concepts.disentanglement import (
     mutual_information,
     shuffled,
 )
+from mmctr.concepts.latents import latents_of
 from mmctr.concepts.naming import attributes_of, name_dimensions, words_of
-from mmctr.concepts.report import latents_of
 from mmctr.evaluation.predict import embed_rows
-from mmctr.runs.finished import data_config, load_encoder
-from mmctr.runs.launch import item_content, open_data
+from mmctr.runs.content import item_content, open_data
+from mmctr.runs.finished import load_encoder
+from mmctr.runs.folder import data_config
 from pretrain.train import PretrainConfig
 
 HERE = Path(__file__).resolve().parent

@@ -71,8 +71,10 @@ def ours(options: argparse.Namespace, **fit_values: Any) -> tuple[Any, ...]:
     """What `pretrain.train` runs: task, data and settings."""
     import torch
 
-    from mmctr.data.interactions import ColdItemsSplit
-    from mmctr.runs.launch import DataConfig, item_content, keep_heap, make_accelerator, open_data
+    from mmctr.data.splits import ColdItemsSplit
+    from mmctr.runs.config import DataConfig
+    from mmctr.runs.content import item_content, open_data
+    from mmctr.runs.launch import keep_heap, make_accelerator
     from mmctr.runs.pretrain_data import PretrainData
     from mmctr.tasks import PretrainTask, PretrainTaskConfig
     from mmctr.training.fit import FitConfig
@@ -104,7 +106,7 @@ def ours(options: argparse.Namespace, **fit_values: Any) -> tuple[Any, ...]:
 
 def train_on(task: Any, train: Any, config: Any, folder: Path, accelerator: Any) -> None:
     """`fit` without evaluation."""
-    from mmctr.training import fit
+    from mmctr.training.fit import fit
 
     fit(
         task,

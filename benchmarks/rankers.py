@@ -41,11 +41,12 @@ def run_ours(options: argparse.Namespace) -> None:
     from stopwatch import Stopwatch
 
     from mmctr.data.interactions import Impressions
-    from mmctr.data.loaders import BatchPlan, BehaviorCollator, NegativeSampler, TrainBatches
+    from mmctr.data.loaders import BatchPlan, TrainBatches
     from mmctr.evaluation import predict
     from mmctr.evaluation.metrics import auc
+    from mmctr.features.behavior_collator import BehaviorCollator, NegativeSampler
     from mmctr.features.columns import FeatureColumns, Vocabulary
-    from mmctr.features.ranking_data import RankingVocabulary
+    from mmctr.features.vocabulary import RankingVocabulary
     from mmctr.runs.launch import keep_heap, make_accelerator
     from mmctr.tasks import RankingTask, RankingTaskConfig
     from mmctr.training.fit import FitConfig, fit

@@ -21,11 +21,13 @@ from ctr_log import Columns
 from rankers import HERE, install, run
 
 from finetune.train import FinetuneConfig
-from mmctr.data.interactions import Impressions, Splits, split_interactions
-from mmctr.data.loaders import behaviors_read
+from mmctr.data.interactions import Impressions
 from mmctr.data.prepare import Dataset, open_dataset
+from mmctr.data.splits import Splits, split_interactions
 from mmctr.evaluation.predict import full_report
-from mmctr.features.ranking_data import RankingData, RankingVocabulary
+from mmctr.features.behavior_collator import behaviors_read
+from mmctr.features.ranking_data import RankingData
+from mmctr.features.vocabulary import RankingVocabulary
 
 CONFIG = HERE.parent / "configs" / "finetune" / "ml1m_din_id.yaml"
 

@@ -18,7 +18,7 @@ import pyarrow as pa
 import torch
 
 from mmctr.data.batches import BehaviorBatch, ItemBatch
-from mmctr.features.ranking_data import RankingVocabulary
+from mmctr.features.vocabulary import RankingVocabulary
 from mmctr.tasks import RankingTask, RankingTaskConfig
 from mmctr.training.optimizers import OptimizerConfig, make_optimizer
 

@@ -20,18 +20,23 @@ from pydantic import Field, model_validator
 
 from mmctr.config import Config
 from mmctr.data.embeddings import read_tables
-from mmctr.data.interactions import ColdItemsSplit, SplitConfig, StagedSplit, split_interactions
-from mmctr.data.loaders import BatchPlan, NegativeSampler, TrainBatches
+from mmctr.data.loaders import BatchPlan, TrainBatches
+from mmctr.data.splits import ColdItemsSplit, SplitConfig, StagedSplit, split_interactions
 from mmctr.data.tables import one_array
 from mmctr.embedders.item_embedder import ContentEncoder, ContentTable
 from mmctr.evaluation.predict import embed_catalog, full_report, predict, predictions_table, quick_metrics
-from mmctr.features.ranking_data import RankingData, RankingVocabulary
+from mmctr.features.behavior_collator import NegativeSampler
+from mmctr.features.ranking_data import RankingData
 from mmctr.features.trees import Trees, disjoint_rows
+from mmctr.features.vocabulary import RankingVocabulary
 from mmctr.files import replace_file, write_json
 from mmctr.rankers import GBDTLRConfig
-from mmctr.runs.launch import DataConfig, begin_run, end_run, item_content, make_accelerator, open_run_data, run_recipe
+from mmctr.runs.config import DataConfig
+from mmctr.runs.content import item_content, open_run_data
+from mmctr.runs.expert import load_expert
+from mmctr.runs.folder import begin_run
+from mmctr.runs.launch import end_run, make_accelerator, run_recipe
 from mmctr.tasks import PretrainTask, RankingTask, RankingTaskConfig
-from mmctr.tasks.expert import load_expert
 from mmctr.training.fit import FitConfig, fit
 from mmctr.training.generator_tasks import train_cold_ids
 from mmctr.training.stages import StagesConfig, check_stages, save_stages, warm_up

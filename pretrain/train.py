@@ -14,10 +14,13 @@ import torch
 from pydantic import Field
 
 from mmctr.config import Config
-from mmctr.data.interactions import ColdItemsSplit, SplitConfig
+from mmctr.data.splits import ColdItemsSplit, SplitConfig
 from mmctr.evaluation.pretraining import evaluate_pretraining
 from mmctr.files import write_json
-from mmctr.runs.launch import DataConfig, begin_run, end_run, item_content, make_accelerator, open_run_data, run_recipe
+from mmctr.runs.config import DataConfig
+from mmctr.runs.content import item_content, open_run_data
+from mmctr.runs.folder import begin_run
+from mmctr.runs.launch import end_run, make_accelerator, run_recipe
 from mmctr.runs.pretrain_data import PretrainData, StreamData
 from mmctr.tasks import PretrainTask, PretrainTaskConfig
 from mmctr.training.fit import FitConfig, fit

@@ -10,14 +10,15 @@ import pytest
 from safetensors.numpy import load_file
 
 from finetune.train import FinetuneConfig, main
-from mmctr.data.interactions import split_interactions
+from mmctr.data.embeddings import write_npz
 from mmctr.data.prepare import open_dataset
+from mmctr.data.splits import split_interactions
 from mmctr.datasets.toy_world import ToyWorld, ToyWorldConfig
-from mmctr.export.formats import write_npz
 from mmctr.files import read_json
+from mmctr.studies.config import StudyConfig
 from mmctr.studies.controls import factor_table
 from mmctr.studies.results import study_results
-from mmctr.studies.runner import StudyConfig, run_study
+from mmctr.studies.runner import run_study
 from tests.helpers.tiny import write_config
 from tests.helpers.worlds import write_dataset
 

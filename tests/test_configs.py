@@ -10,7 +10,8 @@ import yaml
 from pydantic import TypeAdapter
 
 from finetune.train import FinetuneConfig
-from mmctr.studies.runner import StudyConfig, study_cells
+from mmctr.studies.config import StudyConfig
+from mmctr.studies.runner import study_cells
 from mmctr.training.optimizers import make_optimizer
 from pretrain.train import PretrainConfig
 from tests.helpers.tiny import CLONE

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from mmctr.data.embeddings import EmbeddingTable
 from mmctr.encoders.heads import Standardise
-from mmctr.layers.jagged import Dice
+from mmctr.layers.dice import Dice
 from mmctr.losses.contrastive import (
     Bank,
     clip_loss,

@@ -12,7 +12,7 @@ import torch
 import yaml
 from pydantic import TypeAdapter
 
-from mmctr.layers.jagged import RankerInput
+from mmctr.rankers.base import RankerInput
 from tests.test_readme import CLONE, FENCE, PAGES, page
 
 
@@ -78,7 +78,8 @@ def test_the_union_of_the_worked_example_takes_it(recency):
 def test_yaml_loads(path, tmp_path, monkeypatch):
     """Every YAML block is valid over a config of the recipe it speaks of, or a whole study."""
     from finetune.train import FinetuneConfig
-    from mmctr.studies.runner import StudyConfig, study_cells
+    from mmctr.studies.config import StudyConfig
+    from mmctr.studies.runner import study_cells
     from pretrain.train import PretrainConfig
 
     monkeypatch.chdir(CLONE)

@@ -204,7 +204,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
     if arguments.config:
         import yaml
 
-        from mmctr.runs.launch import DataConfig
+        from mmctr.runs.config import DataConfig
         from mmctr.tasks import PretrainTask, PretrainTaskConfig
 
         values = yaml.safe_load(Path(arguments.config).read_text(encoding="utf-8"))
@@ -221,7 +221,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
 
 
 def _embed(arguments: argparse.Namespace) -> None:
-    from mmctr.runs.finished import embed_run
+    from mmctr.runs.embed import embed_run
 
     if arguments.index and not arguments.append:
         raise ValueError("--index goes with --append; `mmctr index` makes a new one")
@@ -316,7 +316,7 @@ def _concepts(arguments: argparse.Namespace) -> None:
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     from mmctr.files import write_json
-    from mmctr.runs.finished import evaluate_run
+    from mmctr.runs.evaluate import evaluate_run
 
     how = (arguments.data, arguments.item_tables, arguments.embeddings)
     numbers = evaluate_run(arguments.run_dir, *how)
@@ -326,7 +326,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _compare(arguments: argparse.Namespace) -> None:
-    from mmctr.reports.compare import comparison_json, comparison_table, load_runs, write_report
+    from mmctr.reports.compare import comparison_json, comparison_table, write_report
+    from mmctr.reports.run import load_runs
 
     runs = load_runs([Path(run) for run in arguments.runs])
     print(json.dumps(comparison_json(runs), indent=2) if arguments.json else comparison_table(runs))
@@ -340,10 +341,12 @@ def _compare(arguments: argparse.Namespace) -> None:
 
 def _coldstart(arguments: argparse.Namespace) -> None:
     from mmctr.files import write_json
-    from mmctr.studies.page import study_table, write_study_page
+    from mmctr.studies.config import StudyConfig
+    from mmctr.studies.page import write_study_page
     from mmctr.studies.plots import write_figures
     from mmctr.studies.results import study_results
-    from mmctr.studies.runner import StudyConfig, run_study
+    from mmctr.studies.runner import run_study
+    from mmctr.studies.table import study_table
 
     if arguments.jobs < 1:
         raise ValueError(f"--jobs: {arguments.jobs} runs at a time; give 1 or more")
@@ -379,7 +382,7 @@ def _serve(arguments: argparse.Namespace) -> None:
 
 
 def _push(arguments: argparse.Namespace) -> None:
-    from mmctr.tasks.sharing import push_run
+    from mmctr.export.hub import push_run
 
     for line in push_run(arguments.run_dir, arguments.repo_id, arguments.private):
         print(line)

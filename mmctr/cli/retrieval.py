@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import csv, parquet
 
-from mmctr.concepts.naming import steering
+from mmctr.concepts.steering import steering
 from mmctr.data.embeddings import EmbeddingTable
 from mmctr.data.prepare import open_dataset
 from mmctr.files import replace_file

@@ -14,9 +14,9 @@ from importlib.util import find_spec
 
 import numpy as np
 
+from mmctr.losses.variational import ACTIVE_VARIANCE
+
 BINS = 20
-ACTIVE_VARIANCE = 0.01
-"""a latent dimension whose mean varies less over items says nothing (Burda et al. 2016)"""
 
 
 def bins_of(mu: np.ndarray, num_bins: int = BINS) -> np.ndarray:

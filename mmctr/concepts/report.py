@@ -3,35 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import torch
 from accelerate import Accelerator
 
+from mmctr.concepts.click_effects import add_effects
 from mmctr.concepts.disentanglement import active_dimensions, all_scores, dci, dependency, mig, shuffled, udr
+from mmctr.concepts.latents import (
+    STEPS,
+    Latents,
+    latents_of,
+    prevalence,
+    prompt_likeness,
+    sampled_rows,
+    standardised,
+    traversal,
+)
 from mmctr.concepts.naming import Attribute, Name, attributes_of, name_dimensions
-from mmctr.data.batches import ItemBatch
 from mmctr.data.catalog import Catalog
-from mmctr.data.loaders import BehaviorCollator
-from mmctr.data.tables import rows_of
-from mmctr.evaluation.predict import embed_rows
 from mmctr.files import write_json
-from mmctr.runs.finished import data_config, load_encoder, ranked_impressions, weights_key
-from mmctr.runs.launch import item_content, open_data
-from mmctr.tasks import PretrainTask, RankingTask
+from mmctr.runs.content import item_content, open_data
+from mmctr.runs.finished import load_encoder
+from mmctr.runs.folder import data_config, weights_key
 
 MAX_SCORED = 10_000
 """items that scores are computed on"""
-MAX_IMPRESSIONS = 10_000
-"""impressions that the effect on clicks is averaged over"""
-STEPS = (0.02, 0.25, 0.5, 0.75, 0.98)
-"""quantiles of a dimension that its traversal stops at"""
-PER_STEP = 2
-"""items shown at each"""
 
 
 def concepts(
@@ -112,15 +110,6 @@ def summary(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _sample(count: int, limit: int, seed: int) -> np.ndarray:
-    """`limit` of so many rows, or all of them, in order."""
-    return np.sort(np.random.default_rng(seed).permutation(count)[:limit])
-
-
-def _standardised(mu: np.ndarray) -> np.ndarray:
-    return (mu - mu.mean(0)) / mu.std(0).clip(min=1e-12)
-
-
 def _ranked(found: Sequence[Latents], attributes: Sequence[Attribute], seed: int) -> list[dict[str, Any]]:
     """`score` of each run, and what it is."""
     if len(found) == 1:
@@ -128,7 +117,7 @@ def _ranked(found: Sequence[Latents], attributes: Sequence[Attribute], seed: int
     if attributes:
         result = []
         for latents in found:
-            picked = _sample(len(latents.mu), MAX_SCORED, seed)
+            picked = sampled_rows(len(latents.mu), MAX_SCORED, seed)
             codes = np.stack([a.codes[latents.rows] for a in attributes], 1)[picked]
             mu = latents.mu[picked]
             parts = {"mig": mig(mu, codes), "dci_disentanglement": dci(mu, codes, seed)["disentanglement"]}
@@ -141,37 +130,6 @@ def _ranked(found: Sequence[Latents], attributes: Sequence[Attribute], seed: int
     return [{"score": score, "udr": score} for score in scores]
 
 
-@dataclass(frozen=True)
-class Latents:
-    """The latents of a catalog's items that have content."""
-
-    rows: np.ndarray
-    """(n,) catalog rows"""
-    mu: np.ndarray
-    """(n, Z)"""
-    has_image: np.ndarray
-    """(n,) bool"""
-    images: np.ndarray | None
-    """(n, D) picture features, zeros where there is none; None where texts cannot be compared with them"""
-
-
-def latents_of(task: PretrainTask, catalog: Catalog, content: Any, accelerator: Accelerator) -> Latents:
-    """Raises ValueError for a task without a head."""
-    if task.head is None:
-        raise ValueError(
-            "this run has no head, so its dimensions have no meaning of their own: train one with task.head"
-        )
-    mu, has = embed_rows(task, content, np.arange(len(catalog)), accelerator)
-    rows = np.flatnonzero(has)
-    if len(rows) < 50:
-        raise ValueError(f"{len(rows)} items have content; names need 50 or more")
-    has_image = np.zeros(len(rows), bool) if content.has_image is None else np.asarray(content.has_image)[rows]
-    images = None
-    if has_image.any() and task.shares_space:
-        images = embed_rows(task, content, rows, accelerator, "image")[0]
-    return Latents(rows, mu[rows].astype(np.float64), has_image, images)
-
-
 def describe(
     latents: Latents,
     catalog: Catalog,
@@ -182,7 +140,7 @@ def describe(
     """Dimensions, scores beside those of chance, and how the attributes hang together; ready for JSON."""
     mu, ids = latents.mu, catalog.item_ids
     active = active_dimensions(mu)
-    z = _standardised(mu)
+    z = standardised(mu)
     correlation = z.T @ z / len(z)
     dimensions = []
     for j, name in enumerate(names):
@@ -215,151 +173,9 @@ def describe(
             "posterior collapse: no dimension varies over items. Lower beta (or gamma), or raise the capacity"
         )
     if attributes and active.any():
-        picked = _sample(len(mu), MAX_SCORED, seed)
+        picked = sampled_rows(len(mu), MAX_SCORED, seed)
         codes = np.stack([a.codes for a in attributes], 1)[picked]
         result["scores"] = all_scores(mu[picked], codes, seed)
         result["chance"] = shuffled(all_scores, mu[picked], codes)
         result["dependency"] = {"columns": [a.name for a in attributes], "matrix": dependency(codes).round(4).tolist()}
     return result
-
-
-def prevalence(latent: np.ndarray) -> dict[str, float]:
-    """The shares of items more than a standard deviation below and above the mean."""
-    z = (latent - latent.mean()) / latent.std()
-    return {"low": float((z < -1).mean()), "high": float((z > 1).mean())}
-
-
-def traversal(mu: np.ndarray, dimension: int, has_image: np.ndarray) -> list[np.ndarray]:
-    """At each of `STEPS`, the rows of items that are there on one dimension and near the middle on the others; those
-    with a picture first, where there are any."""
-    z = _standardised(mu)
-    others = np.delete(z, dimension, 1)
-    off = (others**2).mean(1) if others.shape[1] else np.zeros(len(z))
-    result, taken = [], ~has_image if has_image.sum() >= 20 * PER_STEP else np.zeros(len(z), bool)
-    for q in STEPS:
-        distance = (z[:, dimension] - np.quantile(z[:, dimension], q)) ** 2 * 4 + off
-        rows = np.argsort(np.where(taken, np.inf, distance))[:PER_STEP]
-        taken[rows] = True
-        result.append(rows)
-    return result
-
-
-@torch.inference_mode()
-def prompt_likeness(
-    task: PretrainTask, images: np.ndarray, prompts: Sequence[str], accelerator: Accelerator
-) -> np.ndarray:
-    """(n, P) cosines of picture features and prompts."""
-    there = torch.ones(len(prompts), dtype=torch.bool)
-    tokens = task.encoder.tokenize(list(prompts)).long()
-    items = ItemBatch(row=torch.zeros(len(prompts), dtype=torch.int64), input_ids=tokens, has_text=there)
-    return images @ task.text_features(items.to(accelerator.device)).cpu().numpy().T
-
-
-@torch.inference_mode()
-def click_effects(
-    ranker: RankingTask,
-    collator: BehaviorCollator,
-    sizes: np.ndarray,
-    offset: int,
-    accelerator: Accelerator,
-) -> np.ndarray:
-    """(Z,) how the predicted chance of a click changes, on average over impressions, when a target moves on a dimension
-    from a standard deviation below to one above, its history staying as it is.
-
-    Args:
-        sizes: (Z,) standard deviations of the latents; 0 leaves one out.
-        offset: where they begin in the ranker's content vectors.
-    """
-    ranker.eval()
-    width, count = ranker.embedder.content_table.shape[1], len(collator.impressions)
-    total = np.zeros(len(sizes))
-    for start in range(0, count, 2048):
-        batch = collator(np.arange(start, min(start + 2048, count))).to(accelerator.device)
-        for j in np.flatnonzero(sizes > 0):
-            shift = torch.zeros(width, device=accelerator.device)
-            shift[offset + j] = float(sizes[j])
-            up, down = (torch.sigmoid(ranker.logits(batch, sign * shift)[0].double()) for sign in (1, -1))
-            total[j] += float((up - down).sum())
-    return total / max(count, 1)
-
-
-def add_effects(
-    report: dict[str, Any],
-    run: Path,
-    latents: Latents,
-    item_ids: pa.Array,
-    user: str | None,
-    accelerator: Accelerator,
-) -> None:
-    """Put into a report what each dimension does to the clicks a ranker predicts, overall and for one user.
-
-    Raises:
-        ValueError: the ranker does not read these latents, or does not know the user.
-    """
-    ranker = RankingTask.load(run)
-    offset = _where(ranker, latents, item_ids, run)
-    dataset, part, collate = ranked_impressions(run, ranker)
-    ranker.to(accelerator.device)
-    picked = _sample(len(part), MAX_IMPRESSIONS, 0)
-    sizes = np.where(active_dimensions(latents.mu), latents.mu.std(0), 0.0)
-    effects = click_effects(ranker, collate(part.take(picked)), sizes, offset, accelerator)
-    for entry, effect in zip(report["dimensions"], effects, strict=True):
-        entry["click_effect"] = float(effect)
-    report["ranker"] = {"run": str(run), "impressions": len(picked)}
-    if user is None:
-        return
-    row = dataset.user_row(user)
-    rows = np.flatnonzero(np.asarray(part.user) == row)
-    if not len(rows):
-        raise ValueError(f"user {user!r} has no test impressions in {dataset.report['source']}; name another --user")
-    own = part.take(rows)
-    effects = click_effects(ranker, collate(own), sizes, offset, accelerator)
-    latest = own.history[own.history_start[-1] : own.history_end[-1]]
-    history = [dataset.catalog.item_ids[int(item)].as_py() for item in latest]
-    report["user"] = {
-        "user_id": dataset.users["user_id"][row].as_py(),
-        "reasons": reasons(report, effects, latents, item_ids, history),
-    }
-
-
-def reasons(
-    report: dict[str, Any],
-    effects: np.ndarray,
-    latents: Latents,
-    item_ids: pa.Array,
-    history: list[Any],
-    count: int = 3,
-) -> list[dict[str, Any]]:
-    """What moves a user most: the end of a dimension, what it is called, and what of the history stands there."""
-    place = {item_ids[int(row)].as_py(): position for position, row in enumerate(latents.rows)}
-    seen = [item for item in history if item in place]
-    z = _standardised(latents.mu)
-    found = []
-    for j in np.argsort(-np.abs(effects))[:count].tolist():
-        if effects[j] == 0:
-            break
-        sign, name = (1 if effects[j] > 0 else -1), report["dimensions"][j]["name"]
-        likes = None if name is None or not name["verified"] else name["high" if sign > 0 else "low"]
-        ordered = sorted(seen, key=lambda item: -sign * z[place[item], j])
-        because = [item for item in ordered if sign * z[place[item], j] > 0.5][:PER_STEP]
-        end = "high" if sign > 0 else "low"
-        found.append(
-            {"dimension": j, "end": end, "likes": likes, "click_effect": float(effects[j]), "because_of": because}
-        )
-    return found
-
-
-def _where(ranker: RankingTask, latents: Latents, item_ids: pa.Array, run: Path) -> int:
-    """The first of the columns of the ranker's content vectors that are these latents."""
-    width = latents.mu.shape[1]
-    if ranker.embedder.adapter is not None and ranker.catalog_ids is not None:
-        rows = rows_of(item_ids.take(pa.array(latents.rows)), ranker.catalog_ids, "the run's catalog and the ranker's")
-        there = rows >= 0
-        table = ranker.embedder.content_table[torch.from_numpy(rows[there])].numpy()
-        for offset in range(table.shape[1] - width + 1) if there.any() else ():
-            if np.allclose(table[:, offset : offset + width], latents.mu[there], atol=1e-3):
-                return offset
-    raise ValueError(
-        f"{run}: this ranker does not read the latents of the run; embed it (`mmctr embed RUN --out EMB`), and train a "
-        f"ranker with task.embedder.content.path=EMB"
-    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,12 +12,21 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet
 import torch
 from numpy.lib.format import open_memmap
 from torch import Tensor
 
 from mmctr.data.images import PictureError, decode_picture, read_picture
-from mmctr.data.tables import as_ids, as_text, one_array, require_columns, rows_of
+from mmctr.data.picture_cache import CACHE_FORMAT, Pictures, reserve
+from mmctr.data.tables import (
+    as_ids,
+    as_text,
+    examples,
+    one_array,
+    require_columns,
+    rows_of,
+)
 from mmctr.errors import UnknownId
 from mmctr.files import fingerprint, locked, read_json, replace_file, write_json
 
@@ -26,34 +34,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 Resize = Literal["shortest", "longest", "squash"]
-CACHE_FORMAT = 2
-
-
-class Pictures:
-    """Decoded pictures of a catalog in one memory-mapped uint8 file: (M, 3, S, S), and where each item's is."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.values = np.load(folder / "values.npy", mmap_mode="r", allow_pickle=False)
-        self.index: np.ndarray = np.load(folder / "index.npy", allow_pickle=False)
-        """(N,) int32 positions in `values`, -1 for items without a readable picture"""
-        self.hashes: np.ndarray = np.load(folder / "hashes.npy", allow_pickle=False)
-        """(M,) int64 of the pixels: equal for equal pictures"""
-        self.report: dict[str, Any] = read_json(folder / "report.json")
-
-    def __reduce__(self) -> tuple[type[Pictures], tuple[Path]]:
-        return Pictures, (self.folder,)  # a worker process maps the file anew: a pickled map is a copy of it all
-
-    def take(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Pictures of the given catalog rows: (n, 3, S, S) uint8, black where missing, and the (n,) bool mask."""
-        position = self.index[rows.numpy()]
-        there = position >= 0
-        if there.all():
-            images = self.values[position]
-        else:
-            images = np.zeros((len(position), *self.values.shape[1:]), np.uint8)
-            images[there] = self.values[position[there]]
-        return torch.from_numpy(images), torch.from_numpy(there)
 
 
 class Catalog:
@@ -196,7 +176,7 @@ class Catalog:
         else:
             progress_path.unlink(missing_ok=True)
             progress = {"key": key, "done": 0, "rejected": []}
-            values, hashes = _reserve(values_path, shape), _reserve(hashes_path, shape[:1], np.int64)
+            values, hashes = reserve(values_path, shape), reserve(hashes_path, shape[:1], np.int64)
 
         def decode(position: int) -> str | None:
             source = sources[int(wanted[position])].as_py()
@@ -244,7 +224,6 @@ class Catalog:
     @classmethod
     def from_dataset(cls, dataset: Dataset, folder: Path, root: Path | None = None) -> Catalog:
         """A catalog from any `datasets.Dataset` with an `item_id` column; an `Image` column may be called `image`."""
-        from mmctr.data.prepare import clean_items
 
         folder = Path(folder)
         table, _ = clean_items(dataset_table(dataset), "dataset")
@@ -284,26 +263,6 @@ def _is_list(kind: pa.DataType) -> bool:
     return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
 
 
-def _reserve(path: Path, shape: tuple[int, ...], dtype: type[np.integer] = np.uint8) -> np.ndarray:
-    """A new mapped array on disk. Raises OSError now if the disk has no room: later it would kill the process."""
-    try:
-        if not np.prod(shape):  # an empty file cannot be mapped
-            np.save(path, np.zeros(shape, dtype), allow_pickle=False)
-            return np.zeros(shape, dtype)
-        values = open_memmap(path, mode="w+", dtype=dtype, shape=shape)
-        if hasattr(os, "posix_fallocate"):
-            with open(path, "r+b") as handle:
-                os.posix_fallocate(handle.fileno(), 0, path.stat().st_size)
-        return values
-    except OSError as error:
-        path.unlink(missing_ok=True)
-        num_bytes = np.prod(shape, dtype=np.int64) * np.dtype(dtype).itemsize
-        raise OSError(
-            f"cannot write {path} of {num_bytes:,} bytes: {error}. Free some space, keep the "
-            f"dataset elsewhere ($MMCTR_CACHE, or `mmctr prepare --out`), or take smaller pictures"
-        ) from error
-
-
 def dataset_table(dataset: Dataset) -> pa.Table:
     """The rows of a `datasets.Dataset` as one pyarrow table, pictures left encoded."""
     from datasets import Image
@@ -312,3 +271,40 @@ def dataset_table(dataset: Dataset) -> pa.Table:
         if isinstance(feature, Image):
             dataset = dataset.cast_column(name, Image(decode=False))
     return dataset.with_format("arrow")[:]  # type: ignore[return-value]
+
+
+def clean_items(table: pa.Table, name: str) -> tuple[pa.Table, dict[str, Any]]:
+    """Items with unique ids and plain columns; what was set aside is counted in the report.
+
+    Raises ValueError when no item is left.
+    """
+    require_columns(table, ("item_id",), name)
+    ids = as_ids(table.column("item_id"), "item_id", name)
+    valid = np.asarray(ids.is_valid())
+    order = np.flatnonzero(valid)
+    first = np.zeros(len(ids), bool)
+    _, where = np.unique(ids.filter(pa.array(valid)).dictionary_encode().indices.to_numpy(), return_index=True)
+    first[order[where]] = True
+    if not first.any():
+        raise ValueError(f"{name}: no items (of {len(ids)} rows, {int((~valid).sum())} have no item_id)")
+    repeated = ids.filter(pa.array(valid & ~first))
+    kept = table.filter(pa.array(first))
+    columns = {"item_id": ids.filter(pa.array(first))}
+    for column_name in kept.column_names:
+        if column_name == "item_id":
+            continue
+        column = kept.column(column_name)
+        columns[column_name] = picture_sources(column, name) if column_name == "image" else column
+    report: dict[str, Any] = {
+        "rows": len(ids),
+        "kept": int(first.sum()),
+        "set aside": {
+            "no item_id": int((~valid).sum()),
+            "repeated item_id (the first one is kept)": {"count": len(repeated), "examples": examples(repeated)},
+        },
+    }
+    if "title" in columns:
+        titles = as_text(columns["title"])
+        columns["title"] = titles
+        report["without title"] = titles.null_count
+    return pa.table(columns), report

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from mmctr.data.batches import Features, ItemBatch
-from mmctr.data.catalog import Pictures
 from mmctr.data.hashing import hashed_uniform
+from mmctr.data.picture_cache import Pictures
 
 
 class Content(Protocol):

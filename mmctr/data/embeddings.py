@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.csv
 import pyarrow.parquet
 import torch
 from safetensors import SafetensorError
@@ -362,3 +363,38 @@ def _write_manifest(
         manifest["items_file"] = items_file
     counts = {"items": items, "vectors": vectors, "without content": items - vectors}
     write_json(folder / "manifest.json", manifest | counts | ({_FACTS: facts} if facts else {}))
+
+
+def require_suffix(out: Path, *suffixes: str) -> None:
+    if out.suffix not in suffixes:
+        raise ValueError(
+            f"--out {out}: this format is read by its ending; give a name that ends in {' or '.join(suffixes)}"
+        )
+
+
+def write_npz(table: EmbeddingTable, out: Path) -> None:
+    """The arrays `item_id` (n,) and `vectors` (n, D)."""
+    require_suffix(out, ".npz")
+    save_arrays(out, item_id=numpy_ids(table.ids, out), vectors=table.vectors)
+
+
+def save_arrays(out: Path, **arrays: np.ndarray) -> None:
+    def write(path: Path) -> None:
+        with open(path, "wb") as handle:  # given a name, savez would add an ending to it
+            np.savez(handle, **arrays)  # type: ignore[arg-type]
+
+    replace_file(out, write)
+
+
+def numpy_ids(ids: pa.Array, out: Path) -> np.ndarray:
+    """Ids as an int64 or text array, which need no pickle. Raises ValueError for texts NumPy would shorten."""
+    if pa.types.is_integer(ids.type):
+        return ids.to_numpy()
+    array = np.array(ids.to_pylist(), dtype=np.str_)
+    changed = np.asarray(pc.not_equal(pa.array(array, type=pa.string()), ids))  # type: ignore[attr-defined]
+    if changed.any():
+        raise ValueError(
+            f"{out}: NumPy cannot hold the id {ids[int(changed.argmax())].as_py()!r}, which ends in a zero character; "
+            f"export as parquet"
+        )
+    return array

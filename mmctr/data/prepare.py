@@ -17,16 +17,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
 
-from mmctr.data.catalog import Catalog, dataset_table, picture_sources
+from mmctr.data.catalog import Catalog, clean_items, dataset_table
 from mmctr.data.interactions import Interactions
 from mmctr.data.tables import (
     as_ids,
-    as_text,
     examples,
     find_table,
     one_array,
     read_table,
-    require_columns,
     rows_of,
     same_kind,
 )
@@ -191,43 +189,6 @@ def _read_items(path: Path, items: str | None) -> tuple[pa.Table, str]:
             raise ValueError(f"--items {items}: has splits {', '.join(map(str, loaded))}; write {name}:SPLIT")
         loaded = loaded[split]
     return dataset_table(loaded), f"--items {items}"
-
-
-def clean_items(table: pa.Table, name: str) -> tuple[pa.Table, dict[str, Any]]:
-    """Items with unique ids and plain columns; what was set aside is counted in the report.
-
-    Raises ValueError when no item is left.
-    """
-    require_columns(table, ("item_id",), name)
-    ids = as_ids(table.column("item_id"), "item_id", name)
-    valid = np.asarray(ids.is_valid())
-    order = np.flatnonzero(valid)
-    first = np.zeros(len(ids), bool)
-    _, where = np.unique(ids.filter(pa.array(valid)).dictionary_encode().indices.to_numpy(), return_index=True)
-    first[order[where]] = True
-    if not first.any():
-        raise ValueError(f"{name}: no items (of {len(ids)} rows, {int((~valid).sum())} have no item_id)")
-    repeated = ids.filter(pa.array(valid & ~first))
-    kept = table.filter(pa.array(first))
-    columns = {"item_id": ids.filter(pa.array(first))}
-    for column_name in kept.column_names:
-        if column_name == "item_id":
-            continue
-        column = kept.column(column_name)
-        columns[column_name] = picture_sources(column, name) if column_name == "image" else column
-    report: dict[str, Any] = {
-        "rows": len(ids),
-        "kept": int(first.sum()),
-        "set aside": {
-            "no item_id": int((~valid).sum()),
-            "repeated item_id (the first one is kept)": {"count": len(repeated), "examples": examples(repeated)},
-        },
-    }
-    if "title" in columns:
-        titles = as_text(columns["title"])
-        columns["title"] = titles
-        report["without title"] = titles.null_count
-    return pa.table(columns), report
 
 
 def _write_log(log: pa.Table, log_path: Path, users_path: Path | None, items: pa.Table, folder: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from mmctr.data.batches import Features, Jagged
 from mmctr.features.columns import FeatureConfig, MultiValuedFeature, Vocabulary, table_rows
 from mmctr.features.crosses import CrossFeature
 from mmctr.features.trees import LEAVES
-from mmctr.training.optimizers import RowTable
+from mmctr.layers.row_table import RowTable
 
 
 class FeatureEmbedder(nn.Module):

@@ -1,7 +1,8 @@
 """ID vectors for items that have none of their own, made from what is known of them: Meta-Embedding, MWUF, CVAR.
 
 A generator reads the side features and the content vector of an item and gives a vector in the place of its row of the
-ID table. `mmctr.training.generator_tasks` trains it on old items, with the ranker frozen; the `ItemEmbedder` then reads it.
+ID table. `mmctr.training.generator_tasks` trains it on old items, with the ranker frozen; the `ItemEmbedder` then reads
+it.
 """
 
 from __future__ import annotations

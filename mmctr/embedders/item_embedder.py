@@ -22,7 +22,7 @@ from mmctr.embedders.memory_bank import MemoryBank, shown_items
 from mmctr.embedders.similarity import PairCosines
 from mmctr.features.columns import FeatureConfig, Vocabulary
 from mmctr.layers.jagged import segment_ids
-from mmctr.training.optimizers import RowTable
+from mmctr.layers.row_table import RowTable
 
 Role = Literal["both", "target", "history"]
 
@@ -64,9 +64,9 @@ class ContentEncoder(Config):
     """run folder of `pretrain.train`"""
     max_encoded: int | None = Field(default=None, ge=1)
     """encode at most this many distinct items of a step with gradient, another draw each step; the others are read from
-    a memory bank as they were when they were last encoded (`mmctr.embedders.memory_bank`), so that the cost of a step does not
-    grow with its batch or its histories. None: all are encoded. Each process draws among its own items, so unlike all
-    else here the result depends on the number of processes"""
+    a memory bank as they were when they were last encoded (`mmctr.embedders.memory_bank`), so that the cost of a step
+    does not grow with its batch or its histories. None: all are encoded. Each process draws among its own items, so
+    unlike all else here the result depends on the number of processes"""
     mode: Literal["train", "eval"] = "train"
     """what the encoder is while it is trained: with `eval` pictures are not augmented, dropout is off and batch norm
     keeps the statistics of pretraining, so that training sees the very vectors that evaluation and a bank hold"""

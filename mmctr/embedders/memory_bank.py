@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmctr.data.batches import BehaviorBatch
-from mmctr.losses.contrastive import gather_rows, world_size
+from mmctr.distributed import gather_rows, world_size
 
 
 class MemoryBank(nn.Module):

@@ -25,10 +25,10 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from mmctr.concepts.disentanglement import ACTIVE_VARIANCE
 from mmctr.config import Config
-from mmctr.losses.contrastive import gather_rows
+from mmctr.distributed import gather_rows
 from mmctr.losses.variational import (
+    ACTIVE_VARIANCE,
     dip_penalties,
     discriminator_loss,
     gaussian_nll,

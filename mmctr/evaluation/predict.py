@@ -14,8 +14,8 @@ from torch import Tensor
 from mmctr.data.batches import BehaviorBatch, ItemBatch
 from mmctr.data.content import Content, ItemContent
 from mmctr.data.interactions import Impressions
-from mmctr.data.loaders import BehaviorCollator
 from mmctr.evaluation.metrics import auc, gauc, log_loss, ranking_report
+from mmctr.features.behavior_collator import BehaviorCollator
 from mmctr.tasks import PretrainTask
 
 Modality = Literal["both", "image", "text"]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmctr.data.batches import ItemBatch
 from mmctr.data.content import Content
-from mmctr.data.interactions import Splits
+from mmctr.data.splits import Splits
 from mmctr.encoders.heads import VariationalHead
 from mmctr.evaluation.predict import embed_rows
 from mmctr.evaluation.probes import (

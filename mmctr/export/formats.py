@@ -18,7 +18,7 @@ import pyarrow.csv
 import pyarrow.parquet
 from safetensors.numpy import save_file
 
-from mmctr.data.embeddings import EmbeddingTable
+from mmctr.data.embeddings import EmbeddingTable, numpy_ids, require_suffix, save_arrays, write_npz
 from mmctr.files import replace_file, replace_folder, write_text
 
 COLUMN = "item_vector"
@@ -62,13 +62,6 @@ def _of_table(write: Callable[[EmbeddingTable, Path], str | None], ending: str =
     return run
 
 
-def _ends_in(out: Path, *suffixes: str) -> None:
-    if out.suffix not in suffixes:
-        raise ValueError(
-            f"--out {out}: this format is read by its ending; give a name that ends in {' or '.join(suffixes)}"
-        )
-
-
 def _write_parquet(columns: dict[str, Any], out: Path) -> None:
     table = pa.table(columns)
     replace_file(out, lambda path: pyarrow.parquet.write_table(table, path))
@@ -76,43 +69,15 @@ def _write_parquet(columns: dict[str, Any], out: Path) -> None:
 
 def _parquet(table: EmbeddingTable, out: Path) -> None:
     """`item_id` and `vector`, a fixed-size list of float32."""
-    _ends_in(out, ".parquet")
+    require_suffix(out, ".parquet")
     values = pa.array(table.vectors.ravel())
     _write_parquet({"item_id": table.ids, "vector": pa.FixedSizeListArray.from_arrays(values, table.dim)}, out)
-
-
-def write_npz(table: EmbeddingTable, out: Path) -> None:
-    """The arrays `item_id` (n,) and `vectors` (n, D)."""
-    _ends_in(out, ".npz")
-    _save_arrays(out, item_id=_numpy_ids(table.ids, out), vectors=table.vectors)
-
-
-def _save_arrays(out: Path, **arrays: np.ndarray) -> None:
-    def write(path: Path) -> None:
-        with open(path, "wb") as handle:  # given a name, savez would add an ending to it
-            np.savez(handle, **arrays)  # type: ignore[arg-type]
-
-    replace_file(out, write)
-
-
-def _numpy_ids(ids: pa.Array, out: Path) -> np.ndarray:
-    """Ids as an int64 or text array, which need no pickle. Raises ValueError for texts NumPy would shorten."""
-    if pa.types.is_integer(ids.type):
-        return ids.to_numpy()
-    array = np.array(ids.to_pylist(), dtype=np.str_)
-    changed = np.asarray(pc.not_equal(pa.array(array, type=pa.string()), ids))  # type: ignore[attr-defined]
-    if changed.any():
-        raise ValueError(
-            f"{out}: NumPy cannot hold the id {ids[int(changed.argmax())].as_py()!r}, which ends in a zero character; "
-            f"export as parquet"
-        )
-    return array
 
 
 def _safetensors(table: EmbeddingTable, out: Path) -> None:
     """`vectors` (n, D); integer ids as `item_id` (n,). Text ids are their UTF-8 bytes on end in `item_id` (uint8) and
     the (n + 1,) `item_id_offsets` into them: metadata of the format would have to be parsed as a whole."""
-    _ends_in(out, ".safetensors")
+    require_suffix(out, ".safetensors")
     arrays = {"vectors": table.vectors}
     if pa.types.is_integer(table.ids.type):
         arrays["item_id"] = table.ids.to_numpy()
@@ -138,8 +103,8 @@ def _datasets(table: EmbeddingTable, out: Path) -> None:
 
 def _fuxictr(table: EmbeddingTable, out: Path) -> str:
     """An .npz of `key` and `value`, which FuxiCTR matches with the values of a column."""
-    _ends_in(out, ".npz")
-    _save_arrays(out, key=_numpy_ids(table.ids, out), value=table.vectors)
+    require_suffix(out, ".npz")
+    save_arrays(out, key=numpy_ids(table.ids, out), value=table.vectors)
     return f"""\
 # FuxiCTR: the item column among the feature_cols of dataset_config.yaml. Sequences of items read the same vectors with
 # share_embedding: item_id. pretrain_usage is init (these vectors alone, through a linear layer where embedding_dim is
@@ -205,7 +170,7 @@ def _joined(vectors: np.ndarray, separator: str) -> pa.Array:
 
 def _torcheasyrec(table: EmbeddingTable, out: Path) -> str:
     """`item_id` and `item_vector`: lists in Parquet (its reader knows none of a fixed size), text in CSV."""
-    _ends_in(out, ".parquet", ".csv")
+    require_suffix(out, ".parquet", ".csv")
     separator = ""
     if out.suffix == ".parquet":
         offsets = pa.array(np.arange(len(table) + 1, dtype=np.int64) * table.dim)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from mmctr.data.batches import ItemBatch
 from mmctr.export.onnx_graph import INT8_COSINE, Axis, Graph, Inputs, Port, Session, int8_entry, quantise, write_graph
-from mmctr.runs.finished import data_config, load_encoder, weights_key
+from mmctr.runs.finished import load_encoder
+from mmctr.runs.folder import data_config, weights_key
 from mmctr.tasks import PretrainTask
 from mmctr.tasks.item_features import unit
 

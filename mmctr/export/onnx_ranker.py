@@ -45,8 +45,9 @@ from mmctr.features.columns import (
 )
 from mmctr.features.crosses import CrossFeature
 from mmctr.files import write_json
-from mmctr.layers.jagged import RankerInput
-from mmctr.runs.finished import open_ranker, weights_key
+from mmctr.rankers.base import RankerInput
+from mmctr.runs.finished import open_ranker
+from mmctr.runs.folder import weights_key
 from mmctr.tasks import RankingTask
 
 BATCH, LENGTH = Axis("B"), Axis("L")

@@ -3,134 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import torch
-from pydantic import model_validator
 from torch import Tensor
 
-from mmctr.config import Config
 from mmctr.data.batches import Features
-from mmctr.data.interactions import Impressions, Splits
-from mmctr.data.loaders import BehaviorCollator, ItemContent, NegativeSampler, behaviors_read
+from mmctr.data.content import ItemContent
+from mmctr.data.interactions import Impressions
 from mmctr.data.prepare import Dataset
-from mmctr.data.tables import one_array, rows_of
+from mmctr.data.tables import rows_of
+from mmctr.features.behavior_collator import BehaviorCollator, NegativeSampler, behaviors_read
 from mmctr.features.columns import (
     BehaviorView,
     FeatureColumns,
-    FeatureConfig,
-    NumericFeature,
-    Vocabulary,
     encode_table,
-    learn_vocabularies,
 )
-from mmctr.features.crosses import HISTORY, CrossFeature, cross_features
-from mmctr.features.trees import LEAVES, TreeColumns, Trees, TreesConfig
-from mmctr.files import read_json, write_json
-
-
-class FeatureConfigs(Config):
-    """Side features by column name."""
-
-    item: dict[str, FeatureConfig] = {}
-    """columns of the items table"""
-    user: dict[str, FeatureConfig] = {}
-    """columns of the users table"""
-    context: dict[str, FeatureConfig] = {}
-    """further columns of the interactions, known before the click"""
-    cross: dict[str, CrossFeature] = {}
-    """combinations of these, under names of your choice"""
-
-    @model_validator(mode="after")
-    def _distinct(self) -> FeatureConfigs:
-        both = set(self.user) & set(self.context)
-        if both:
-            raise ValueError(f"the column {sorted(both)[0]!r} is declared as a user and a context feature; keep one")
-        if "item_id" in self.item:
-            raise ValueError("item_id is not a side feature: the embedder's id_dim makes the ID vector")
-        declared = self.user | self.context
-        columns = self.item | declared
-        choices = ["user_id", "item_id", "history.item_id", *columns, *(HISTORY + name for name in self.item)]
-        if LEAVES in declared | self.cross:
-            raise ValueError(f"the name {LEAVES!r} is taken; rename the feature")
-        for name, config in self.cross.items():
-            if name in declared:
-                raise ValueError(f"the cross {name!r} has the name of another feature; rename it")
-            for part in config.of:
-                if part not in choices:
-                    raise ValueError(f"the cross {name!r} is of {part!r}, which is none of {', '.join(choices)}")
-                feature = columns.get(part.removeprefix(HISTORY))
-                if isinstance(feature, NumericFeature) and not feature.buckets:
-                    raise ValueError(f"the cross {name!r} is of the number {part!r}; give it `buckets`")
-        return self
-
-
-@dataclass(frozen=True)
-class RankingVocabulary:
-    """What training has seen: items and users with a row of their own, and the values of side features."""
-
-    item_ids: pa.Array
-    """items with at least one training impression; row i + 1 of the ID table is item_ids[i]"""
-    clicks: np.ndarray
-    """(number of item_ids,) training clicks of each"""
-    user_ids: pa.Array
-    item: dict[str, Vocabulary] = field(default_factory=dict)
-    user: dict[str, Vocabulary] = field(default_factory=dict)
-    context: dict[str, Vocabulary] = field(default_factory=dict)
-    trees: Trees | None = None
-    """of GBDT+LR"""
-
-    @classmethod
-    def learn(cls, dataset: Dataset, splits: Splits, features: FeatureConfigs) -> RankingVocabulary:
-        """From training rows alone: item values weigh by items, user values by users, context values by rows."""
-        warm = np.flatnonzero(splits.seen)
-        users = np.unique(splits.train.user)
-        return cls(
-            item_ids=dataset.catalog.item_ids.take(pa.array(warm)),
-            clicks=splits.clicks[warm],
-            user_ids=_user_ids(dataset).take(pa.array(users)),
-            item=learn_vocabularies(features.item, dataset.catalog.table, warm, "items table"),
-            user=learn_vocabularies(features.user, dataset.users, users, "users table"),
-            context=learn_vocabularies(features.context, dataset.context, splits.train.source, "interactions table"),
-        )
-
-    def save(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        pyarrow.parquet.write_table(
-            pa.table({"item_id": self.item_ids, "clicks": self.clicks}), folder / "items.parquet"
-        )
-        pyarrow.parquet.write_table(pa.table({"user_id": self.user_ids}), folder / "users.parquet")
-        groups = {"item": self.item, "user": self.user, "context": self.context}
-        write_json(
-            folder / "features.json", {g: {n: v.to_json() for n, v in group.items()} for g, group in groups.items()}
-        )
-        if self.trees is not None:
-            self.trees.save(folder)
-
-    @classmethod
-    def load(cls, folder: Path) -> RankingVocabulary:
-        items = pyarrow.parquet.read_table(folder / "items.parquet")
-        users = pyarrow.parquet.read_table(folder / "users.parquet")
-        groups = {
-            g: {n: Vocabulary(**v) for n, v in group.items()}
-            for g, group in read_json(folder / "features.json").items()
-        }
-        return cls(
-            item_ids=one_array(items.column("item_id")),
-            clicks=items.column("clicks").to_numpy(),
-            user_ids=one_array(users.column("user_id")),
-            **groups,
-            trees=Trees.load(folder) if (folder / "trees.json").is_file() else None,
-        )
-
-    def item_rows(self, item_ids: pa.Array) -> np.ndarray:
-        """(n,) rows of the ID table, 0 for items unseen in training."""
-        return rows_of(item_ids, self.item_ids, "the run's items and this dataset's") + 1
+from mmctr.features.crosses import cross_features
+from mmctr.features.trees import TreeColumns, Trees, TreesConfig
+from mmctr.features.vocabulary import FeatureConfigs, RankingVocabulary, user_ids
 
 
 class RankingData:
@@ -158,7 +53,7 @@ class RankingData:
         """(N,) row of each catalog item in the ID table, 0 for cold items"""
         items = encode_table(features.item, vocabulary.item, catalog.table, "items table")
         self.items = FeatureColumns({"item_id": torch.from_numpy(self.id_rows), **items.columns})
-        self.user_rows = torch.from_numpy(rows_of(_user_ids(dataset), vocabulary.user_ids, "users") + 1)
+        self.user_rows = torch.from_numpy(rows_of(user_ids(dataset), vocabulary.user_ids, "users") + 1)
         self.users = encode_table(features.user, vocabulary.user, dataset.users, "users table")
         # nothing of the log's further columns is read unless a feature asks for one
         context = dataset.context if features.context else pa.table({})
@@ -254,7 +149,3 @@ def samples_of_items(impressions: Impressions, num_items: int, max_history: int)
         pairs = [np.arange(len(target)) * num_items + target, impression * num_items + behaviors]
         counts += np.bincount(np.unique(np.concatenate(pairs)) % num_items, minlength=num_items)
     return counts
-
-
-def _user_ids(dataset: Dataset) -> pa.Array:
-    return one_array(dataset.users.column("user_id"))

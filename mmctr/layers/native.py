@@ -109,7 +109,7 @@ def unit_forward(
     history: Tensor,
     offsets: Tensor,
 ) -> Tensor:
-    """See `mmctr.rankers.din._Interaction`: (H, hidden)."""
+    """See `mmctr.layers.activation_unit._Interaction`: (H, hidden)."""
     if len(history) and not (int(history.min()) >= 0 and int(history.max()) < len(items)):
         raise IndexError(f"a history names an item outside the {len(items)} of its batch")
     dim, hidden = _round_up(items.shape[1]), _round_up(len(weight))

@@ -13,59 +13,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-class _Gather(torch.autograd.Function):
-    """Concatenate over processes. Backward: all of them read our slice, so their gradients of it are summed."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:  # type: ignore[override]
-        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[override]
-        grad = grad.contiguous()
-        dist.all_reduce(grad)
-        return grad.chunk(dist.get_world_size())[dist.get_rank()]
-
-
-def gather_rows(x: Tensor) -> Tensor:
-    """(B, ...) of this process -> (W * B, ...) of all in rank order, differentiable. B is equal everywhere."""
-    if world_size() == 1:
-        return x
-    if x.is_floating_point() and x.requires_grad:
-        return _Gather.apply(x)  # type: ignore[return-value]
-    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, x.contiguous())
-    return torch.cat(parts)
-
-
-def mean_over_processes(values: Tensor, valid: Tensor | None = None) -> Tensor:
-    """The mean of (B,) values over the valid rows of all processes, 0 where there are none.
-
-    Each process gets its own share times the number of processes, so that the average over them is the mean.
-    """
-    if valid is None:
-        return values.mean()
-    count = valid.sum()
-    if world_size() > 1:
-        dist.all_reduce(count)
-    return torch.where(valid, values, 0.0).sum() * world_size() / count.clamp(min=1)
-
-
-def own_columns(num_rows: int, device: torch.device) -> Tensor:
-    """(B,) the columns of the gathered batch that hold this process's rows."""
-    first = dist.get_rank() * num_rows if world_size() > 1 else 0
-    return torch.arange(first, first + num_rows, device=device)
+from mmctr.distributed import gather_rows, mean_over_processes, own_columns, world_size
 
 
 def shares_key(rows: Tensor, columns: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmctr.losses.contrastive import gather_rows, own_columns
+from mmctr.distributed import gather_rows, own_columns
 
 LOG_2PI = math.log(2 * math.pi)
 
@@ -132,3 +132,7 @@ def discriminator_loss(logits: Tensor, permuted_logits: Tensor) -> Tensor:
     zeros = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
     ones = torch.ones(len(permuted_logits), dtype=torch.int64, device=logits.device)
     return 0.5 * (F.cross_entropy(logits, zeros) + F.cross_entropy(permuted_logits, ones))
+
+
+ACTIVE_VARIANCE = 0.01
+"""a latent dimension whose mean varies less over items says nothing (Burda et al. 2016)"""

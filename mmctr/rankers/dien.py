@@ -10,20 +10,11 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from mmctr.layers.jagged import (
-    MLP,
-    Activation,
-    BaseRankerConfig,
-    RankerInput,
-    RankerOutput,
-    linear_of_rows,
-    mean_over_processes,
-    pool_rows,
-    row_dots,
-    segment_softmax,
-    take_rows,
-)
+from mmctr.layers.dice import mean_over_processes
+from mmctr.layers.jagged import linear_of_rows, pool_rows, row_dots, segment_softmax, take_rows
+from mmctr.layers.mlp import MLP, Activation
 from mmctr.layers.recurrence import Gate, Recurrence, TimeMajor
+from mmctr.rankers.base import BaseRankerConfig, RankerInput, RankerOutput
 
 
 class DIENConfig(BaseRankerConfig):

@@ -8,7 +8,9 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from mmctr.layers.jagged import MLP, Activation, BaseRankerConfig, RankerInput, RankerOutput, pool_rows, take_rows
+from mmctr.layers.jagged import pool_rows, take_rows
+from mmctr.layers.mlp import MLP, Activation
+from mmctr.rankers.base import BaseRankerConfig, RankerInput, RankerOutput
 
 
 class EmbeddingMLPConfig(BaseRankerConfig):

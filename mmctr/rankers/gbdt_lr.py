@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from mmctr.features.trees import TreesConfig
-from mmctr.layers.jagged import BaseRankerConfig
+from mmctr.rankers.base import BaseRankerConfig
 from mmctr.rankers.linear import LR
 
 

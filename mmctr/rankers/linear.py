@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from mmctr.layers.jagged import BaseRankerConfig, RankerInput, RankerOutput, take_rows
+from mmctr.layers.jagged import take_rows
+from mmctr.rankers.base import BaseRankerConfig, RankerInput, RankerOutput
 
 
 class LRConfig(BaseRankerConfig):

@@ -20,19 +20,14 @@ from mmctr.reports.page import (
     text,
 )
 from mmctr.reports.plots import Series, figure, line_label, line_plot, nice_ticks
+from mmctr.reports.run import finite_interval
 
 if TYPE_CHECKING:
-    from mmctr.reports.compare import Run
+    from mmctr.reports.run import Run
 
 METRIC_NAMES = {"auc": "AUC", "gauc": "gAUC"}
 SPLIT_NAMES = {"all": "All items", "warm": "Warm items (seen in training)", "cold": "Cold items (not in training)"}
 MAX_CURVE_POINTS = 200
-
-
-def finite_interval(ends: Sequence[float | None] | None) -> tuple[float, float] | None:
-    """[low, high] as a tuple, None where it or one of its ends is missing or not finite."""
-    low, high = ends if ends else (None, None)
-    return (low, high) if is_number(low) and is_number(high) else None
 
 
 def render_page(runs: Sequence[Run], neighbours: Sequence[NeighbourRow], reading: Sequence[str]) -> str:

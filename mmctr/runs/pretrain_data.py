@@ -16,16 +16,17 @@ from mmctr.data.catalog import Catalog, tokenized
 from mmctr.data.content import ItemContent
 from mmctr.data.embeddings import read_tables
 from mmctr.data.hashing import row_hashes
-from mmctr.data.interactions import SplitConfig, Splits, split_interactions
 from mmctr.data.loaders import BatchPlan, TrainBatches
 from mmctr.data.pairs import ClickedQueries, CoClicks, GroupMates, PairCollator, PartnerSampler, ShownNotClicked
 from mmctr.data.prepare import Dataset
 from mmctr.data.shards import ShardedItems
+from mmctr.data.splits import SplitConfig, Splits, split_interactions
 from mmctr.data.stream import HeldItems, StreamBatches, StreamContent, StreamPlan
 from mmctr.data.tables import as_text, require_columns, value_codes
 from mmctr.evaluation.pretraining import HeldOut, HeldOutCoClicks
 from mmctr.files import cache_folder, fingerprint
-from mmctr.runs.launch import DataConfig, pair_rows
+from mmctr.runs.config import DataConfig
+from mmctr.runs.content import pair_rows
 from mmctr.tasks import PretrainTask
 
 

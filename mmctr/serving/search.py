@@ -19,7 +19,8 @@ from mmctr.data.images import PictureError, decode_picture
 from mmctr.data.prepare import Dataset, open_dataset
 from mmctr.data.tables import as_text, one_array, read_table, rows_of
 from mmctr.retrieval.index import ItemIndex, Neighbour
-from mmctr.runs.finished import data_config, load_encoder
+from mmctr.runs.finished import load_encoder
+from mmctr.runs.folder import data_config
 
 Kind = Literal["item_id", "text", "image", "user_id"]
 KINDS: tuple[Kind, ...] = ("item_id", "text", "image", "user_id")

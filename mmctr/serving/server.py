@@ -17,9 +17,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from mmctr.data.images import PictureError
 from mmctr.errors import UnknownId
 from mmctr.retrieval.index import ItemIndex, Neighbour
-from mmctr.serving.scoring import Scorer
-from mmctr.serving.search import Searcher
-from mmctr.serving.service import (
+from mmctr.serving.schemas import (
     MAX_BODY,
     MAX_PICTURE,
     Answer,
@@ -33,10 +31,12 @@ from mmctr.serving.service import (
     RankRequest,
     ScoreRequest,
     SearchRequest,
-    Service,
     Text,
     Vectors,
 )
+from mmctr.serving.scoring import Scorer
+from mmctr.serving.search import Searcher
+from mmctr.serving.service import Service
 
 STATIC = Path(__file__).parent / "static"
 

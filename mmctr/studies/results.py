@@ -16,9 +16,10 @@ import pyarrow.parquet
 
 from mmctr.evaluation.metrics import interval, paired_samples
 from mmctr.files import read_json
-from mmctr.reports.compare import SPLITS, Run, load_run, read_predictions
 from mmctr.reports.page import is_number
-from mmctr.studies.runner import Cell, Outcome, StudyConfig
+from mmctr.reports.run import SPLITS, Run, load_run, read_predictions
+from mmctr.studies.config import StudyConfig
+from mmctr.studies.runner import Cell, Outcome
 from mmctr.training.stages import STAGES_FILE
 
 Scores = dict[tuple[str, int], np.ndarray]

@@ -16,19 +16,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
 import torch
-import yaml
 from pydantic import Field
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mmctr.config import Config
 from mmctr.data.batches import BehaviorBatch
 from mmctr.embedders.item_embedder import ContentTable
-from mmctr.features.ranking_data import RankingVocabulary
-from mmctr.files import read_json, replace_file, write_json
-from mmctr.layers.jagged import RankerOutput
+from mmctr.files import replace_file, write_json
+from mmctr.rankers.base import RankerOutput
 
 if TYPE_CHECKING:
     from mmctr.embedders.item_embedder import ItemEmbedder
@@ -140,67 +137,3 @@ def check_expert(config: RankingTaskConfig, expert: RankingTaskConfig) -> None:
                 f"task.make.hidden_layers: {make.hidden_layers}, but {whose} has {len(layers)} hidden layers "
                 f"(ranker.mlp); take fewer"
             )
-
-
-def load_expert(
-    config: MAKEConfig, data: str, items: str | None, split: Config, vocabulary: RankingVocabulary, item_ids: pa.Array
-) -> RankingTask:
-    """The expert of a new run, its content in the order of the catalog `item_ids`.
-
-    Args:
-        data, items: path of the new run's dataset, and of its items where these are elsewhere.
-        split: how the new run cuts the log.
-        vocabulary: of the new run.
-
-    Raises ValueError for a run on another dataset, or one that cut it in another way: an expert that was trained on
-    the rows that are tested knows their answers.
-    """
-    from mmctr.tasks.ranking import RankingTask
-
-    run, source = Path(config.run), f"task.make.run: {config.run}"
-    if not (run / "config.yaml").is_file() or not (run / "task.json").is_file():
-        raise ValueError(f"{source} is not the folder of a finished run; make it with `python -m finetune.train` first")
-    theirs: dict[str, Any] = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    for key, old, new in (("path", theirs["data"]["path"], data), ("items", theirs["data"].get("items"), items)):
-        if _place(old) != _place(new):
-            raise ValueError(f"{source} was trained on data.{key} {old!r}, this run on {new!r}; give both the same")
-    cut, before = split.model_dump(mode="json"), theirs["split"]
-    differing = [key for key in {**before, **cut} if cut.get(key) != before.get(key)]
-    if differing:
-        key = differing[0]
-        raise ValueError(
-            f"{source} was trained on another split ({key}: {before.get(key)!r} there, {cut.get(key)!r} here): it may "
-            f"have seen the rows that are tested; give both runs the same split"
-        )
-    task = RankingTask.load(run)
-    known = task.vocabulary
-    if not (
-        known.item_ids.equals(vocabulary.item_ids)
-        and known.user_ids.equals(vocabulary.user_ids)
-        and (known.clicks == vocabulary.clicks).all()
-    ):
-        raise ValueError(f"{source} was trained on other rows: the dataset has changed since; train it again")
-    task.bind(item_ids)
-    return task
-
-
-def read_expert(
-    folder: Path, vocabulary: RankingVocabulary, table: tuple[Tensor, Tensor] | None, ids: pa.Array | None
-) -> RankingTask:
-    """What `Expert.save` wrote; its weights are still to be loaded.
-
-    Args:
-        table: of the ranker, which the expert reads too where it has none of its own.
-    """
-    from mmctr.tasks.ranking import RankingTask, RankingTaskConfig
-
-    path = folder / "task.json"
-    config = RankingTaskConfig.parse(read_json(path)["config"], source=str(path))
-    if (folder / "content.safetensors").is_file():
-        content = load_file(folder / "content.safetensors")
-        table = content["content_table"], content["has_content"]
-    return RankingTask(config, vocabulary, table, catalog_ids=ids)
-
-
-def _place(path: str | None) -> Path | None:
-    return None if path is None else Path(path).resolve()

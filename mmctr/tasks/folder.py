@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mmctr.config import Config
 from mmctr.files import read_json, replace_file, write_json
-from mmctr.training.fit import save_weights
 
 Kind = Literal["pretrain", "ranking"]
 
@@ -49,3 +48,9 @@ def task_weights(folder: Path) -> dict[str, Tensor]:
         return load_file(folder / "model.safetensors")
     except Exception as error:
         raise ValueError(f"{folder / 'model.safetensors'}: cannot be read ({error}); train the run again") from None
+
+
+def save_weights(module: nn.Module, path: Path) -> None:
+    """The state dict as one safetensors file; it refuses views and tensors that share memory, hence the copies."""
+    tensors = module.state_dict()
+    save_file({name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}, path)

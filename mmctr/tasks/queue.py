@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mmctr.config import Config
 from mmctr.data.batches import PairBatch
-from mmctr.losses.contrastive import gather_rows
+from mmctr.distributed import gather_rows
 from mmctr.tasks.item_features import ItemFeatures, content_masks
 
 if TYPE_CHECKING:

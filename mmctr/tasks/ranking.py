@@ -18,20 +18,27 @@ from torch import Tensor, nn
 from mmctr.config import Config
 from mmctr.data.batches import BehaviorBatch
 from mmctr.data.tables import as_ids, read_table, rows_of
+from mmctr.distributed import share_of_processes
 from mmctr.embedders.feature_embedder import FeatureEmbedder
 from mmctr.embedders.id_generators import NoColdIds, make_generator
-from mmctr.embedders.item_embedder import ContentEncoder, ContentNone, ItemEmbedder, ItemEmbedderConfig, initial_std
+from mmctr.embedders.item_embedder import (
+    ContentEncoder,
+    ContentNone,
+    ItemEmbedder,
+    ItemEmbedderConfig,
+    initial_std,
+)
 from mmctr.embedders.similarity import SimTierConfig, tier_counts
-from mmctr.features.ranking_data import FeatureConfigs, RankingVocabulary
+from mmctr.features.vocabulary import FeatureConfigs, RankingVocabulary
 from mmctr.files import read_json, replace_file, write_json
-from mmctr.layers.jagged import RankerInput, RankerOutput
+from mmctr.layers.row_table import RowTable
 from mmctr.rankers import RankerConfig
+from mmctr.rankers.base import RankerInput, RankerOutput
 from mmctr.rankers.din import DINConfig
-from mmctr.tasks.expert import Expert, MAKEConfig, read_expert, same_content
+from mmctr.tasks.expert import Expert, MAKEConfig, same_content
 from mmctr.tasks.folder import save_task, task_config, task_weights
 from mmctr.tasks.pretrain import PretrainTask, PretrainTaskConfig
 from mmctr.tasks.sharing import Shareable
-from mmctr.training.optimizers import RowTable, share_of_processes
 
 
 class RankingTaskConfig(Config):
@@ -140,7 +147,8 @@ class RankingTask(Shareable, nn.Module):
                 expert.embedder.refresh(self.embedder.content_table, self.embedder.has_content)
         context_dim = user_dim + self.context.dim + tiers + (self.expert.dim if self.expert else 0)
         self.ranker = config.ranker.build(self.embedder.dim, context_dim, **options)
-        # last, so that a ranker begins the same with and without; it learns when the ranker has (mmctr.training.generator_tasks)
+        # made last, so that a ranker starts from the same weights with and without a generator, which is trained after
+        # the ranker (mmctr.training.generator_tasks)
         self.embedder.generator = make_generator(
             config.embedder.cold_ids,
             config.embedder.id_dim,
@@ -311,3 +319,19 @@ class RankingTask(Shareable, nn.Module):
         task.load_state_dict(weights)
         task.embedder.generates = task.embedder.generator is not None
         return task.eval()
+
+
+def read_expert(
+    folder: Path, vocabulary: RankingVocabulary, table: tuple[Tensor, Tensor] | None, ids: pa.Array | None
+) -> RankingTask:
+    """What `Expert.save` wrote; its weights are still to be loaded.
+
+    Args:
+        table: of the ranker, which the expert reads too where it has none of its own.
+    """
+    path = folder / "task.json"
+    config = RankingTaskConfig.parse(read_json(path)["config"], source=str(path))
+    if (folder / "content.safetensors").is_file():
+        content = load_file(folder / "content.safetensors")
+        table = content["content_table"], content["has_content"]
+    return RankingTask(config, vocabulary, table, catalog_ids=ids)

@@ -113,35 +113,6 @@ class Shareable:
         return str(url)
 
 
-def export_run(source: str, out: str, data: str | None = None, int8: bool = False) -> list[str]:
-    """Write a run folder of either kind as `save_pretrained` does; returns what there is to say."""
-    if int8:
-        raise ValueError("--int8 is for --format onnx: a pretrained folder holds the weights as they were trained")
-    if data is not None:
-        raise ValueError("--data is for --format onnx: a pretrained folder holds no dataset")
-    task = load_task(source)
-    task.save_pretrained(out, run=source)
-    return [f"{out}: load it with {_loading(task, out)}"]
-
-
-def push_run(source: str, repo_id: str, private: bool) -> list[str]:
-    """Upload a run folder of either kind; returns what there is to say."""
-    task = load_task(source)
-    lines = [task.push_to_hub(repo_id, run=source, private=private or None)]
-    vocabulary = getattr(task, "vocabulary", None)
-    if vocabulary is not None:
-        lines.append(f"note: it holds the ids of {len(vocabulary.user_ids)} users and {len(vocabulary.item_ids)} items")
-    return lines
-
-
-def load_task(source: str | Path) -> Shareable:
-    """The task of a run folder, whichever kind it is. Raises ValueError when it is none."""
-    from mmctr.tasks import PretrainTask, RankingTask
-    from mmctr.tasks.folder import task_kind
-
-    return (PretrainTask if task_kind(Path(source)) == "pretrain" else RankingTask).load(source)
-
-
 def without_paths(value: Any) -> Any:
     """A config in which of absolute paths the last part is left: they say who trained where, and help nobody else."""
     if isinstance(value, dict):
@@ -187,7 +158,7 @@ def model_card(task: Shareable, name: str, config: dict[str, Any] | None, metric
     front = yaml.safe_dump({"library_name": "mmctr", "tags": tags}, sort_keys=False)
     parts = [
         f"---\n{front}---\n\n# {name}\n\n{what}\n",
-        f"## How to load\n\n```python\n{_loading(task, name)}\n```\n",
+        f"## How to load\n\n```python\n{loading_code(task, name)}\n```\n",
         f"## Data\n\n{_data(task, config)}\n",
     ]
     rows = [(key, value) for key, value in _flat(metrics or {}) if isinstance(value, int | float)]
@@ -200,7 +171,7 @@ def model_card(task: Shareable, name: str, config: dict[str, Any] | None, metric
     return "\n".join([*parts, f"## Config\n\n```yaml\n{shown}```\n"])
 
 
-def _loading(task: Shareable, name: str) -> str:
+def loading_code(task: Shareable, name: str) -> str:
     kind = type(task).__name__
     return f"from mmctr.tasks import {kind}\n\ntask = {kind}.from_pretrained({json.dumps(name)})"
 

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import functools
-import json
-import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,21 +12,16 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from pydantic import Field
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from mmctr.config import Config
 from mmctr.data.loaders import TrainBatches
-from mmctr.files import fingerprint, read_json, replace_file, replace_folder, write_json
+from mmctr.files import fingerprint
+from mmctr.training.checkpoints import Checkpoints
 from mmctr.training.grad_cache import ChunkedTask, chunked_backward
-from mmctr.training.optimizers import (
-    OptimizerConfig,
-    load_optimizer_tensors,
-    make_optimizer,
-    optimizer_tensors,
-    spread_like,
-)
+from mmctr.training.log import Log
+from mmctr.training.optimizers import OptimizerConfig, make_optimizer
 from mmctr.training.part_schedule import PartSchedule
 from mmctr.training.sharding import Sharding
 
@@ -220,107 +212,3 @@ def _require_number(numbers: dict[str, float], primary: str, step: int) -> None:
 def step_seed(*parts: int) -> int:
     """The seed of everything random inside a step, or a chunk of it: from the run's seed, the step, the process."""
     return int(fingerprint(*parts)[:15], 16)
-
-
-class Log:
-    """`log.jsonl`: one JSON object a line, on the main process; lines after a resumed step are taken back."""
-
-    def __init__(self, path: Path, step: int, accelerator: Accelerator, phase: str = "", steps_before: int = 0):
-        self.path, self.accelerator = path, accelerator
-        self.prefix, self.steps_before = f"{phase}/" if phase else "", steps_before
-        if accelerator.is_main_process:
-            kept = [line for line in _json_lines(path) if line["step"] <= step]
-            replace_file(
-                path, lambda temporary: temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            )
-
-    def write(self, values: dict[str, Any]) -> None:
-        numbers = {f"validation/{k}": v for k, v in values["validation"].items()} if "validation" in values else values
-        tracked = {self.prefix + name: value for name, value in numbers.items() if name != "step"}
-        self.accelerator.log(tracked, step=self.steps_before + values["step"])
-        if self.accelerator.is_main_process:
-            with open(self.path, "a", encoding="utf-8") as handle:
-                handle.write(json.dumps(values) + "\n")
-
-
-def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a JSON lines file; a last line cut off by a crash is left out."""
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError:
-                return
-
-
-class Checkpoints:
-    """`checkpoints/step-N/` (weights, optimiser, state) and `checkpoints/best.safetensors`. No pickle.
-
-    All processes save, and the main one writes.
-    """
-
-    def __init__(self, folder: Path, identity: str, sharding: Sharding | None = None):
-        self.folder, self.identity, self.sharding = folder, identity, sharding
-
-    def save(self, task: nn.Module, optimizer: Any, state: dict[str, Any]) -> None:
-        with self._writing() as writes:
-            moments = optimizer_tensors(optimizer, keep=writes)
-            if writes:
-                self._write(task, moments, state)
-
-    def _write(self, task: nn.Module, moments: dict[str, Tensor], state: dict[str, Any]) -> None:
-        def write(folder: Path) -> None:
-            save_weights(task, folder / "task.safetensors")
-            save_file(moments, folder / "optimizer.safetensors")
-            write_json(folder / "state.json", state | {"identity": self.identity})
-
-        path = self.folder / f"step-{state['step']:09d}"
-        try:
-            replace_folder(path, write)
-        except Exception as error:
-            raise OSError(
-                f"cannot save the checkpoint {path}: {error}. Free some space, then start the same command again: "
-                f"it goes on from the checkpoint before"
-            ) from error
-        # older ones, and what a killed process left half written
-        for old in [*self._finished()[:-1], *self.folder.glob(".step-*")]:
-            shutil.rmtree(old, ignore_errors=True)
-        for old in self.folder.glob(".best.*"):
-            old.unlink(missing_ok=True)
-
-    def load(self, task: nn.Module, optimizer: Any) -> dict[str, Any] | None:
-        """Put the newest checkpoint into task and optimiser; returns its state, None when there is none."""
-        finished = self._finished()
-        if not finished:
-            return None
-        state = read_json(finished[-1] / "state.json")
-        if state.pop("identity") != self.identity:
-            raise ValueError(
-                f"{finished[-1]}: this checkpoint belongs to another config or dataset; choose another run_dir, or "
-                f"delete {self.folder.parent} to start anew"
-            )
-        own = task.state_dict()
-        weights = load_file(finished[-1] / "task.safetensors").items()
-        task.load_state_dict({name: spread_like(x, own[name]) if name in own else x for name, x in weights})
-        load_optimizer_tensors(optimizer, load_file(finished[-1] / "optimizer.safetensors"))
-        return state
-
-    def save_best(self, task: nn.Module) -> None:
-        with self._writing() as writes:
-            if writes:
-                replace_file(self.folder / "best.safetensors", lambda path: save_weights(task, path))
-
-    def load_best(self, task: nn.Module) -> None:
-        task.load_state_dict(load_file(self.folder / "best.safetensors"))
-
-    def _writing(self) -> AbstractContextManager[bool]:
-        return nullcontext(True) if self.sharding is None else self.sharding.writing()
-
-    def _finished(self) -> list[Path]:
-        return sorted(path for path in self.folder.glob("step-*") if (path / "state.json").is_file())
-
-
-def save_weights(module: nn.Module, path: Path) -> None:
-    """The state dict as one safetensors file; it refuses views and tensors that share memory, hence the copies."""
-    tensors = module.state_dict()
-    save_file({name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}, path)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mmctr.data.batches import Batch, BehaviorBatch
 from mmctr.data.hashing import hashed_uniform
 from mmctr.data.interactions import Impressions
-from mmctr.data.loaders import BatchPlan, BehaviorCollator, TrainBatches
+from mmctr.data.loaders import BatchPlan, TrainBatches
 from mmctr.embedders.id_generators import (
     CVAR,
     MWUF,
@@ -30,10 +30,11 @@ from mmctr.embedders.id_generators import (
     wasserstein2,
 )
 from mmctr.evaluation.predict import Scores, predict, quick_metrics
+from mmctr.features.behavior_collator import BehaviorCollator
 from mmctr.features.ranking_data import RankingData
+from mmctr.layers.row_table import RowTable
 from mmctr.tasks import RankingTask
 from mmctr.training.fit import FitConfig, fit
-from mmctr.training.optimizers import RowTable
 
 
 def freeze(task: RankingTask) -> None:

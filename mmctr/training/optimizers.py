@@ -10,12 +10,12 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from mmctr.config import Config
+from mmctr.distributed import spread_like, whole_tensor
+from mmctr.layers.row_table import RowTable
 
 
 class GroupConfig(Config):
@@ -28,7 +28,8 @@ class GroupConfig(Config):
     to_epoch: float | None = Field(default=None, gt=0)
     """and until so many have passed; it stays as it is then. None: to the end"""
     redraw: bool = False
-    """of ID tables: draw them anew at the start of every epoch but the first (MEDA); see `mmctr.training.part_schedule`"""
+    """of ID tables: draw them anew at the start of every epoch but the first (MEDA); see
+    `mmctr.training.part_schedule`"""
 
     @model_validator(mode="after")
     def _epochs_in_order(self) -> GroupConfig:
@@ -72,91 +73,6 @@ class OptimizerConfig(Config):
         if self.rows == "ftrl" and self.rows_from:
             raise ValueError("rows: ftrl is meant for all tables; set rows_from: 0")
         return self
-
-
-class RowTable(nn.Embedding):
-    """An embedding table that can be trained by rows.
-
-    Row 0, "unknown", starts at zero: until training moves it, it says nothing rather than something random.
-    """
-
-    def __init__(self, num_rows: int, dim: int, init_std: float):
-        super().__init__(num_rows, dim)
-        self.init_std = init_std
-        self.draw()
-        self.by_rows = False
-        self._picked: list[tuple[Tensor, Tensor]] = []
-
-    @torch.no_grad()
-    def draw(self, generator: torch.Generator | None = None) -> None:
-        """Start anew; a generator is one of the CPU, so that every device gets the same numbers."""
-        if generator is None:
-            self.weight.normal_(0, self.init_std)
-        else:
-            self.weight.copy_(torch.empty(self.weight.shape).normal_(0, self.init_std, generator=generator))
-        self.weight[0] = 0
-
-    def train_by_rows(self) -> None:
-        """From now on gradients are of the picked rows; the weight itself has none, in any process."""
-        self.by_rows = True
-        self.weight.requires_grad_(False)
-
-    def pick(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights (R, D) and the positions of `ids` in them, of the shape of `ids`."""
-        if not self.by_rows or not torch.is_grad_enabled():
-            return self.weight, ids
-        rows, positions = torch.unique(ids, return_inverse=True)
-        picked = self.weight.index_select(0, rows).requires_grad_()
-        self._picked.append((rows, picked))
-        return picked, positions
-
-    def forward(self, input: Tensor) -> Tensor:
-        """(..., D) from ids (...)."""
-        weight, positions = self.pick(input)
-        return F.embedding(positions, weight)
-
-    def drop_gradient(self) -> None:
-        """Forget what has been picked since the last step."""
-        self._picked = []
-
-    def pop_gradient(self) -> tuple[Tensor, Tensor]:
-        """Distinct rows (R,) since the last call and their gradient (R, D), averaged over processes."""
-        dim = self.weight.shape[1]
-        rows = [self.weight.new_empty(0, dtype=torch.int64), *(rows for rows, _ in self._picked)]
-        grads = [self.weight.new_empty((0, dim))]
-        grads += [torch.zeros_like(picked) if picked.grad is None else picked.grad for _, picked in self._picked]
-        picked_once, self._picked = len(self._picked) == 1, []
-        all_rows, all_grads = gather_parts(torch.cat([part.long() for part in rows]), torch.cat(grads))
-        if picked_once and len(all_rows) == len(rows[1]):  # one process: distinct and in order as they are
-            return all_rows, all_grads
-        distinct, positions = torch.unique(all_rows, return_inverse=True)
-        return distinct, torch.zeros(len(distinct), dim, device=all_grads.device).index_add_(0, positions, all_grads)
-
-
-def gather_parts(rows: Tensor, grads: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows of all processes, whose numbers differ, and their gradients divided by the number of processes."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return rows, grads
-    world = dist.get_world_size()
-    sizes = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(world)]
-    dist.all_gather(sizes, torch.tensor([len(rows)], device=rows.device))
-    counts = [int(size) for size in sizes]
-    gathered = []
-    for part in (rows, grads / world):
-        padded = part.new_zeros((max(counts), *part.shape[1:]))
-        padded[: len(part)] = part
-        parts = [torch.empty_like(padded) for _ in range(world)]
-        dist.all_gather(parts, padded)
-        gathered.append(torch.cat([whole[:count] for whole, count in zip(parts, counts, strict=True)]))
-    return gathered[0], gathered[1]
-
-
-def share_of_processes(rows: Tensor) -> Tensor:
-    """(R,) for each of the distinct rows (R,) of this process the fraction of processes that have it too."""
-    everywhere, parts = gather_parts(rows, torch.ones(len(rows), 1, device=rows.device))
-    distinct, positions = torch.unique(everywhere, return_inverse=True)
-    shares = torch.zeros(len(distinct), device=rows.device).index_add_(0, positions, parts[:, 0])
-    return shares[torch.searchsorted(distinct, rows)]
 
 
 class RowAdamW(torch.optim.AdamW):
@@ -282,27 +198,6 @@ def make_optimizer(task: nn.Module, config: OptimizerConfig, max_grad_norm: floa
     for table in tables:
         table.train_by_rows()
     return RowAdamW(groups, config, tables, max_grad_norm)
-
-
-def whole_tensor(tensor: Tensor) -> Tensor:
-    """All of a tensor that is spread over processes, which all take part; another one as it is."""
-    return tensor.full_tensor() if _is_spread(tensor) else tensor  # type: ignore[attr-defined]
-
-
-def spread_like(tensor: Tensor, other: Tensor) -> Tensor:
-    """A whole tensor spread as `other` is, if it is; all processes take part."""
-    if tensor.numel() == other.numel() == 1:
-        tensor = tensor.reshape(other.shape)  # a scalar is spread as a vector
-    if _is_spread(other) and tensor.shape == other.shape:
-        from torch.distributed.tensor import distribute_tensor
-
-        return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements)  # type: ignore[attr-defined]
-    return tensor
-
-
-def _is_spread(tensor: Tensor) -> bool:
-    """Whether it is a DTensor; importing that takes a third of a second, which plain runs need not spend."""
-    return hasattr(tensor, "full_tensor")
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, keep: bool = True) -> dict[str, Tensor]:

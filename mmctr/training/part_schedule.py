@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from mmctr.files import fingerprint
-from mmctr.training.optimizers import GroupConfig, OptimizerConfig, RowAdamW, RowTable
+from mmctr.layers.row_table import RowTable
+from mmctr.training.optimizers import GroupConfig, OptimizerConfig, RowAdamW
 
 
 class PartSchedule:

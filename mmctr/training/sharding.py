@@ -13,7 +13,8 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
-from mmctr.training.optimizers import RowTable, whole_tensor
+from mmctr.distributed import whole_tensor
+from mmctr.layers.row_table import RowTable
 
 
 def set_up_sharding(accelerator: Accelerator) -> None:

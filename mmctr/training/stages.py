@@ -25,17 +25,20 @@ from torch import Tensor, nn
 
 from mmctr.config import Config
 from mmctr.data.batches import ItemBatch
-from mmctr.data.interactions import Impressions, Splits
-from mmctr.data.loaders import BehaviorCollator
-from mmctr.evaluation import predict
+from mmctr.data.interactions import Impressions
+from mmctr.data.splits import Splits
 from mmctr.evaluation.metrics import impression_metrics
-from mmctr.features.ranking_data import RankingData, RankingVocabulary
+from mmctr.evaluation.predict import predict
+from mmctr.features.behavior_collator import BehaviorCollator
+from mmctr.features.ranking_data import RankingData
+from mmctr.features.vocabulary import RankingVocabulary
 from mmctr.files import replace_file
+from mmctr.layers.row_table import RowTable
 from mmctr.rankers import GBDTLRConfig
 from mmctr.tasks import RankingTask, RankingTaskConfig
-from mmctr.training.fit import save_weights, step_seed
+from mmctr.tasks.folder import save_weights
+from mmctr.training.fit import step_seed
 from mmctr.training.generator_tasks import freeze, mean_users
-from mmctr.training.optimizers import RowTable
 
 STAGES_FILE = "stages.parquet"
 """of a run folder: the test rows, and the score of each after each stage"""

@@ -11,8 +11,11 @@ import pyarrow as pa
 import pytest
 
 from mmctr.cli.main import main
-from mmctr.concepts.naming import name_dimensions, steering
-from mmctr.concepts.report import Latents, describe, reasons, summary, traversal
+from mmctr.concepts.click_effects import reasons
+from mmctr.concepts.latents import Latents, traversal
+from mmctr.concepts.naming import name_dimensions
+from mmctr.concepts.report import describe, summary
+from mmctr.concepts.steering import steering
 from mmctr.data.embeddings import EmbeddingTable
 from mmctr.retrieval.index import ItemIndex
 from tests.cli.test_main import output, refused

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mmctr.layers.jagged import RankerInput
 from mmctr.rankers import DIENConfig, DINConfig, EmbeddingMLPConfig, GBDTLRConfig, LRConfig, LSPLMConfig
+from mmctr.rankers.base import RankerInput
 from tests.helpers.references import separate
 
 RANKERS = {

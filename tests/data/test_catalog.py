@@ -18,8 +18,9 @@ import torch
 from PIL import Image
 
 from mmctr.data import catalog as module
-from mmctr.data.catalog import Catalog, Pictures
+from mmctr.data.catalog import Catalog
 from mmctr.data.images import decode_picture
+from mmctr.data.picture_cache import Pictures
 from mmctr.data.prepare import open_dataset, prepare
 from mmctr.files import locked
 from tests.helpers.worlds import in_processes, picture, write_dataset

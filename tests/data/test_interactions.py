@@ -4,16 +4,8 @@ import numpy as np
 import pytest
 
 from mmctr.config import Config
-from mmctr.data.interactions import (
-    ColdItemsSplit,
-    Impressions,
-    Interactions,
-    SplitConfig,
-    Splits,
-    StagedSplit,
-    TemporalSplit,
-    split_interactions,
-)
+from mmctr.data.interactions import Impressions, Interactions
+from mmctr.data.splits import ColdItemsSplit, SplitConfig, Splits, StagedSplit, TemporalSplit, split_interactions
 from tests.helpers.worlds import random_log
 
 NUM_ITEMS = 30

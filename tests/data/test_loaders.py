@@ -11,14 +11,11 @@ from torch import Tensor
 
 from mmctr.data.batches import BehaviorBatch, Jagged
 from mmctr.data.content import ItemContent, PictureField, TextField
-from mmctr.data.interactions import ColdItemsSplit, Impressions, split_interactions
-from mmctr.data.loaders import (
-    BatchPlan,
-    BehaviorCollator,
-    NegativeSampler,
-    TrainBatches,
-)
+from mmctr.data.interactions import Impressions
+from mmctr.data.loaders import BatchPlan, TrainBatches
 from mmctr.data.prepare import prepare
+from mmctr.data.splits import ColdItemsSplit, split_interactions
+from mmctr.features.behavior_collator import BehaviorCollator, NegativeSampler
 from mmctr.features.columns import FeatureColumns
 from mmctr.features.crosses import CrossFeature, cross_features
 from tests.helpers.worlds import picture, random_log, write_dataset

@@ -8,7 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from mmctr.data.prepare import Dataset, clean_items, open_dataset, prepare
+from mmctr.data.catalog import clean_items
+from mmctr.data.prepare import Dataset, open_dataset, prepare
 from mmctr.files import read_json
 from tests.helpers.worlds import log_columns, picture, write_dataset, write_table
 

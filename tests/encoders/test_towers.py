@@ -17,7 +17,7 @@ from torch import nn
 from mmctr.encoders.base import EncoderBase
 from mmctr.encoders.layers import find_layers
 from mmctr.tasks import PretrainTask, PretrainTaskConfig
-from mmctr.training.fit import save_weights
+from mmctr.tasks.folder import save_weights
 from mmctr.training.optimizers import OptimizerConfig, load_optimizer_tensors, make_optimizer, optimizer_tensors
 from tests.encoders.test_encoders import ENCODERS, build, pixels, with_modes
 from tests.helpers.towers import CLIP, DEEP, RESNET, SIGLIP, features_of, gradients_of, open_adapters, open_clip

@@ -264,5 +264,8 @@ def test_recall_of_the_identity_is_one_and_of_nothing_undefined():
 
 
 def test_metrics_need_numpy_alone():
-    code = "import sys, mmctr.evaluation.metrics; print([m for m in ('torch', 'pandas', 'sklearn', 'scipy') if m in sys.modules])"
+    code = (
+        "import sys, mmctr.evaluation.metrics; "
+        "print([m for m in ('torch', 'pandas', 'sklearn', 'scipy') if m in sys.modules])"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -20,7 +20,7 @@ from mmctr.export.onnx_graph import Axis, Graph, Port, Session, int8_entry, quan
 from mmctr.export.onnx_ranker import PREFIX, RankerGraph, catalog_vectors, context_features, draw, export_ranker
 from mmctr.export.padded_rankers import padded_logits
 from mmctr.features.trees import TreesConfig
-from mmctr.layers.jagged import MLP
+from mmctr.layers.mlp import MLP
 from mmctr.tasks import RankingTask
 from tests.helpers.serving import MAX_HISTORY, ServingWorld, make_task, make_world, ranking_data, save_run
 from tests.helpers.tiny import CLONE

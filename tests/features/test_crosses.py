@@ -17,7 +17,7 @@ from mmctr.features.columns import (
     pooled_by,
 )
 from mmctr.features.crosses import CrossFeature, cross, cross_features
-from mmctr.features.ranking_data import FeatureConfigs
+from mmctr.features.vocabulary import FeatureConfigs
 
 
 def jagged(*rows: list[int]) -> Jagged:

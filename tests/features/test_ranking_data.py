@@ -5,10 +5,11 @@ import pyarrow as pa
 import pytest
 
 from mmctr.data.batches import Jagged
-from mmctr.data.interactions import ColdItemsSplit, Splits, TemporalSplit, split_interactions
 from mmctr.data.prepare import Dataset, open_dataset, prepare
+from mmctr.data.splits import ColdItemsSplit, Splits, TemporalSplit, split_interactions
 from mmctr.features.columns import CategoricalFeature, MultiValuedFeature, NumericFeature, Vocabulary
-from mmctr.features.ranking_data import FeatureConfigs, RankingData, RankingVocabulary
+from mmctr.features.ranking_data import RankingData
+from mmctr.features.vocabulary import FeatureConfigs, RankingVocabulary
 from tests.helpers.worlds import log_columns, write_dataset
 
 FEATURES = FeatureConfigs(

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from mmctr.data.batches import Jagged
-from mmctr.data.interactions import ColdItemsSplit, split_interactions
 from mmctr.data.prepare import open_dataset
+from mmctr.data.splits import ColdItemsSplit, split_interactions
 from mmctr.features.columns import BehaviorView, CategoricalFeature, FeatureColumns, MultiValuedFeature, NumericFeature
-from mmctr.features.ranking_data import FeatureConfigs, RankingData, RankingVocabulary
+from mmctr.features.ranking_data import RankingData
 from mmctr.features.trees import LEAVES, Projection, TreeColumns, Trees, TreesConfig, _shared, disjoint_rows
+from mmctr.features.vocabulary import FeatureConfigs, RankingVocabulary
 from mmctr.rankers import GBDTLRConfig
 from mmctr.tasks import RankingTask, RankingTaskConfig
 

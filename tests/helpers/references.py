@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from mmctr.layers.jagged import RankerInput
 from mmctr.layers.recurrence import Recurrence
+from mmctr.rankers.base import RankerInput
 
 
 def separate(target, history, offsets, context, negatives=None) -> RankerInput:

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mmctr.data.interactions import ColdItemsSplit, Splits, split_interactions
 from mmctr.data.prepare import Dataset, open_dataset
-from mmctr.features.ranking_data import FeatureConfigs, RankingData, RankingVocabulary
+from mmctr.data.splits import ColdItemsSplit, Splits, split_interactions
+from mmctr.features.ranking_data import RankingData
+from mmctr.features.vocabulary import FeatureConfigs, RankingVocabulary
 from mmctr.files import write_json
-from mmctr.layers.jagged import Dice
+from mmctr.layers.dice import Dice
 from mmctr.tasks import RankingTask, RankingTaskConfig
 from tests.helpers.worlds import write_dataset
 

@@ -5,17 +5,9 @@ import torch
 
 from mmctr.layers import jagged as layers
 from mmctr.layers import native
-from mmctr.layers.jagged import (
-    MLP,
-    Dice,
-    _DiceFunction,
-    linear_of_rows,
-    pool_rows,
-    row_dots,
-    segment_ids,
-    segment_softmax,
-    take_rows,
-)
+from mmctr.layers.dice import Dice, _DiceFunction
+from mmctr.layers.jagged import linear_of_rows, pool_rows, row_dots, segment_ids, segment_softmax, take_rows
+from mmctr.layers.mlp import MLP
 
 
 def simple_dice(s, alpha, mean, var, eps=1e-8):

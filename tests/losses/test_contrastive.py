@@ -4,10 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from mmctr.distributed import gather_rows
 from mmctr.losses.contrastive import (
     Bank,
     clip_loss,
-    gather_rows,
     multi_positive_loss,
     pair_loss,
     siglip_loss,

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mmctr.layers.jagged import RankerInput
+from mmctr.rankers.base import RankerInput
 from mmctr.rankers.dien import DIEN, DIENConfig
 from tests.helpers.references import one_by_one, repeated, separate
 

@@ -7,8 +7,10 @@ import torch
 
 from mmctr.layers import jagged as layers
 from mmctr.layers import native
-from mmctr.layers.jagged import RankerInput, segment_ids
-from mmctr.rankers.din import DIN, ActivationUnit, DINConfig, _Interaction
+from mmctr.layers.activation_unit import ActivationUnit, Interaction
+from mmctr.layers.jagged import segment_ids
+from mmctr.rankers.base import RankerInput
+from mmctr.rankers.din import DIN, DINConfig
 from tests.helpers.references import repeated, separate
 
 D, C = 4, 3
@@ -103,7 +105,7 @@ def test_the_compiled_layer_equals_torchs(dim, hidden, monkeypatch):
         query, weight, part, key_weight = (torch.randn(*s, generator=g).requires_grad_() for s in shapes)
         if not compiled:
             monkeypatch.setattr(native, "library", lambda: None)
-        out = _Interaction.apply(query, x.items, weight, part, key_weight, x.history, x.history_offsets)
+        out = Interaction.apply(query, x.items, weight, part, key_weight, x.history, x.history_offsets)
         (out * torch.randn(out.shape, generator=g)).sum().backward()
         results.append([out.detach(), *(leaf.grad for leaf in (query, x.items, weight, part, key_weight))])
     for fast, simple in zip(*results, strict=True):
@@ -125,7 +127,7 @@ def test_finite_differences_of_the_interaction(way):
     weight = torch.randn(5, 5, generator=g).double()  # of the (H, hidden) outputs
 
     def total(*leaves):
-        return (_Interaction.apply(*leaves, x.history, x.history_offsets).double() * weight).sum()
+        return (Interaction.apply(*leaves, x.history, x.history_offsets).double() * weight).sum()
 
     leaves = [leaf.requires_grad_() for leaf in leaves]
     grads = torch.autograd.grad(total(*leaves), leaves)

@@ -8,11 +8,12 @@ import pyarrow as pa
 import pytest
 import torch
 
-from mmctr.data.interactions import TemporalSplit, split_interactions
-from mmctr.data.loaders import NegativeSampler
 from mmctr.data.prepare import prepare
-from mmctr.features.ranking_data import RankingData, RankingVocabulary
+from mmctr.data.splits import TemporalSplit, split_interactions
+from mmctr.features.behavior_collator import NegativeSampler
+from mmctr.features.ranking_data import RankingData
 from mmctr.features.trees import TreesConfig
+from mmctr.features.vocabulary import RankingVocabulary
 from mmctr.tasks import RankingTask, RankingTaskConfig
 from mmctr.training.optimizers import OptimizerConfig, make_optimizer
 from tests.contract.test_rankers import RANKERS

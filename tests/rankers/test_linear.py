@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mmctr.layers.jagged import RankerInput
+from mmctr.rankers.base import RankerInput
 from mmctr.rankers.linear import LRConfig, LSPLMConfig
 from tests.helpers.references import separate
 

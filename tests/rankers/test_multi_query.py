@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.nn.functional import pad
 
-from mmctr.layers.jagged import RankerInput, segment_ids
+from mmctr.layers.jagged import segment_ids
+from mmctr.rankers.base import RankerInput
 from mmctr.rankers.din import DIN, DINConfig
 from mmctr.tasks import RankingTask, RankingTaskConfig
 from tests.helpers.references import repeated

@@ -8,8 +8,9 @@ from accelerate import Accelerator
 
 from mmctr.data.embeddings import write_embeddings
 from mmctr.data.prepare import open_dataset
+from mmctr.runs.config import DataConfig
+from mmctr.runs.content import item_content
 from mmctr.runs.frozen_features import with_frozen_features
-from mmctr.runs.launch import DataConfig, item_content
 from tests.encoders.test_encoders import ENCODERS
 from tests.tasks.test_pretrain import pretrain_task
 

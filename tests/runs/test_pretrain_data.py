@@ -6,8 +6,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from mmctr.data.interactions import ColdItemsSplit, split_interactions
 from mmctr.data.prepare import open_dataset
+from mmctr.data.splits import ColdItemsSplit, split_interactions
 from mmctr.evaluation.pretraining import HeldOutCoClicks, evaluate_pretraining
 from mmctr.evaluation.probes import (
     coclick_auc,
@@ -16,7 +16,8 @@ from mmctr.evaluation.probes import (
     retrieval_both_ways,
     zero_shot_accuracy,
 )
-from mmctr.runs.launch import DataConfig, item_content
+from mmctr.runs.config import DataConfig
+from mmctr.runs.content import item_content
 from mmctr.runs.pretrain_data import PretrainData, item_keys
 from pretrain.train import PretrainConfig, default_primary
 from tests.helpers.tiny import ARCHITECTURE

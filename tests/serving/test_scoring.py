@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from accelerate import Accelerator
 
-from mmctr.evaluation import predict
+from mmctr.evaluation.predict import predict
 from mmctr.runs.finished import all_impressions
 from mmctr.serving.scoring import Scorer
 from tests.helpers.tiny import finetune_values, start, write_config

@@ -20,13 +20,14 @@ from accelerate import Accelerator
 from fastapi.testclient import TestClient
 
 from mmctr.cli.main import main
-from mmctr.evaluation import predict
+from mmctr.evaluation.predict import predict
 from mmctr.retrieval.index import ItemIndex
 from mmctr.runs.finished import all_impressions
+from mmctr.serving.schemas import MAX_BODY, MAX_PICTURE
 from mmctr.serving.scoring import Scorer
 from mmctr.serving.search import Searcher
 from mmctr.serving.server import create_app
-from mmctr.serving.service import MAX_BODY, MAX_PICTURE, Service
+from mmctr.serving.service import Service
 from tests.helpers.tiny import CLONE
 from tests.helpers.worlds import picture
 

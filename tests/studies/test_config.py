@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from mmctr.studies.runner import StudyConfig, run_study
+from mmctr.studies.config import StudyConfig
+from mmctr.studies.runner import run_study
 from tests.studies.test_runner import Launcher, write_study
 
 

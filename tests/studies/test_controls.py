@@ -4,9 +4,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from mmctr.data.embeddings import EmbeddingTable
+from mmctr.data.embeddings import EmbeddingTable, write_npz
 from mmctr.datasets.toy_world import FACTOR_VALUES
-from mmctr.export.formats import write_npz
 from mmctr.studies.controls import factor_table, shuffled_table
 from tests.helpers.worlds import write_dataset
 

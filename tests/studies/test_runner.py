@@ -14,15 +14,16 @@ import pytest
 import yaml
 
 from mmctr.cli.main import main
-from mmctr.data.embeddings import EmbeddingTable
+from mmctr.data.embeddings import EmbeddingTable, write_npz
 from mmctr.evaluation.metrics import gauc, log_loss, paired_difference
-from mmctr.export.formats import write_npz
 from mmctr.files import read_json
+from mmctr.studies.config import StudyConfig
 from mmctr.studies.controls import factor_table
-from mmctr.studies.page import study_table, write_study_page
+from mmctr.studies.page import write_study_page
 from mmctr.studies.plots import write_figures
 from mmctr.studies.results import study_results
-from mmctr.studies.runner import Outcome, StudyConfig, run_study, study_cells
+from mmctr.studies.runner import Outcome, run_study, study_cells
+from mmctr.studies.table import study_table
 from tests.helpers.tiny import finetune_values, log_lines, start, write_config
 from tests.reports.test_compare import Page
 

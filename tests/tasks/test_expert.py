@@ -13,12 +13,13 @@ import torch
 from torch import nn
 
 from mmctr.data.batches import BehaviorBatch
-from mmctr.data.interactions import ColdItemsSplit
+from mmctr.data.splits import ColdItemsSplit
 from mmctr.export.onnx_ranker import export_ranker
-from mmctr.features.ranking_data import RankingVocabulary
-from mmctr.studies.runner import StudyConfig, run_study
+from mmctr.features.vocabulary import RankingVocabulary
+from mmctr.runs.expert import load_expert
+from mmctr.studies.config import StudyConfig
+from mmctr.studies.runner import run_study
 from mmctr.tasks import RankingTask, RankingTaskConfig
-from mmctr.tasks.expert import load_expert
 from tests.helpers.serving import FEATURES, MAX_HISTORY, ServingWorld, look_trained, make_world, ranking_data, save_run
 from tests.helpers.tiny import finetune_values, start, write_config
 from tests.studies.test_runner import Launcher

@@ -10,12 +10,13 @@ import torch
 from accelerate import Accelerator
 
 from mmctr.data.content import ItemContent, PictureField, TextField
-from mmctr.data.interactions import ColdItemsSplit, split_interactions
-from mmctr.data.loaders import NegativeSampler
 from mmctr.data.prepare import open_dataset
+from mmctr.data.splits import ColdItemsSplit, split_interactions
 from mmctr.embedders.item_embedder import ContentEncoder, ContentTable, ItemEmbedderConfig
 from mmctr.evaluation.predict import embed_catalog
-from mmctr.features.ranking_data import RankingData, RankingVocabulary
+from mmctr.features.behavior_collator import NegativeSampler
+from mmctr.features.ranking_data import RankingData
+from mmctr.features.vocabulary import RankingVocabulary
 from mmctr.rankers import DIENConfig, DINConfig, LRConfig, LSPLMConfig
 from mmctr.tasks import RankingTask, RankingTaskConfig
 from mmctr.training.optimizers import OptimizerConfig, make_optimizer

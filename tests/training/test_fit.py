@@ -12,7 +12,9 @@ from torch import nn
 
 from mmctr.data.batches import Batch
 from mmctr.data.loaders import BatchPlan, TrainBatches
-from mmctr.training.fit import Checkpoints, FitConfig, Log, fit, lr_at, step_seed
+from mmctr.training.checkpoints import Checkpoints
+from mmctr.training.fit import FitConfig, fit, lr_at, step_seed
+from mmctr.training.log import Log
 from mmctr.training.optimizers import OptimizerConfig, make_optimizer
 
 

@@ -11,14 +11,15 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 
 from finetune.train import FinetuneConfig
-from mmctr.data.interactions import StagedSplit, split_interactions
 from mmctr.data.prepare import open_dataset
+from mmctr.data.splits import StagedSplit, split_interactions
 from mmctr.data.tables import rows_of
 from mmctr.embedders.id_generators import CVARConfig, MetaEmbeddingConfig, MWUFConfig, wasserstein2
 from mmctr.embedders.item_embedder import ContentTable
-from mmctr.evaluation import predict
 from mmctr.evaluation.metrics import auc
-from mmctr.features.ranking_data import RankingData, RankingVocabulary
+from mmctr.evaluation.predict import predict
+from mmctr.features.ranking_data import RankingData
+from mmctr.features.vocabulary import RankingVocabulary
 from mmctr.studies.controls import factor_table
 from mmctr.tasks import RankingTask, RankingTaskConfig
 from mmctr.training.fit import FitConfig

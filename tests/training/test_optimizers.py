@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from mmctr.layers.row_table import RowTable
 from mmctr.training.optimizers import (
     GroupConfig,
     OptimizerConfig,
-    RowTable,
     load_optimizer_tensors,
     make_optimizer,
     optimizer_tensors,

@@ -23,8 +23,8 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from mmctr.layers.row_table import RowTable
 from mmctr.tasks import PretrainTask
-from mmctr.training.optimizers import RowTable
 from mmctr.training.sharding import Sharding, set_up_sharding
 from tests.helpers.tiny import (
     ARCHITECTURE,

@@ -16,15 +16,18 @@ from safetensors.torch import load_file
 
 from finetune.train import FinetuneConfig
 from mmctr.data.batches import ItemBatch
-from mmctr.data.interactions import StagedSplit, split_interactions
 from mmctr.data.prepare import open_dataset
-from mmctr.evaluation import predict
+from mmctr.data.splits import StagedSplit, split_interactions
 from mmctr.evaluation.metrics import impression_metrics, paired_difference
-from mmctr.features.ranking_data import RankingData, RankingVocabulary
+from mmctr.evaluation.predict import predict
+from mmctr.features.ranking_data import RankingData
+from mmctr.features.vocabulary import RankingVocabulary
 from mmctr.files import read_json
-from mmctr.studies.page import study_table, write_study_page
+from mmctr.studies.config import StudyConfig
+from mmctr.studies.page import write_study_page
 from mmctr.studies.results import study_results
-from mmctr.studies.runner import Outcome, StudyConfig, run_study, study_cells
+from mmctr.studies.runner import Outcome, run_study, study_cells
+from mmctr.studies.table import study_table
 from mmctr.tasks import RankingTask, RankingTaskConfig
 from mmctr.training.fit import step_seed
 from mmctr.training.stages import StagesConfig, warm_up, with_rows

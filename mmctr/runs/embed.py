@@ -1,0 +1,129 @@
+"""`mmctr embed`: item vectors of a whole catalog by the encoder of a finished run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from mmctr.data.content import ItemContent
+from mmctr.data.embeddings import EmbeddingTable, begun_identity, write_embeddings
+from mmctr.data.tables import as_text
+from mmctr.evaluation.predict import Modality, embed_batch, embed_items
+from mmctr.files import fingerprint, read_json
+from mmctr.runs.content import item_content, open_data
+from mmctr.runs.finished import load_encoder
+from mmctr.runs.folder import data_config, weights_key
+from mmctr.runs.launch import keep_heap
+from mmctr.runs.precision import Precision, choose, lower
+from mmctr.runs.pretrain_data import stream_content
+from mmctr.tasks import PretrainTask
+
+MEASURED = 32
+"""items of a batch that precisions are compared on"""
+
+
+def embed_run(
+    run: str,
+    out: str,
+    data: str | None,
+    modality: Modality,
+    shard_size: int,
+    precision: Precision | Literal["auto"] = "fp32",
+    append: bool = False,
+) -> EmbeddingTable | None:
+    """Write the vectors of a catalog into `out`; every process of a launch writes some of the shards.
+
+    Args:
+        precision: of the towers; "auto": the one the folder was begun with, else the fastest that keeps the vectors
+            (see `mmctr.runs.precision.choose`), measured on items of this catalog by one process for all.
+        append: `out` holds vectors of an earlier state of the catalog: encode the items it lacks alone.
+
+    Returns:
+        With `append`, on the main process, the table of the items that are new.
+    """
+    accelerator = Accelerator()
+    keep_heap()
+    folder = Path(run)
+    task = load_encoder(folder).to(accelerator.device)
+    if precision != "fp32":  # features that a frozen tower has kept are in fp32
+        task.encoder.modes = dict.fromkeys(task.encoder.modes, "full")
+    config = data_config(folder, data)
+    titles = None
+    if config.stream is not None:
+        content = stream_content(config, task)
+        item_ids = content.items.item_ids()
+    else:
+        dataset = open_data(config, accelerator)
+        content, item_ids = item_content(dataset, config, task, accelerator), dataset.catalog.item_ids
+        if "title" in dataset.catalog.table.column_names:
+            titles = as_text(dataset.catalog.table.column("title")).to_pylist()
+    identity = {
+        "run": str(folder.resolve()),
+        "data": str(Path(config.path).resolve()),
+        "weights": weights_key(folder),
+        "catalog": fingerprint(item_ids.to_pylist()),
+        "modality": modality,
+        "item_vector": task.config.item_vector,
+        "shard_size": shard_size,
+    }
+
+    facts = None
+    if precision == "auto":
+        precision, facts = _chosen_precision(task, content, len(item_ids), modality, Path(out), accelerator)
+    lower(task, precision)
+    if precision != "fp32":
+        identity["precision"] = precision
+
+    named = np.asarray(item_ids.is_valid())  # a row of a shard may lack its id
+
+    def encode(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        accelerator.print(f"items {rows[0]}-{rows[-1]} of {len(item_ids)}", flush=True)
+        vectors, has = embed_items(task, content, rows, accelerator.device, modality)
+        return vectors, has & named[rows]
+
+    new = write_embeddings(
+        Path(out),
+        item_ids,
+        titles,
+        encode,
+        identity,
+        append=append,
+        facts=facts,
+        shard_size=shard_size,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        wait=accelerator.wait_for_everyone,
+    )
+    if accelerator.is_main_process:
+        manifest = read_json(Path(out) / "manifest.json")
+        print(f"{out}: {manifest['vectors']} vectors, {manifest['without content']} items without content")
+    return new
+
+
+@torch.inference_mode()
+def _chosen_precision(
+    task: PretrainTask, content: Any, num_items: int, modality: Modality, out: Path, accelerator: Accelerator
+) -> tuple[Precision, dict[str, Any] | None]:
+    """What `auto` means for a folder, the same in every process, and what was measured, unless the folder knows."""
+    result: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        begun, _ = begun_identity(out)
+        if begun is not None:
+            result[0] = begun.get("precision", "fp32")
+            print(f"precision {result[0]}: as {out} was begun")
+        else:
+            # all over a catalog in memory; of a stream the first ones, which are in one group
+            last = num_items - 1 if isinstance(content, ItemContent) else min(num_items, 2 * MEASURED) - 1
+            rows = torch.from_numpy(np.unique(np.linspace(0, last, 2 * MEASURED).astype(np.int64)))
+            batches = [content.batch(part).to(accelerator.device) for part in rows.split(MEASURED)]
+            measured = choose(task, batches, lambda some, items: embed_batch(some, items, modality))
+            print(measured, flush=True)
+            result = [measured.precision, measured.facts()]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(result)
+    return result[0], result[1]

@@ -1,0 +1,71 @@
+"""`mmctr evaluate`: the metrics of a finished run again, on the same data or on another log."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from pydantic import TypeAdapter
+
+from mmctr.data.prepare import Dataset
+from mmctr.data.splits import SplitConfig
+from mmctr.evaluation.predict import embed_rows, full_report, predict
+from mmctr.evaluation.pretraining import evaluate_pretraining
+from mmctr.evaluation.probes import retrieval_both_ways
+from mmctr.runs.content import item_content, open_data, pair_rows
+from mmctr.runs.finished import all_impressions, load_encoder, open_ranker, ranking_data, splits_of_run
+from mmctr.runs.folder import data_config, run_config
+from mmctr.runs.launch import keep_heap
+from mmctr.runs.pretrain_data import PretrainData, StreamData
+from mmctr.tasks.folder import task_kind
+
+
+def evaluate_run(
+    run: str, data: str | None, item_tables: list[str] | None = None, embeddings: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The numbers of `metrics.json`, computed again from the run folder; or of a ranker on all rows of another log.
+
+    Args:
+        item_tables: files to join to the items instead of the columns the run has kept, for items it did not know.
+        embeddings: where items of `data` that are new to the run have their vectors; see `bind_content`.
+    """
+    folder, accelerator = Path(run), Accelerator()
+    keep_heap()
+    if task_kind(folder) == "pretrain":
+        if item_tables is not None:
+            raise ValueError(f"{run}: --item-tables is for rankers, this is a run of pretrain.train")
+        return {"validation": _evaluate_pretraining(folder, data, accelerator)}
+    task, dataset, _ = open_ranker(folder, data, accelerator, item_tables, embeddings)
+    own = data is None
+    ranking = ranking_data(task, dataset)
+    task.to(accelerator.device)
+    if own:
+        splits = splits_of_run(folder, dataset)
+        parts = {"validation": splits.validation, "test": splits.test}
+    else:
+        parts = {"test": all_impressions(dataset.interactions)}
+    result = {}
+    for name, part in parts.items():
+        scores = predict(task, ranking.collator(part), accelerator)
+        result[name] = full_report(part, scores, ranking.id_rows[part.item] == 0, ranking.clicks[part.item])
+    return result
+
+
+def _evaluate_pretraining(folder: Path, data: str | None, accelerator: Accelerator) -> dict[str, float]:
+    task = load_encoder(folder).to(accelerator.device)
+    config = data_config(folder, data)
+    values = run_config(folder)
+    given = {"validation": values["validation"], "attributes": values["attributes"], "seed": values["seed"]}
+    if config.stream is not None and data is None:
+        return evaluate_pretraining(task, StreamData.make(config, task, **given).held_out, accelerator)
+    dataset: Dataset = open_data(config, accelerator)
+    content = item_content(dataset, config, task, accelerator)
+    if data is not None:
+        _, rows = pair_rows(content, 1.0, config.path)
+        images, texts = (embed_rows(task, content, rows, accelerator, modality)[0] for modality in ("image", "text"))
+        return retrieval_both_ways(images, texts)
+    split: Any = TypeAdapter(SplitConfig).validate_python(values["split"])
+    held_out = PretrainData.make(dataset, content, task, split, same=[], source=config.path, **given).held_out
+    return evaluate_pretraining(task, held_out, accelerator)

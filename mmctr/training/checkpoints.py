@@ -1,0 +1,84 @@
+"""Checkpoints of a training run: weights, optimiser and progress, from which it goes on exactly."""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from mmctr.distributed import spread_like
+from mmctr.files import read_json, replace_file, replace_folder, write_json
+from mmctr.tasks.folder import save_weights
+from mmctr.training.optimizers import load_optimizer_tensors, optimizer_tensors
+from mmctr.training.sharding import Sharding
+
+
+class Checkpoints:
+    """`checkpoints/step-N/` (weights, optimiser, state) and `checkpoints/best.safetensors`. No pickle.
+
+    All processes save, and the main one writes.
+    """
+
+    def __init__(self, folder: Path, identity: str, sharding: Sharding | None = None):
+        self.folder, self.identity, self.sharding = folder, identity, sharding
+
+    def save(self, task: nn.Module, optimizer: Any, state: dict[str, Any]) -> None:
+        with self._writing() as writes:
+            moments = optimizer_tensors(optimizer, keep=writes)
+            if writes:
+                self._write(task, moments, state)
+
+    def _write(self, task: nn.Module, moments: dict[str, Tensor], state: dict[str, Any]) -> None:
+        def write(folder: Path) -> None:
+            save_weights(task, folder / "task.safetensors")
+            save_file(moments, folder / "optimizer.safetensors")
+            write_json(folder / "state.json", state | {"identity": self.identity})
+
+        path = self.folder / f"step-{state['step']:09d}"
+        try:
+            replace_folder(path, write)
+        except Exception as error:
+            raise OSError(
+                f"cannot save the checkpoint {path}: {error}. Free some space, then start the same command again: "
+                f"it goes on from the checkpoint before"
+            ) from error
+        # older ones, and what a killed process left half written
+        for old in [*self._finished()[:-1], *self.folder.glob(".step-*")]:
+            shutil.rmtree(old, ignore_errors=True)
+        for old in self.folder.glob(".best.*"):
+            old.unlink(missing_ok=True)
+
+    def load(self, task: nn.Module, optimizer: Any) -> dict[str, Any] | None:
+        """Put the newest checkpoint into task and optimiser; returns its state, None when there is none."""
+        finished = self._finished()
+        if not finished:
+            return None
+        state = read_json(finished[-1] / "state.json")
+        if state.pop("identity") != self.identity:
+            raise ValueError(
+                f"{finished[-1]}: this checkpoint belongs to another config or dataset; choose another run_dir, or "
+                f"delete {self.folder.parent} to start anew"
+            )
+        own = task.state_dict()
+        weights = load_file(finished[-1] / "task.safetensors").items()
+        task.load_state_dict({name: spread_like(x, own[name]) if name in own else x for name, x in weights})
+        load_optimizer_tensors(optimizer, load_file(finished[-1] / "optimizer.safetensors"))
+        return state
+
+    def save_best(self, task: nn.Module) -> None:
+        with self._writing() as writes:
+            if writes:
+                replace_file(self.folder / "best.safetensors", lambda path: save_weights(task, path))
+
+    def load_best(self, task: nn.Module) -> None:
+        task.load_state_dict(load_file(self.folder / "best.safetensors"))
+
+    def _writing(self) -> AbstractContextManager[bool]:
+        return nullcontext(True) if self.sharding is None else self.sharding.writing()
+
+    def _finished(self) -> list[Path]:
+        return sorted(path for path in self.folder.glob("step-*") if (path / "state.json").is_file())
