@@ -33,10 +33,10 @@ from mmctr.concepts.disentanglement import (
 from mmctr.concepts.latents import latents_of
 from mmctr.concepts.naming import attributes_of, name_dimensions, words_of
 from mmctr.evaluation.predict import embed_rows
+from mmctr.runs.config import PretrainConfig
 from mmctr.runs.content import item_content, open_data
 from mmctr.runs.finished import load_encoder
 from mmctr.runs.folder import data_config
-from pretrain.train import PretrainConfig
 
 HERE = Path(__file__).resolve().parent
 HEADS = {

@@ -27,7 +27,8 @@ def measure(config_path: str, overrides: list[str], steps: int) -> None:
     """In a process of its own: prints the line of JSON of `Stopwatch`."""
     from stopwatch import Stopwatch
 
-    from finetune.train import FinetuneConfig, main
+    from finetune.train import main
+    from mmctr.runs.config import FinetuneConfig
 
     with tempfile.TemporaryDirectory() as folder:
         config = FinetuneConfig.load(config_path, [*overrides, f"run_dir={folder}/run"])

@@ -106,18 +106,17 @@ def ours(options: argparse.Namespace, **fit_values: Any) -> tuple[Any, ...]:
 
 def train_on(task: Any, train: Any, config: Any, folder: Path, accelerator: Any) -> None:
     """`fit` without evaluation."""
+    from mmctr.run_folder import RunFolder
+    from mmctr.training.context import RunContext
     from mmctr.training.fit import fit
 
     fit(
         task,
         train,
         config,
-        run_dir=folder,
-        accelerator=accelerator,
+        RunContext(RunFolder(folder), accelerator, 0, ""),
         evaluate=lambda: {"none": 0.0},
         primary="none",
-        seed=0,
-        identity="",
     )
 
 

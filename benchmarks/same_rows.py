@@ -20,7 +20,6 @@ import numpy as np
 from ctr_log import Columns
 from rankers import HERE, install, run
 
-from finetune.train import FinetuneConfig
 from mmctr.data.interactions import Impressions
 from mmctr.data.prepare import Dataset, open_dataset
 from mmctr.data.splits import Splits, split_interactions
@@ -28,6 +27,7 @@ from mmctr.evaluation.predict import full_report
 from mmctr.features.behavior_collator import behaviors_read
 from mmctr.features.ranking_data import RankingData
 from mmctr.features.vocabulary import RankingVocabulary
+from mmctr.runs.config import FinetuneConfig
 
 CONFIG = HERE.parent / "configs" / "finetune" / "ml1m_din_id.yaml"
 

@@ -15,13 +15,13 @@ class _Gather(torch.autograd.Function):
     """Concatenate over processes. Backward: all of them read our slice, so their gradients of it are summed."""
 
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx, x: Tensor) -> Tensor:
         parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
         dist.all_gather(parts, x.contiguous())
         return torch.cat(parts)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx, grad: Tensor) -> Tensor:
         grad = grad.contiguous()
         dist.all_reduce(grad)
         return grad.chunk(dist.get_world_size())[dist.get_rank()]
@@ -32,7 +32,7 @@ def gather_rows(x: Tensor) -> Tensor:
     if world_size() == 1:
         return x
     if x.is_floating_point() and x.requires_grad:
-        return _Gather.apply(x)  # type: ignore[return-value]
+        return _Gather.apply(x)
     parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, x.contiguous())
     return torch.cat(parts)

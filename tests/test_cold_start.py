@@ -9,12 +9,13 @@ import pyarrow as pa
 import pytest
 from safetensors.numpy import load_file
 
-from finetune.train import FinetuneConfig, main
+from finetune.train import main
 from mmctr.data.embeddings import write_npz
 from mmctr.data.prepare import open_dataset
 from mmctr.data.splits import split_interactions
 from mmctr.datasets.toy_world import ToyWorld, ToyWorldConfig
 from mmctr.files import read_json
+from mmctr.runs.config import FinetuneConfig
 from mmctr.studies.config import StudyConfig
 from mmctr.studies.controls import factor_table
 from mmctr.studies.results import study_results

@@ -9,11 +9,10 @@ import pytest
 import yaml
 from pydantic import TypeAdapter
 
-from finetune.train import FinetuneConfig
+from mmctr.runs.config import FinetuneConfig, PretrainConfig
 from mmctr.studies.config import StudyConfig
 from mmctr.studies.runner import study_cells
 from mmctr.training.optimizers import make_optimizer
-from pretrain.train import PretrainConfig
 from tests.helpers.tiny import CLONE
 
 RECIPES = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}

@@ -22,7 +22,7 @@ from mmctr.data.embeddings import EmbeddingTable
 from mmctr.encoders.heads import Standardise
 from mmctr.layers.dice import Dice
 from mmctr.losses.contrastive import (
-    Bank,
+    QueuedCandidates,
     clip_loss,
     multi_positive_loss,
     pair_loss,
@@ -70,7 +70,7 @@ for share in (3, 10):
         result[f"dice {share} {part}"] = value
     result[f"dice {share} mean"], result[f"dice {share} var"] = dice.running_mean, dice.running_var
 result["gathered"] = gather_rows(given["ids"][rows])
-# each process writes items of its own into a bank, and not as many
+# each process writes items of its own into a queue, and not as many
 bank, table, has = MemoryBank(10, 4), torch.zeros(10, 4), torch.zeros(10, dtype=torch.bool)
 for written in (([0, 1, 2, 3], [4]), ([5, 6], [1, 6, 7])):
     own = torch.tensor(written[rank])
@@ -92,7 +92,7 @@ def loss_and_gradients(name: str, given: dict[str, torch.Tensor], rows: slice) -
     x, y, z = (F.normalize(part[rows], dim=1) for part in (image, text, other))
     ids, valid = given["ids"][rows], given["valid"][rows]
     kept, log_q = torch.tensor([True, True, False]), torch.tensor([0.2, 0.0, 0.0])
-    past = Bank(F.normalize(given["bank"], dim=1), torch.tensor([[100], [1], [101]]), kept, log_q)
+    past = QueuedCandidates(F.normalize(given["queue"], dim=1), torch.tensor([[100], [1], [101]]), kept, log_q)
     if name == "clip":
         loss = clip_loss(x, y, scale, ids, valid, past, past)
     elif name == "siglip":
@@ -108,7 +108,7 @@ def loss_and_gradients(name: str, given: dict[str, torch.Tensor], rows: slice) -
             log_q=given["log_q"][rows],
             negatives=z,
             has_negative=given["hard"][rows],
-            bank=past,
+            queue=past,
         )
     elif name == "multi_positive":
         loss = multi_positive_loss(x, scale, given["groups"][rows], ids, valid)
@@ -174,7 +174,7 @@ def test_losses_and_dice_on_two_processes_equal_one(tmp_path):
     # other shares of valid rows on each process
     given["valid"] = torch.tensor([1, 1, 1, 1, 0, 1, 0, 1, 0, 1], dtype=torch.bool)
     given["hard"] = torch.tensor([1, 0, 1, 1, 1, 1, 0, 1, 1, 1], dtype=torch.bool)
-    given["bank"] = torch.randn(3, 4, generator=generator)
+    given["queue"] = torch.randn(3, 4, generator=generator)
     torch.save(given, tmp_path / "given")
     (tmp_path / "worker.py").write_text(WORKER)
     torchrun(tmp_path / "worker.py", tmp_path / "given", tmp_path / "result")
@@ -240,7 +240,7 @@ def test_dien_with_its_auxiliary_loss_on_two_processes_equals_one(toy_folder, tm
 
 
 def test_content_in_attention_tiers_and_gate_on_two_processes_equals_one(pretrained, toy_folder, tmp_path):
-    """Compared by the bank of an encoder that is trained: each process reads what the others have written."""
+    """Compared by the queue of an encoder that is trained: each process reads what the others have written."""
     content = {"name": "encoder", "run": str(pretrained), "max_encoded": 1000, "dim": 8, "hidden": [8]}
     values = finetune_values(toy_folder, content, epochs=0.5, evaluations=2, optimizer={"lr": 3e-3})
     content["residual"] = True
@@ -363,10 +363,10 @@ def with_queries(toy_folder, pretrained, tmp_path_factory) -> tuple[Path, dict]:
     return folder / "data", task
 
 
-@pytest.mark.parametrize("bank", [None, {"size": 40, "momentum": 0.5}], ids=["", "bank"])
-def test_every_objective_on_two_processes_equals_one(with_queries, tmp_path, bank):
+@pytest.mark.parametrize("queue", [None, {"size": 40, "momentum": 0.5}], ids=["", "queue"])
+def test_every_objective_on_two_processes_equals_one(with_queries, tmp_path, queue):
     data, task = with_queries
-    values = pretrain_values(data, **task, bank=bank)
+    values = pretrain_values(data, **task, queue=queue)
     values["same"] = ["text", "image", "factor_colour"]
     values["fit"] |= {"epochs": 1, "optimizer": {"lr": 1e-3}}
     config = write_config(tmp_path / "p.yaml", values)
@@ -381,7 +381,7 @@ def test_every_objective_on_two_processes_equals_one(with_queries, tmp_path, ban
 def test_encoding_in_chunks_equals_the_whole_batch(with_queries, tmp_path, processes):
     """Gradients through the encoder a few items at a time, on one process and on two."""
     data, task = with_queries
-    values = pretrain_values(data, **task, bank={"size": 40})
+    values = pretrain_values(data, **task, queue={"size": 40})
     values["fit"] |= {"epochs": 1, "optimizer": {"lr": 1e-3}}
     config = write_config(tmp_path / "p.yaml", values)
     chunked = ("fit.chunk_size=7", f"run_dir={tmp_path / 'chunks'}")

@@ -77,10 +77,9 @@ def test_the_union_of_the_worked_example_takes_it(recency):
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_yaml_loads(path, tmp_path, monkeypatch):
     """Every YAML block is valid over a config of the recipe it speaks of, or a whole study."""
-    from finetune.train import FinetuneConfig
+    from mmctr.runs.config import FinetuneConfig, PretrainConfig
     from mmctr.studies.config import StudyConfig
     from mmctr.studies.runner import study_cells
-    from pretrain.train import PretrainConfig
 
     monkeypatch.chdir(CLONE)
 

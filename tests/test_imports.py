@@ -29,6 +29,7 @@ FLOORS = [
     {"datasets"},
     {"layers"},
     {"config"},
+    {"run_folder"},
     {"distributed"},
     {"files"},
     {"errors"},

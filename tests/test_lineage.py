@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from finetune.train import FinetuneConfig, main
+from finetune.train import main
 from mmctr.files import fingerprint, read_json
+from mmctr.runs.config import FinetuneConfig
 from tests.helpers.worlds import write_dataset
 
 pytestmark = pytest.mark.slow

@@ -132,8 +132,7 @@ def test_configs_and_links_exist(path):
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_recipe_lines_load(path):
     """Whatever config and overrides a line gives to a recipe, they are a valid config of it."""
-    from finetune.train import FinetuneConfig
-    from pretrain.train import PretrainConfig
+    from mmctr.runs.config import FinetuneConfig, PretrainConfig
 
     recipes = {"pretrain.train": PretrainConfig, "finetune.train": FinetuneConfig}
     for module, arguments in recipe_calls(page(path), recipes.keys()):

@@ -32,7 +32,7 @@ def done(toy_folder, tmp_path_factory) -> dict[str, tuple[Path, Path]]:
     behavior = pretrain_values(
         toy_folder,
         objectives={"clip": {}, "behavior": {"hard_negatives": True}},
-        bank={"size": 40, "momentum": 0.5},
+        queue={"size": 40, "momentum": 0.5},
         matryoshka=[8],
     )
     behavior["data"]["text_fields"] = {"description": 0.5}

@@ -263,7 +263,7 @@ def _export(arguments: argparse.Namespace) -> None:
         from importlib import import_module
 
         write = import_module(
-            "mmctr.export.onnx_graph" if arguments.format == "onnx" else "mmctr.tasks.sharing"
+            "mmctr.export.onnx_export" if arguments.format == "onnx" else "mmctr.export.hub"
         ).export_run
         print("\n".join(write(arguments.source, arguments.out, data=arguments.data, int8=arguments.int8)))
         return

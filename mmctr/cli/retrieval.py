@@ -19,6 +19,7 @@ from mmctr.retrieval.index import ItemIndex
 from mmctr.retrieval.merging import merge
 from mmctr.retrieval.storage import columns_of, is_index
 from mmctr.retrieval.tuning import Wanted
+from mmctr.run_folder import RunFolder
 from mmctr.serving.search import Part, Searcher
 
 
@@ -122,7 +123,7 @@ def _shift(arguments: argparse.Namespace, index: ItemIndex) -> np.ndarray | None
     if not arguments.more and not arguments.less:
         return None
     identity: dict[str, Any] = index.manifest.get("identity", {})
-    named = Path(arguments.concepts or Path(str(identity.get("run"))) / "concepts.json")
+    named = Path(arguments.concepts or RunFolder(Path(str(identity.get("run")))).concepts)
     shift = steering(named, arguments.more, arguments.less, arguments.strength, identity.get("weights"))
     if len(shift) != index.dim:
         raise ValueError(f"{named}: of {len(shift)} dimensions, the vectors have {index.dim}: not of one run")

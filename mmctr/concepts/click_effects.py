@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from mmctr.concepts.disentanglement import active_dimensions
 from mmctr.concepts.latents import (
@@ -17,7 +21,9 @@ from mmctr.concepts.latents import (
     sampled_rows,
     standardised,
 )
+from mmctr.data.batches import BehaviorBatch, ItemBatch, Jagged
 from mmctr.data.tables import rows_of
+from mmctr.embedders.similarity import PairCosines
 from mmctr.features.behavior_collator import BehaviorCollator
 from mmctr.runs.finished import ranked_impressions
 from mmctr.tasks import RankingTask
@@ -47,11 +53,52 @@ def click_effects(
     for start in range(0, count, 2048):
         batch = collator(np.arange(start, min(start + 2048, count))).to(accelerator.device)
         for j in np.flatnonzero(sizes > 0):
-            shift = torch.zeros(width, device=accelerator.device)
-            shift[offset + j] = float(sizes[j])
-            up, down = (torch.sigmoid(ranker.logits(batch, sign * shift)[0].double()) for sign in (1, -1))
-            total[j] += float((up - down).sum())
+            change = torch.zeros(width, device=accelerator.device)
+            change[offset + j] = float(sizes[j])
+            chances = []
+            for sign in (1, -1):
+                with moved_targets(ranker, batch, sign * change) as moved:
+                    chances.append(torch.sigmoid(ranker.logits(moved)[0].double()))
+            total[j] += float((chances[0] - chances[1]).sum())
     return total / max(count, 1)
+
+
+@contextmanager
+def moved_targets(ranker: RankingTask, batch: BehaviorBatch, change: Tensor) -> Iterator[BehaviorBatch]:
+    """The batch with other content vectors for its targets; the same items keep their vectors in histories.
+
+    In the batch that the context gives, targets are U further items, whose content vectors are U further rows of the
+    content table of the ranker, and of an expert that reads the same table. After the context tables are as before.
+
+    Args:
+        batch: without pictures and texts, as in evaluation.
+        change: (C,) added to the content vector of each target.
+    """
+    row, num_items = batch.items.row, len(batch.items)
+    embedders = [ranker.embedder] if ranker.expert is None else [ranker.embedder, ranker.expert.task.embedder]
+    before = [(embedder, embedder.content_table, embedder.has_content, embedder.pair_cosines) for embedder in embedders]
+    further = torch.arange(num_items, device=row.device) + len(ranker.embedder.content_table)
+    items = ItemBatch(
+        torch.cat([row, further]), {name: _repeated(values) for name, values in batch.items.features.items()}
+    )
+    try:
+        for embedder, table, has, _ in before:
+            moves = embedder is ranker.embedder or (ranker.expert is not None and ranker.expert.shares_content)
+            embedder.content_table = torch.cat([table, table[row] + change if moves else table[row]])
+            embedder.has_content = torch.cat([has, has[row]])
+            embedder.pair_cosines = PairCosines(max_kept=0)  # cosines of all pairs would serve this batch alone
+        yield replace(batch, items=items, target=batch.target + num_items)
+    finally:
+        for embedder, table, has, cosines in before:
+            embedder.content_table, embedder.has_content, embedder.pair_cosines = table, has, cosines
+
+
+def _repeated(values: Tensor | Jagged) -> Tensor | Jagged:
+    """A side feature of U items, twice."""
+    if isinstance(values, Jagged):
+        offsets = torch.cat([values.offsets, values.offsets[1:] + values.offsets[-1]])
+        return Jagged(torch.cat([values.values, values.values]), offsets)
+    return torch.cat([values, values])
 
 
 def add_effects(

@@ -24,9 +24,10 @@ from mmctr.concepts.latents import (
 from mmctr.concepts.naming import Attribute, Name, attributes_of, name_dimensions
 from mmctr.data.catalog import Catalog
 from mmctr.files import write_json
+from mmctr.run_folder import RunFolder
 from mmctr.runs.content import item_content, open_data
 from mmctr.runs.finished import load_encoder
-from mmctr.runs.folder import data_config, weights_key
+from mmctr.runs.folder import data_config
 
 MAX_SCORED = 10_000
 """items that scores are computed on"""
@@ -71,7 +72,11 @@ def concepts(
     if prompts and latents.images is not None:
         alike = prompt_likeness(task, latents.images, prompts, accelerator), list(prompts)
     names = name_dimensions(latents.mu, own_attributes, [texts[row] for row in latents.rows], alike, seed)
-    report: dict[str, Any] = {"run": str(runs[best]), "data": config.path, "weights": weights_key(Path(runs[best]))}
+    report: dict[str, Any] = {
+        "run": str(runs[best]),
+        "data": config.path,
+        "weights": RunFolder(Path(runs[best])).weights_fingerprint(),
+    }
     report |= describe(latents, catalog, names, own_attributes, seed)
     report["columns set aside"] = refused
     report["spread"] = {"mean": latents.mu.mean(0).tolist(), "std": latents.mu.std(0).tolist()}
@@ -80,7 +85,7 @@ def concepts(
     if ranker is not None:
         add_effects(report, Path(ranker), latents, catalog.item_ids, user, accelerator)
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "concepts.json", report)
+    write_json(RunFolder(out).concepts, report)
     from mmctr.concepts.page import write_page
 
     write_page(report, catalog, out / "concepts.html")

@@ -100,6 +100,13 @@ class ItemBatch(Batch):
     def __len__(self) -> int:
         return len(self.row)
 
+    @property
+    def id_rows(self) -> Tensor:
+        """(U,) int: rows of the ID vocabulary, 0 for items unseen in training."""
+        rows = self.features["item_id"]
+        assert isinstance(rows, Tensor)
+        return rows
+
     def only(self, modality: str) -> ItemBatch:
         """With the pictures ("image") or the texts ("text") alone."""
         has, values, item, weight = _TEXT if modality == "image" else _IMAGE

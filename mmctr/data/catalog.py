@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet
 import torch
 from numpy.lib.format import open_memmap
 from torch import Tensor
 
+from mmctr.data.arrow import pc
 from mmctr.data.images import PictureError, decode_picture, read_picture
 from mmctr.data.picture_cache import CACHE_FORMAT, Pictures, reserve
 from mmctr.data.tables import (
@@ -137,16 +137,16 @@ class Catalog:
         cells = self.table.column(column)
         if not _is_list(cells.type):
             return 1
-        return max(1, pc.max(pc.list_value_length(cells)).as_py() or 0)  # type: ignore[attr-defined]
+        return max(1, pc.max(pc.list_value_length(cells)).as_py() or 0)
 
     def _sources(self, column: str, place: int) -> pa.ChunkedArray:
         if column not in self.table.column_names:
             return pa.chunked_array([pa.nulls(len(self), pa.string())])
         cells = self.table.column(column)
         if _is_list(cells.type):
-            long_enough = pc.greater(pc.list_value_length(cells), place)  # type: ignore[attr-defined]
-            there = np.flatnonzero(np.asarray(pc.fill_null(long_enough, False)))  # type: ignore[attr-defined]
-            picked = one_array(pc.list_element(cells.take(pa.array(there)), place))  # type: ignore[attr-defined]
+            long_enough = pc.greater(pc.list_value_length(cells), place)
+            there = np.flatnonzero(np.asarray(pc.fill_null(long_enough, False)))
+            picked = one_array(pc.list_element(cells.take(pa.array(there)), place))
             index = np.zeros(len(self), np.int64)
             index[there] = np.arange(len(there))
             mask = np.ones(len(self), bool)
@@ -157,7 +157,7 @@ class Catalog:
     def _pictures_key(self, cells: pa.ChunkedArray) -> str:
         """Changes with the ids and the picture cells; of encoded pictures it looks at the sizes, not at all bytes."""
         if not pa.types.is_string(cells.type):
-            cells = pc.binary_length(cells)  # type: ignore[attr-defined]
+            cells = pc.binary_length(cells)
         digests = [fingerprint(str(part.to_pylist()).encode()) for part in (*cells.chunks, self.item_ids)]
         return fingerprint(CACHE_FORMAT, digests)
 
@@ -246,8 +246,8 @@ def picture_sources(column: pa.ChunkedArray, source: Any, name: str = "image") -
     """Relative paths (string) or encoded pictures (binary); a struct of both, as `datasets` has it, becomes bytes."""
     kind = column.type
     if pa.types.is_struct(kind):
-        data, path = pc.struct_field(column, "bytes"), pc.struct_field(column, "path")  # type: ignore[attr-defined]
-        if not pc.any(pc.and_(pc.is_null(data), pc.is_valid(path))).as_py():  # type: ignore[attr-defined]
+        data, path = pc.struct_field(column, "bytes"), pc.struct_field(column, "path")
+        if not pc.any(pc.and_(pc.is_null(data), pc.is_valid(path))).as_py():
             return data.cast(pa.large_binary())
         if data.null_count == len(data):
             return path.cast(pa.string())
@@ -270,7 +270,7 @@ def dataset_table(dataset: Dataset) -> pa.Table:
     for name, feature in dataset.features.items():
         if isinstance(feature, Image):
             dataset = dataset.cast_column(name, Image(decode=False))
-    return dataset.with_format("arrow")[:]  # type: ignore[return-value]
+    return dataset.with_format("arrow")[:]
 
 
 def clean_items(table: pa.Table, name: str) -> tuple[pa.Table, dict[str, Any]]:

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet
 import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from mmctr.data.arrow import pc
 from mmctr.data.tables import as_ids, read_table, require_columns, rows_of
 from mmctr.files import read_json, replace_file, write_json
 
@@ -175,7 +175,7 @@ def _read_parquet(path: Path) -> EmbeddingTable:
         raise ValueError(f"{path}: needs exactly one list column of vectors, found {lists or 'none'}")
     require_columns(table, (lists[0],), path)
     column = table.column(lists[0])
-    lengths = pc.list_value_length(column)  # type: ignore[attr-defined]
+    lengths = pc.list_value_length(column)
     if not len(table) or column.null_count or len(lengths.unique()) != 1:
         raise ValueError(f"{path}: the vectors in column {lists[0]!r} differ in length, or some are null")
     values = pa.concat_arrays([chunk.flatten() for chunk in column.chunks]).to_numpy(zero_copy_only=False)
@@ -391,7 +391,7 @@ def numpy_ids(ids: pa.Array, out: Path) -> np.ndarray:
     if pa.types.is_integer(ids.type):
         return ids.to_numpy()
     array = np.array(ids.to_pylist(), dtype=np.str_)
-    changed = np.asarray(pc.not_equal(pa.array(array, type=pa.string()), ids))  # type: ignore[attr-defined]
+    changed = np.asarray(pc.not_equal(pa.array(array, type=pa.string()), ids))
     if changed.any():
         raise ValueError(
             f"{out}: NumPy cannot hold the id {ids[int(changed.argmax())].as_py()!r}, which ends in a zero character; "

@@ -12,16 +12,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet
 
+from mmctr.data.arrow import pc
 from mmctr.data.catalog import Catalog
 from mmctr.data.prepare import Dataset
 from mmctr.data.tables import SUFFIXES, as_ids, examples, read_table, rows_of, same_kind
 from mmctr.files import replace_file
-
-KEPT = "item_tables.parquet"
-"""the joined columns in a run folder: what a run was trained on, whatever becomes of the files"""
+from mmctr.run_folder import RunFolder
 
 
 def join_item_tables(dataset: Dataset, paths: list[str]) -> Dataset:
@@ -47,7 +45,7 @@ def join_item_tables(dataset: Dataset, paths: list[str]) -> Dataset:
         ids = as_ids(other.column("item_id"), "item_id", path)
         if not len(ids):
             raise ValueError(f"{path}: holds no rows")
-        counts = pc.value_counts(ids.drop_null())  # type: ignore[attr-defined]
+        counts = pc.value_counts(ids.drop_null())
         if len(counts) < len(ids) - ids.null_count:
             often = counts.field("counts").to_numpy().argmax()
             raise ValueError(
@@ -77,7 +75,7 @@ def _without_nan(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """NaN is how others write a gap."""
     if not pa.types.is_floating(column.type):
         return column
-    return pc.if_else(pc.is_nan(column), None, column)  # type: ignore[attr-defined]
+    return pc.if_else(pc.is_nan(column), None, column)
 
 
 def described(report: dict[str, Any]) -> list[str]:
@@ -96,11 +94,11 @@ def keep_item_tables(joined: Dataset, run_dir: Path) -> None:
     Raises ValueError when they are others: the run would go on with features that mean something else.
     """
     table = joined.catalog.table.select(["item_id", *joined.report["item_tables"]["columns"]])
-    path = run_dir / KEPT
+    path = RunFolder(run_dir).item_tables
     if not path.is_file():
         replace_file(path, lambda temporary: pyarrow.parquet.write_table(table, temporary))
     elif not read_table(path).equals(table):
         raise ValueError(
-            f"{run_dir}: holds a run with other item tables ({KEPT} there differs from data.item_tables now); "
+            f"{run_dir}: holds a run with other item tables ({path.name} there differs from data.item_tables now); "
             f"choose another run_dir=, or delete the folder"
         )

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet
 
+from mmctr.data.arrow import pc
 from mmctr.data.catalog import Catalog, clean_items, dataset_table
 from mmctr.data.interactions import Interactions
 from mmctr.data.tables import (
@@ -215,8 +215,8 @@ def _write_log(log: pa.Table, log_path: Path, users_path: Path | None, items: pa
             aside[reason]["examples"] = examples(item_ids.filter(pa.array(bad & ok)))
         ok &= ~bad
 
-    known_users = pc.unique(users.filter(pa.array(ok)))  # type: ignore[attr-defined]
-    known_users = known_users.take(pc.sort_indices(known_users))  # type: ignore[attr-defined]
+    known_users = pc.unique(users.filter(pa.array(ok)))
+    known_users = known_users.take(pc.sort_indices(known_users))
     user = rows_of(users, known_users, str(log_path))
     picked = np.flatnonzero(ok)
     # the same user, item and moment twice: one impression, clicked if either was

@@ -126,7 +126,7 @@ def _index_tar(path: Path, out: Path) -> None:
                 file.seek(start := member.offset_data)
                 latest[key][kind] = f"{start} {member.size}" if kind == "image" else file.read(member.size)
             # it takes a damaged header for the end, and does not see a second archive behind the first
-            file.seek(tar.offset)  # type: ignore[attr-defined]
+            file.seek(tar.offset)
             if len(tail := file.read(20_480)) < 512 or any(tail):
                 raise tarfile.ReadError("damaged, cut off or two in one")
     except tarfile.TarError as error:

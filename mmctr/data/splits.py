@@ -117,7 +117,19 @@ class Splits:
     report: dict[str, Any]
     """row counts, with everything set aside and why"""
     stages: dict[str, Impressions] = field(default_factory=dict)
-    """rows that warm the test's items up, by stage in order; of `StagedSplit` alone"""
+    """impressions of the test's items that each stage trains on, by stage in order; of `StagedSplit` alone"""
+
+    def is_cold(self, part: Impressions) -> np.ndarray:
+        """(n,) bool: the target of an impression is in no training impression."""
+        return self.seen[part.item] == 0
+
+
+def require_both_labels(train: Impressions, source: str) -> None:
+    """Raises ValueError where all training impressions have one label: nothing can then be learned."""
+    if len(np.unique(train.label)) < 2:
+        raise ValueError(
+            f"{source}: all training labels are {train.label[0]}; a ranker needs clicks and impressions without a click"
+        )
 
 
 def split_interactions(

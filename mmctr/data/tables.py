@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from pyarrow import csv, json, parquet
+
+from mmctr.data.arrow import pc
 
 ID_COLUMNS = ("item_id", "user_id")
 TEXT_COLUMNS = ("title", "description", "category", "brand", "shop", "image")
@@ -99,7 +100,7 @@ def _integers_if_exact(column: pa.ChunkedArray) -> pa.ChunkedArray:
         numbers = column.cast(pa.int64())
     except pa.ArrowInvalid:
         return column
-    same = pc.all(pc.equal(numbers.cast(pa.string()), column)).as_py()  # type: ignore[attr-defined]
+    same = pc.all(pc.equal(numbers.cast(pa.string()), column)).as_py()
     return numbers if same in (True, None) else column
 
 
@@ -147,16 +148,16 @@ def as_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
         column = pa.chunked_array([chunk.dictionary_decode() for chunk in column.chunks], type=kind.value_type)
         kind = column.type
     if pa.types.is_floating(kind):
-        column = pc.if_else(pc.is_nan(column), None, column)  # type: ignore[attr-defined]
+        column = pc.if_else(pc.is_nan(column), None, column)
     if pa.types.is_nested(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
         column = pa.chunked_array([pa.array([_written(value) for value in column.to_pylist()], type=pa.string())])
     column = column.cast(pa.string())
     try:
-        trimmed = pc.utf8_trim_whitespace(column)  # type: ignore[attr-defined]
+        trimmed = pc.utf8_trim_whitespace(column)
     except pa.ArrowInvalid:  # bytes that are no UTF-8, declared as text by the program that wrote them
         texts = [_written(value) for value in column.cast(pa.binary()).to_pylist()]
-        trimmed = pc.utf8_trim_whitespace(pa.chunked_array([pa.array(texts, type=pa.string())]))  # type: ignore[attr-defined]
-    return pc.if_else(pc.equal(pc.utf8_length(trimmed), 0), None, trimmed)  # type: ignore[attr-defined]
+        trimmed = pc.utf8_trim_whitespace(pa.chunked_array([pa.array(texts, type=pa.string())]))
+    return pc.if_else(pc.equal(pc.utf8_length(trimmed), 0), None, trimmed)
 
 
 def _written(value: Any) -> str | None:
@@ -180,7 +181,7 @@ def rows_of(wanted: pa.Array, known: pa.Array, what: str) -> np.ndarray:
             f"{what}: ids are {wanted.type} on one side and {known.type} on the other "
             f"({shown[0]!r} and {shown[1]!r}); store both as integers or both as strings"
         )
-    index = pc.index_in(wanted, value_set=known, skip_nulls=True)  # type: ignore[attr-defined]
+    index = pc.index_in(wanted, value_set=known, skip_nulls=True)
     return index.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
 
 

@@ -192,7 +192,7 @@ class ItemEmbedder(nn.Module):
         self.generator: IdGenerator | None = None
         self.generates = False
         """whether items without an ID row read what `generator` makes; not before it is trained"""
-        self._cosines = PairCosines()
+        self.pair_cosines = PairCosines()
         content = config.content
         sizes = []
         self.ids = RowTable(num_ids, config.id_dim, config.init_std) if config.id_dim else None
@@ -255,79 +255,80 @@ class ItemEmbedder(nn.Module):
         return self.encoder is not None and self.training and not frozen
 
     def forward(
-        self, items: ItemBatch, shift: Tensor | None = None, content: bool | Tensor = True, ids: Tensor | None = None
+        self,
+        items: ItemBatch,
+        ids: Tensor | None = None,
+        show_content: bool = True,
+        content_read: Tensor | None = None,
     ) -> Tensor:
-        """(U, dim).
+        """The vectors of U items, (U, dim).
 
         Args:
-            shift: (content dim,) added to every content vector, to see what that changes.
-            content: False: all items are without content; (U,) bool: that of these alone is looked at.
-            ids: (U, id_dim) in the place of the ID vectors.
+            ids: (U, id_dim) in place of the ID vectors.
+            show_content: False: every item reads the "absent" content vector, as items without content do.
+            content_read: (U,) bool, the items whose content vector a ranker will read; None: all. A memory bank counts
+                how old the vectors of these are.
         """
         parts = []
         if self.ids is not None:
-            parts.append(self._ids(items, shift) if ids is None else ids)
+            parts.append(self._id_vectors(items) if ids is None else ids)
         if self.features.dim:
             parts.append(self.features(items.features, items.row))
-        if self.adapter is not None and content is not False:
-            vectors, has = self._content(items, None if content is True else content)
-            parts.append(self.adapter(vectors if shift is None else vectors + shift, has))
-        elif self.adapter is not None:
-            parts.append(self.adapter.nothing(len(items)))
+        if self.adapter is not None:
+            absent = not show_content
+            parts.append(
+                self.adapter.nothing(len(items)) if absent else self.adapter(*self._content(items, content_read))
+            )
         if self.gate is not None:
-            own: Tensor = items.features["item_id"]  # type: ignore[assignment]
-            parts = [self.gate(own, parts[0], parts[-1]), *parts[1:-1]]
+            parts = [self.gate(items.id_rows, parts[0], parts[-1]), *parts[1:-1]]
         return self.project(FUSIONS[self.config.fusion](parts))
 
-    def _ids(self, items: ItemBatch, shift: Tensor | None) -> Tensor:
-        """(U, id_dim) ID vectors: an item's own, else a generated one, else that of the unknown item."""
-        rows: Tensor = items.features["item_id"]  # type: ignore[assignment]
-        own = self.ids(rows)  # type: ignore[misc]
+    def _id_vectors(self, items: ItemBatch) -> Tensor:
+        """(U, id_dim): the row of an item in the ID table; for items without a row a generated vector, or row 0."""
+        assert self.ids is not None
+        vectors = self.ids(items.id_rows)
         if self.generator is None or not self.generates:
-            return own
-        return torch.where((rows == 0)[:, None], self.generator.cold(self.describe(items, shift)), own)
+            return vectors
+        return torch.where((items.id_rows == 0)[:, None], self.generator.cold(self.describe(items)), vectors)
 
-    def describe(self, items: ItemBatch, shift: Tensor | None = None) -> Tensor:
-        """(U, X) what the generator of ID vectors reads of items; content is that of the kept table."""
+    def describe(self, items: ItemBatch) -> Tensor:
+        """(U, X) what the generator of ID vectors reads of items: side features, and the stored content vectors."""
         assert self.generator is not None
         vectors = has = None
         if self.adapter is not None:
             vectors, has = self.content_table[items.row], self.has_content[items.row]
-            vectors = vectors if shift is None else vectors + shift
         return self.generator.describe(self.features(items.features, items.row), vectors, has)
 
-    def by_role(
-        self, batch: BehaviorBatch, shift: Tensor | None = None, target_ids: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Vectors (V, dim) of all items of a batch, and the positions (B,) of targets among them: in the first U places
-        items are as histories show them, and in U further ones as targets are, where that differs.
+    def by_role(self, batch: BehaviorBatch, target_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Vectors of the items of a batch in histories and as targets.
+
+        Where both are equal, (U, dim) vectors and the (B,) positions of targets among them. Where they differ,
+        (2 U, dim): U vectors of items in histories, then U vectors of items as targets.
 
         Args:
-            shift: (content dim,) added to the content vectors of targets alone.
-            target_ids: (U, id_dim) in the place of the ID vectors of targets alone.
+            target_ids: (U, id_dim) in place of the ID vectors of targets; histories keep theirs.
         """
         shown = "both" if self.adapter is None else self.config.content.shown_in  # type: ignore[union-attr]
-        content = True if self.bank is None else shown_items(batch, shown)
-        vectors, target = self(batch.items, content=shown != "target" and content), batch.target
-        if shift is None and target_ids is None and shown == "both":
-            return vectors, target
-        as_targets = self(batch.items, shift, shown != "history" and content, target_ids)
-        return torch.cat([vectors, as_targets]), target + len(vectors)
+        read = None if self.bank is None else shown_items(batch, shown)
+        in_histories = self(batch.items, show_content=shown != "target", content_read=read)
+        if target_ids is None and shown == "both":
+            return in_histories, batch.target
+        as_targets = self(batch.items, target_ids, shown != "history", read)
+        return torch.cat([in_histories, as_targets]), batch.target + len(in_histories)
 
-    def similarity(self, batch: BehaviorBatch, shift: Tensor | None = None) -> Tensor:
-        """(H,) cosines of the content vectors of each behaviour and its target, NaN where one of them has none.
+    def similarity(self, batch: BehaviorBatch) -> Tensor:
+        """(H,) cosines of the content vectors of each behaviour and the target of the impression, NaN where one of the
+        two has no content.
 
-        They are of the kept table, also while an encoder is trained: no gradient, and as old as the table.
-
-        Args:
-            shift: (content dim,) added to the content vectors of targets.
+        The vectors are those of the stored table, also while an encoder trains: no gradient flows, and they are as old
+        as the table.
         """
         target = batch.target[segment_ids(batch.history_offsets, len(batch.history))]
         rows = batch.items.row
         # a table that changes every step has no use for cosines of all its pairs
-        found = self._cosines(self.content_table, rows, target, batch.history, shift, keep=not self.encodes)
+        cosines = self.pair_cosines(self.content_table, rows, target, batch.history, keep=not self.encodes)
         has = self.has_content[rows]
-        return torch.where(has[target] & has[batch.history], found, torch.nan)
+        return torch.where(has[target] & has[batch.history], cosines, torch.nan)
 
     def _content(self, items: ItemBatch, shown: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(U, content dim) and (U,) mask. In training an encoder encodes what the batch carries; evaluation reads the

@@ -92,7 +92,7 @@ class MemoryBank(nn.Module):
         fill = torch.arange(self.capacity, device=rows.device)
         fill = torch.where(fill < len(rows), fill, 0)
         parts = [gather_rows(part[fill]).split(self.capacity) for part in (rows, vectors.detach(), has)]
-        return list(zip(*parts, strict=True))  # type: ignore[arg-type]
+        return list(zip(*parts, strict=True))
 
     @torch.no_grad()
     def renew(self, old: Tensor, new: Tensor, has_content: Tensor) -> dict[str, float]:

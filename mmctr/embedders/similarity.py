@@ -53,30 +53,27 @@ class PairCosines:
     MAX_KEPT = 4096
     """rows of the largest table whose cosines are kept: 64 MB"""
 
-    def __init__(self) -> None:
+    def __init__(self, max_kept: int = MAX_KEPT) -> None:
+        self.max_kept = max_kept
         self._table: Tensor | None = None
         self._version = 0
         self._kept: Tensor | None = None
 
     @torch.no_grad()
-    def __call__(
-        self, table: Tensor, rows: Tensor, i: Tensor, j: Tensor, shift: Tensor | None = None, keep: bool = True
-    ) -> Tensor:
+    def __call__(self, table: Tensor, rows: Tensor, i: Tensor, j: Tensor, keep: bool = True) -> Tensor:
         """(n,) fp32 cosines of table[rows[i]] and table[rows[j]], without gradient.
 
         Args:
             table: (N, C); a row of zeros has the cosine 0 with everything.
             rows: (U,)
             i, j: (n,) positions in `rows`.
-            shift: (C,) added to the vectors of i.
             keep: whether the table stays as it is for a while.
         """
         with torch.inference_mode(False), torch.autocast(table.device.type, enabled=False):
-            if keep and shift is None and len(table) <= self.MAX_KEPT:
+            if keep and len(table) <= self.max_kept:
                 return self._all(table)[rows[i], rows[j]].clamp(-1, 1)
-            second = F.normalize(table[rows].float(), dim=1)
-            first = second if shift is None else F.normalize(table[rows].float() + shift, dim=1)
-            return row_dots(first, i, second, j).clamp(-1, 1)
+            unit = F.normalize(table[rows].float(), dim=1)
+            return row_dots(unit, i, unit, j).clamp(-1, 1)
 
     def _all(self, table: Tensor) -> Tensor:
         version = 0 if table.is_inference() else table._version  # those cannot be written to

@@ -149,7 +149,7 @@ class EncoderBase(nn.Module):
         self._freeze_and_adapt()
         if self.options.channels_last:
             for root in self.tower("image"):
-                root.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+                root.to(memory_format=torch.channels_last)
         for switch_on in switches:
             switch_on()
         if self.options.compile:

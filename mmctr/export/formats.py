@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet
 from safetensors.numpy import save_file
 
+from mmctr.data.arrow import pc
 from mmctr.data.embeddings import EmbeddingTable, numpy_ids, require_suffix, save_arrays, write_npz
 from mmctr.files import replace_file, replace_folder, write_text
 
@@ -82,7 +82,7 @@ def _safetensors(table: EmbeddingTable, out: Path) -> None:
     if pa.types.is_integer(table.ids.type):
         arrays["item_id"] = table.ids.to_numpy()
     else:
-        lengths = pc.binary_length(table.ids).to_numpy(zero_copy_only=False)  # type: ignore[attr-defined]
+        lengths = pc.binary_length(table.ids).to_numpy(zero_copy_only=False)
         arrays["item_id_offsets"] = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         arrays["item_id"] = np.frombuffer("".join(table.ids.to_pylist()).encode(), np.uint8)
     replace_file(out, lambda path: save_file({n: np.ascontiguousarray(a) for n, a in arrays.items()}, path))
@@ -131,11 +131,11 @@ def _recbole(table: EmbeddingTable, out: Path) -> str:
             f"being none of {', '.join(RECBOLE_OWN)}; for example {out.parent / (dataset or out.name)}.itememb"
         )
     tokens = table.ids.cast(pa.string())
-    unfit = pc.or_(  # type: ignore[attr-defined]
-        pc.match_substring_regex(tokens, '[\t\r\n"]'),  # type: ignore[attr-defined]
-        pc.is_in(tokens, value_set=pa.array(PANDAS_GAPS)),  # type: ignore[attr-defined]
+    unfit = pc.or_(
+        pc.match_substring_regex(tokens, '[\t\r\n"]'),
+        pc.is_in(tokens, value_set=pa.array(PANDAS_GAPS)),
     )
-    if pc.any(unfit).as_py():  # type: ignore[attr-defined]
+    if pc.any(unfit).as_py():
         raise ValueError(
             f"{out}: RecBole would not read the item id {tokens.filter(unfit)[0].as_py()!r} as it is written: no tabs, "
             f"line breaks or quotes, and no word for a missing value; rename it"
@@ -165,7 +165,7 @@ def _joined(vectors: np.ndarray, separator: str) -> pa.Array:
     """Each row of (n, D) as text: the shortest decimals that read back to the same float32."""
     texts = pa.array(vectors.ravel()).cast(pa.string())
     offsets = pa.array(np.arange(len(vectors) + 1, dtype=np.int32) * vectors.shape[1])
-    return pc.binary_join(pa.ListArray.from_arrays(offsets, texts), separator)  # type: ignore[attr-defined]
+    return pc.binary_join(pa.ListArray.from_arrays(offsets, texts), separator)
 
 
 def _torcheasyrec(table: EmbeddingTable, out: Path) -> str:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from mmctr.data.batches import ItemBatch
 from mmctr.export.onnx_graph import INT8_COSINE, Axis, Graph, Inputs, Port, Session, int8_entry, quantise, write_graph
+from mmctr.run_folder import RunFolder
 from mmctr.runs.finished import load_encoder
-from mmctr.runs.folder import data_config, weights_key
+from mmctr.runs.folder import data_config
 from mmctr.tasks import PretrainTask
 from mmctr.tasks.item_features import unit
 
@@ -80,15 +81,15 @@ def export_encoder(run: Path, out: Path, data: str | None, int8: bool) -> dict[s
     return {
         "graphs": graphs,
         "left_out": left_out,
-        "weights": weights_key(run),
+        "weights": RunFolder(run).weights_fingerprint(),
         "vector": _vector_facts(task, embeds),
         "pictures": {
             "size": size,
             "resize": config.image_resize,
             "how": "RGB, EXIF rotation applied, transparency on white. shortest: the centre square, scaled; longest: "
             "scaled and padded with white; squash: both sides scaled. Bicubic with antialiasing, rounded to 0 ... 255",
-            "mean": task.encoder.image_mean.flatten().tolist(),  # type: ignore[operator, union-attr]
-            "std": task.encoder.image_std.flatten().tolist(),  # type: ignore[operator, union-attr]
+            "mean": task.encoder.image_mean.flatten().tolist(),
+            "std": task.encoder.image_std.flatten().tolist(),
             "normalisation": "inside the graph: (pixel / 255 - mean) / std",
         },
         "tokenizer": tokenizer_facts(task, out),

@@ -46,8 +46,8 @@ from mmctr.features.columns import (
 from mmctr.features.crosses import CrossFeature
 from mmctr.files import write_json
 from mmctr.rankers.base import RankerInput
+from mmctr.run_folder import RunFolder
 from mmctr.runs.finished import open_ranker
-from mmctr.runs.folder import weights_key
 from mmctr.tasks import RankingTask
 
 BATCH, LENGTH = Axis("B"), Axis("L")
@@ -187,7 +187,7 @@ def export_ranker(run: Path, out: Path, data: str | None, int8: bool) -> dict[st
         entry["int8"] = _int8(task, vectors, out / "ranker.onnx")
     return {
         "graphs": {"ranker.onnx": entry},
-        "weights": weights_key(run),
+        "weights": RunFolder(run).weights_fingerprint(),
         "ranker": task.config.ranker.name,
         "max_history": task.config.max_history,
         "items": {

@@ -12,12 +12,12 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from mmctr.config import Config
+from mmctr.data.arrow import pc
 from mmctr.data.batches import Features, Jagged, jagged_rows
 from mmctr.data.tables import as_text, one_array, require_columns, rows_of
 
@@ -163,7 +163,7 @@ def learn_vocabulary(config: FeatureConfig, column: pa.ChunkedArray, rows: np.nd
         as_text(column).take(pa.array(rows)) if isinstance(config, CategoricalFeature) else column.take(pa.array(rows))
     )
     flat = taken if isinstance(config, CategoricalFeature) else _lists(config, taken)[0]
-    counts = pc.value_counts(flat.drop_null() if isinstance(flat, pa.Array) else pa.chunked_array(flat).drop_null())  # type: ignore[attr-defined]
+    counts = pc.value_counts(flat.drop_null() if isinstance(flat, pa.Array) else pa.chunked_array(flat).drop_null())
     pairs = [(pair["values"], pair["counts"]) for pair in counts.to_pylist()]
     return Vocabulary(sorted(value for value, count in pairs if count >= config.min_count))
 
@@ -247,9 +247,9 @@ def _lists(config: MultiValuedFeature, column: pa.ChunkedArray) -> tuple[pa.Arra
         text = one_array(as_text(pa.chunked_array([array])))
         if config.separator == " ":
             # words: letters with their marks (Hindi, Thai) and digits, case folded, so that "Love," and "love" are one
-            text = pc.replace_substring_regex(pc.utf8_lower(text), r"[^\pL\pM\pN]+", " ")  # type: ignore[attr-defined]
-        lists = pc.split_pattern(text, config.separator)  # type: ignore[attr-defined]
-    lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)  # type: ignore[attr-defined]
-    flat = pc.utf8_trim_whitespace(pc.list_flatten(lists).cast(pa.string()))  # type: ignore[attr-defined]
+            text = pc.replace_substring_regex(pc.utf8_lower(text), r"[^\pL\pM\pN]+", " ")
+        lists = pc.split_pattern(text, config.separator)
+    lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
+    flat = pc.utf8_trim_whitespace(pc.list_flatten(lists).cast(pa.string()))
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    return pc.if_else(pc.equal(pc.utf8_length(flat), 0), None, flat), offsets  # type: ignore[attr-defined]
+    return pc.if_else(pc.equal(pc.utf8_length(flat), 0), None, flat), offsets

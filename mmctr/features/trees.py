@@ -249,6 +249,11 @@ class Trees:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "trees.json", values)
 
+    @staticmethod
+    def are_saved(folder: Path) -> bool:
+        """Whether `save` has written into a folder."""
+        return (folder / "trees.json").is_file()
+
     @classmethod
     def load(cls, folder: Path) -> Trees:
         values = read_json(folder / "trees.json")

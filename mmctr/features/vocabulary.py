@@ -116,7 +116,7 @@ class RankingVocabulary:
             clicks=items.column("clicks").to_numpy(),
             user_ids=one_array(users.column("user_id")),
             **groups,
-            trees=Trees.load(folder) if (folder / "trees.json").is_file() else None,
+            trees=Trees.load(folder) if Trees.are_saved(folder) else None,
         )
 
     def item_rows(self, item_ids: pa.Array) -> np.ndarray:

@@ -33,7 +33,7 @@ class ActivationUnit(nn.Module):
         """
         wq, wk, wd, wp = self.first.weight.chunk(4, dim=1)
         query_part = F.linear(query, wq + wd, self.first.bias)
-        hidden: Tensor = Interaction.apply(query.float(), items.float(), wp, query_part, wk - wd, history, offsets)  # type: ignore[assignment]
+        hidden: Tensor = Interaction.apply(query.float(), items.float(), wp, query_part, wk - wd, history, offsets)
         with torch.autocast(query.device.type, enabled=False):
             # a tenth of the work; in bf16 its narrow matrices, of another height each step, cost oneDNN 20 ms
             return self.rest(self.act(hidden)).squeeze(1)
@@ -47,7 +47,7 @@ class Interaction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, query, items, weight, query_part, key_weight, history, offsets):  # type: ignore[override]
+    def forward(ctx, query, items, weight, query_part, key_weight, history, offsets):
         device = query.device.type
         ctx.low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
         ctx.save_for_backward(query, items, weight, key_weight, history, offsets)
@@ -69,7 +69,7 @@ class Interaction(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):  # type: ignore[override]
+    def backward(ctx, grad):
         query, items, weight, key_weight, history, offsets = ctx.saved_tensors
         grad = grad.contiguous()
         order, begins = by_row(history, len(items))

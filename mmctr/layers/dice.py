@@ -33,7 +33,7 @@ class _DiceFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, s: Tensor, alpha: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # type: ignore[override]
+    def forward(ctx, s: Tensor, alpha: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         rows = _sum_over_processes(s.new_tensor([float(len(s))]))
         count = rows.clamp(min=1)
         mean = _sum_over_processes(s.sum(0)) / count
@@ -59,7 +59,7 @@ class _DiceFunction(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx, grad: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, None]:
         s, alpha, mean, r, count = ctx.saved_tensors
         if ctx.native:
             out, sums = native.dice_backward(s, grad.contiguous(), mean, r, alpha)
@@ -118,7 +118,7 @@ class Dice(nn.Module):
         """(n, channels) -> (n, channels)."""
         s = x.float()
         if self.training:
-            out, mean, var, rows = _DiceFunction.apply(s, self.alpha, self.eps)  # type: ignore[misc]
+            out, mean, var, rows = _DiceFunction.apply(s, self.alpha, self.eps)
             with torch.no_grad():
                 weight = self.momentum * (rows > 0)  # no rows at all have no statistics
                 self.running_mean.lerp_(mean, weight)

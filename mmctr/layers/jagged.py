@@ -31,13 +31,13 @@ class _TakeRows(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, index: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx, x: Tensor, index: Tensor) -> Tensor:
         ctx.save_for_backward(index)
         ctx.num_rows = len(x)
         return x.index_select(0, index)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         (index,) = ctx.saved_tensors
         order, begins = by_row(index, ctx.num_rows)
         return F.embedding_bag(order, grad.contiguous(), begins, mode="sum"), None
@@ -46,7 +46,7 @@ class _TakeRows(torch.autograd.Function):
 def take_rows(x: Tensor, index: Tensor) -> Tensor:
     """`x[index]`: (n, D) from (U, D) and (n,)."""
     if x.device.type == "cpu" and x.dtype == torch.float32 and len(index):
-        return _TakeRows.apply(x, index)  # type: ignore[return-value]
+        return _TakeRows.apply(x, index)
     return x.index_select(0, index)
 
 
@@ -59,14 +59,14 @@ def segment_ids(offsets: Tensor, total: int) -> Tensor:
 
 class _PoolRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, index: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:  # type: ignore[override]
+    def forward(ctx, x: Tensor, index: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:
         ctx.save_for_backward(x if weights is not None else x[:0], index, offsets, weights)
         ctx.num_rows = len(x)
         return F.embedding_bag(index, x, offsets[:-1], mode="sum", per_sample_weights=weights)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, Tensor | None]:  # type: ignore[override]
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, Tensor | None]:
         x, index, offsets, weights = ctx.saved_tensors
         grad, segments = grad.contiguous(), segment_ids(offsets, len(index))
         order, begins = by_row(index, ctx.num_rows)
@@ -84,7 +84,7 @@ def pool_rows(x: Tensor, index: Tensor, offsets: Tensor, weights: Tensor | None 
 
     With weights (H,) each row counts so much; they get a gradient too.
     """
-    return _PoolRows.apply(x.float(), index, offsets, None if weights is None else weights.float())  # type: ignore[return-value]
+    return _PoolRows.apply(x.float(), index, offsets, None if weights is None else weights.float())
 
 
 def _dots(x: Tensor, i: Tensor, y: Tensor, j: Tensor) -> Tensor:
@@ -94,29 +94,29 @@ def _dots(x: Tensor, i: Tensor, y: Tensor, j: Tensor) -> Tensor:
 
 class _RowDots(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, i: Tensor, y: Tensor, j: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx, x: Tensor, i: Tensor, y: Tensor, j: Tensor) -> Tensor:
         ctx.save_for_backward(x, i, y, j)
         return _dots(x, i, y, j)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, Tensor, None]:  # type: ignore[override]
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, Tensor, None]:
         x, i, y, j = ctx.saved_tensors
         result = []
         for a, mine, b, other in ((x, i, y, j), (y, j, x, i)):
             order, begins = by_row(mine, len(a))
             result += [F.embedding_bag(other[order], b, begins, mode="sum", per_sample_weights=grad[order]), None]
-        return tuple(result)  # type: ignore[return-value]
+        return tuple(result)
 
 
 def row_dots(x: Tensor, i: Tensor, y: Tensor, j: Tensor) -> Tensor:
     """Inner products of the rows x[i] and y[j], fp32: (n,) from (X, D), (n,), (Y, D), (n,); no (n, D) is kept."""
-    return _RowDots.apply(x.float(), i, y.float(), j)  # type: ignore[return-value]
+    return _RowDots.apply(x.float(), i, y.float(), j)
 
 
 class _LinearOfRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, index: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[override]
+    def forward(ctx, x: Tensor, index: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, index, weight)
         ctx.has_bias = bias is not None
         out = x.new_empty((len(index), len(weight)))
@@ -127,7 +127,7 @@ class _LinearOfRows(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, Tensor, Tensor | None]:  # type: ignore[override]
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, Tensor, Tensor | None]:
         x, index, weight = ctx.saved_tensors
         d_weight = torch.zeros_like(weight)
         for k in chunks(len(index), x.device):
@@ -144,7 +144,7 @@ def linear_of_rows(x: Tensor, index: Tensor, weight: Tensor, bias: Tensor | None
         return take_rows(F.linear(x, weight, bias), index)
     if torch.is_autocast_enabled(x.device.type):
         return F.linear(take_rows(x, index), weight, bias)
-    return _LinearOfRows.apply(x, index, weight, bias)  # type: ignore[return-value]
+    return _LinearOfRows.apply(x, index, weight, bias)
 
 
 def segment_softmax(scores: Tensor, segments: Tensor, num_segments: int) -> Tensor:

@@ -86,7 +86,7 @@ class Recurrence(nn.Module):
             attention: (H,)
         """
         with torch.autocast(projected.device.type, enabled=False):
-            return _Recur.apply(  # type: ignore[no-any-return]
+            return _Recur.apply(
                 projected.float(),
                 self.hidden.weight.float(),
                 self.hidden.bias.float(),
@@ -98,7 +98,7 @@ class Recurrence(nn.Module):
 
 class _Recur(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, projected, weight, bias, attention, layout, gate):  # type: ignore[override]
+    def forward(ctx, projected, weight, bias, attention, layout, gate):
         sizes, total, dim = layout.sizes, len(projected), weight.shape[1]
         states, hidden_candidate = (projected.new_empty((total, dim)) for _ in range(2))
         gates = projected.new_empty((total, 3 * dim))  # update, reset and candidate
@@ -124,7 +124,7 @@ class _Recur(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_states):  # type: ignore[override]
+    def backward(ctx, grad_states):
         weight, attention, states = ctx.saved_tensors
         if not ctx.own:
             raise RuntimeError("a recurrence can be differentiated once: its buffers are used up")

@@ -28,7 +28,7 @@ def shares_key(rows: Tensor, columns: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Bank:
+class QueuedCandidates:
     """M candidates of earlier steps, the same in every process; they get no gradient."""
 
     vectors: Tensor
@@ -43,7 +43,7 @@ class Bank:
 
 @dataclass(frozen=True)
 class _Candidates:
-    """The columns of a loss: those of all processes, then those of a bank."""
+    """The columns of a loss: those of all processes, then those of a queue."""
 
     vectors: Tensor
     keys: Tensor | None
@@ -51,17 +51,19 @@ class _Candidates:
     own: Tensor
 
     @classmethod
-    def gather(cls, vectors: Tensor, keys: Tensor | None, valid: Tensor | None, bank: Bank | None) -> _Candidates:
+    def gather(
+        cls, vectors: Tensor, keys: Tensor | None, valid: Tensor | None, queue: QueuedCandidates | None
+    ) -> _Candidates:
         own = own_columns(len(vectors), vectors.device)
         num_rows = len(vectors)
         vectors = gather_rows(vectors.float())
         keys = None if keys is None else gather_rows(keys)
         valid = None if valid is None else gather_rows(valid)
-        if bank is not None:
+        if queue is not None:
             if valid is None:
                 valid = torch.ones(num_rows * world_size(), dtype=torch.bool, device=vectors.device)
-            vectors, valid = torch.cat([vectors, bank.vectors.float()]), torch.cat([valid, bank.valid])
-            keys = None if keys is None else torch.cat([keys, bank.keys])
+            vectors, valid = torch.cat([vectors, queue.vectors.float()]), torch.cat([valid, queue.valid])
+            keys = None if keys is None else torch.cat([keys, queue.keys])
         return cls(vectors, keys, valid, own)
 
     def logits(self, rows: Tensor, scale: Tensor, *row_keys: Tensor | None) -> Tensor:
@@ -95,8 +97,8 @@ def clip_loss(
     logit_scale: Tensor,
     keys: Tensor | None = None,
     valid: Tensor | None = None,
-    image_bank: Bank | None = None,
-    text_bank: Bank | None = None,
+    image_queue: QueuedCandidates | None = None,
+    text_queue: QueuedCandidates | None = None,
 ) -> Tensor:
     """Symmetric InfoNCE between pictures and texts (Radford et al. 2021).
 
@@ -107,17 +109,17 @@ def clip_loss(
         logit_scale: the factor s itself, a scalar.
         keys: (B,) or (B, K) what tells items apart, see above.
         valid: (B,) rows that have both; the others are neither rows nor candidates.
-        image_bank, text_bank: further candidates.
+        image_queue, text_queue: further candidates.
 
     When to choose it: the default. It needs large batches; `siglip_loss` is milder on small ones.
     """
     image_features, text_features, keys = image_features.float(), text_features.float(), _keys(keys)
     losses = []
-    for rows, columns, bank in (
-        (image_features, text_features, text_bank),
-        (text_features, image_features, image_bank),
+    for rows, columns, queue in (
+        (image_features, text_features, text_queue),
+        (text_features, image_features, image_queue),
     ):
-        candidates = _Candidates.gather(columns, keys, valid, bank)
+        candidates = _Candidates.gather(columns, keys, valid, queue)
         logits = candidates.logits(rows, logit_scale.float(), keys)
         losses.append(F.cross_entropy(logits, candidates.own, reduction="none"))
     return mean_over_processes((losses[0] + losses[1]) / 2, valid)
@@ -130,7 +132,7 @@ def siglip_loss(
     logit_bias: Tensor,
     keys: Tensor | None = None,
     valid: Tensor | None = None,
-    text_bank: Bank | None = None,
+    text_queue: QueuedCandidates | None = None,
 ) -> Tensor:
     """Pairwise sigmoid loss between pictures and texts (Zhai et al. 2023, arXiv 2303.15343).
 
@@ -140,7 +142,7 @@ def siglip_loss(
     Args: as `clip_loss`, and logit_bias: the bias b, a scalar.
     """
     image_features, text_features, keys = image_features.float(), text_features.float(), _keys(keys)
-    candidates = _Candidates.gather(text_features, keys, valid, text_bank)
+    candidates = _Candidates.gather(text_features, keys, valid, text_queue)
     logits = logit_scale.float() * image_features @ candidates.vectors.T + logit_bias.float()
     sign = -torch.ones_like(logits)
     sign[torch.arange(len(logits), device=logits.device), candidates.own] = 1
@@ -162,7 +164,7 @@ def pair_loss(
     log_q: Tensor | None = None,
     negatives: Tensor | None = None,
     has_negative: Tensor | None = None,
-    bank: Bank | None = None,
+    queue: QueuedCandidates | None = None,
     symmetric: bool = True,
 ) -> Tensor:
     """InfoNCE over pairs (anchor, positive) from behaviour: co-clicked items, or a query and the item clicked for it.
@@ -181,17 +183,17 @@ def pair_loss(
             correction.
         negatives, has_negative: (B, D) and (B,), a hard negative for each row (shown, not clicked): a column that
             only its own row sees, not corrected.
-        bank: further positives of earlier steps.
+        queue: further positives of earlier steps.
     """
     anchors, positives = anchors.float(), positives.float()
     anchor_keys, positive_keys, scale = _keys(anchor_keys), _keys(positive_keys), logit_scale.float()
-    candidates = _Candidates.gather(positives, positive_keys, valid, bank)
+    candidates = _Candidates.gather(positives, positive_keys, valid, queue)
     logits = candidates.logits(anchors, scale, positive_keys, anchor_keys)
     if log_q is not None:
         correction = gather_rows(log_q.float())
-        if bank is not None:
-            assert bank.log_q is not None, "a bank beside log_q needs its own"
-            correction = torch.cat([correction, bank.log_q.float()])
+        if queue is not None:
+            assert queue.log_q is not None, "a queue beside log_q needs its own"
+            correction = torch.cat([correction, queue.log_q.float()])
         logits = logits - correction
     if negatives is not None:
         hard = scale * (anchors * negatives.float()).sum(1)

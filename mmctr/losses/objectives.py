@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mmctr.config import Config
 from mmctr.data.batches import PairBatch
 from mmctr.losses.contrastive import (
-    Bank,
+    QueuedCandidates,
     clip_loss,
     multi_positive_loss,
     pair_loss,
@@ -45,16 +45,16 @@ class Views:
 
 
 @dataclass(frozen=True)
-class BankViews:
+class QueuedViews:
     """Views of items of earlier steps."""
 
     views: Views
     keys: Tensor
 
-    def bank(self, vectors: Tensor | None, valid: Tensor) -> Bank:
+    def candidates(self, vectors: Tensor | None, valid: Tensor) -> QueuedCandidates:
         assert vectors is not None
         # they were anchors, which are all drawn alike
-        return Bank(vectors, self.keys, valid, log_q=vectors.new_zeros(len(vectors)))
+        return QueuedCandidates(vectors, self.keys, valid, log_q=vectors.new_zeros(len(vectors)))
 
 
 class ObjectiveConfig(Config):
@@ -76,7 +76,7 @@ class Objective(nn.Module):
     def after_step(self) -> None:
         self.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
 
-    def forward(self, views: Views, batch: PairBatch, bank: BankViews | None) -> Tensor:
+    def forward(self, views: Views, batch: PairBatch, queue: QueuedViews | None) -> Tensor:
         raise NotImplementedError
 
 
@@ -85,7 +85,7 @@ class ClipConfig(ObjectiveConfig):
 
 
 class Clip(Objective):
-    def forward(self, views: Views, batch: PairBatch, bank: BankViews | None) -> Tensor:
+    def forward(self, views: Views, batch: PairBatch, queue: QueuedViews | None) -> Tensor:
         image, text, valid = _pairs(views, batch)
         return clip_loss(
             image,
@@ -93,8 +93,8 @@ class Clip(Objective):
             self.logit_scale.exp(),
             batch.keys[batch.anchor],
             valid,
-            bank and bank.bank(bank.views.image, bank.views.has_image),
-            bank and bank.bank(bank.views.text, bank.views.has_text),
+            queue and queue.candidates(queue.views.image, queue.views.has_image),
+            queue and queue.candidates(queue.views.text, queue.views.has_text),
         )
 
 
@@ -109,11 +109,11 @@ class SigLip(Objective):
         super().__init__(math.log(10) if logit_scale is None else logit_scale)
         self.logit_bias = nn.Parameter(torch.tensor(-10.0 if logit_bias is None else logit_bias))
 
-    def forward(self, views: Views, batch: PairBatch, bank: BankViews | None) -> Tensor:
+    def forward(self, views: Views, batch: PairBatch, queue: QueuedViews | None) -> Tensor:
         image, text, valid = _pairs(views, batch)
-        text_bank = bank and bank.bank(bank.views.text, bank.views.has_text)
+        text_queue = queue and queue.candidates(queue.views.text, queue.views.has_text)
         scale, keys = self.logit_scale.exp(), batch.keys[batch.anchor]
-        return siglip_loss(image, text, scale, self.logit_bias, keys, valid, text_bank)
+        return siglip_loss(image, text, scale, self.logit_bias, keys, valid, text_queue)
 
 
 def _pairs(views: Views, batch: PairBatch) -> tuple[Tensor, Tensor, Tensor]:
@@ -144,7 +144,7 @@ class Behavior(Objective):
         super().__init__()
         self.config = config
 
-    def forward(self, views: Views, batch: PairBatch, bank: BankViews | None) -> Tensor:
+    def forward(self, views: Views, batch: PairBatch, queue: QueuedViews | None) -> Tensor:
         clicked = batch.partners["clicked"]
         valid = clicked.there & views.has_item[batch.anchor] & views.has_item[clicked.item]
         negatives = has_negative = None
@@ -161,7 +161,7 @@ class Behavior(Objective):
             log_q=clicked.log_q if self.config.log_q else None,
             negatives=negatives,
             has_negative=has_negative,
-            bank=bank and bank.bank(bank.views.item, bank.views.has_item),
+            queue=queue and queue.candidates(queue.views.item, queue.views.has_item),
         )
 
 
@@ -177,7 +177,7 @@ class Query(Objective):
         super().__init__()
         self.config = config
 
-    def forward(self, views: Views, batch: PairBatch, bank: BankViews | None) -> Tensor:
+    def forward(self, views: Views, batch: PairBatch, queue: QueuedViews | None) -> Tensor:
         assert views.query_item is not None and batch.has_query is not None and batch.query is not None
         # the query is a key: the same one asked for two items makes neither a negative of the other
         keys = torch.cat([batch.keys[batch.anchor], batch.query[:, None]], 1)
@@ -203,7 +203,7 @@ class Group(Objective):
         super().__init__()
         self.config = config
 
-    def forward(self, views: Views, batch: PairBatch, bank: BankViews | None) -> Tensor:
+    def forward(self, views: Views, batch: PairBatch, queue: QueuedViews | None) -> Tensor:
         mate = batch.partners["group"]
         rows = torch.cat([batch.anchor, mate.item])
         valid = torch.cat([torch.ones_like(mate.there), mate.there]) & views.has_item[rows]
@@ -225,7 +225,7 @@ class Distillation(Objective):
         super().__init__(math.log(1 / config.temperature))
         self.config = config
 
-    def forward(self, views: Views, batch: PairBatch, bank: BankViews | None) -> Tensor:
+    def forward(self, views: Views, batch: PairBatch, queue: QueuedViews | None) -> Tensor:
         assert batch.teacher is not None and batch.has_teacher is not None
         rows = batch.anchor
         return similarity_distillation_loss(

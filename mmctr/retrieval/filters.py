@@ -8,16 +8,16 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
+from mmctr.data.arrow import pc
 from mmctr.data.tables import one_array
 
 _CONDITION = re.compile(r"^\s*(?P<column>.+?)\s*(?P<sign>!=|<=|>=|=|<|>)\s*(?P<value>.*?)\s*$", re.DOTALL)
 _ORDER: dict[str, Callable[..., Any]] = {
-    "<": pc.less,  # type: ignore[attr-defined]
-    "<=": pc.less_equal,  # type: ignore[attr-defined]
-    ">": pc.greater,  # type: ignore[attr-defined]
-    ">=": pc.greater_equal,  # type: ignore[attr-defined]
+    "<": pc.less,
+    "<=": pc.less_equal,
+    ">": pc.greater,
+    ">=": pc.greater_equal,
 }
 
 
@@ -50,8 +50,8 @@ def _one(items: pa.Table, condition: str) -> np.ndarray:
         return _plain(_ORDER[sign](column.cast(pa.float64()), _number(value, condition)))
     values = value.split("|")
     if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
-        inside = _among(pc.list_flatten(column), values, condition)  # type: ignore[attr-defined]
-        rows = pc.list_parent_indices(column).to_numpy()  # type: ignore[attr-defined]
+        inside = _among(pc.list_flatten(column), values, condition)
+        rows = pc.list_parent_indices(column).to_numpy()
         hits = np.zeros(len(column), bool)
         hits[rows[inside]] = True
     else:
@@ -62,13 +62,13 @@ def _one(items: pa.Table, condition: str) -> np.ndarray:
 def _among(column: pa.Array, values: list[str], condition: str) -> np.ndarray:
     if _is_number(column.type):
         wanted = pa.array([_number(value, condition) for value in values], pa.float64())
-        return _plain(pc.is_in(column.cast(pa.float64()), wanted, skip_nulls=True))  # type: ignore[attr-defined]
+        return _plain(pc.is_in(column.cast(pa.float64()), wanted, skip_nulls=True))
     if pa.types.is_boolean(column.type):
         words = {"true": True, "false": False}
         if any(value.lower() not in words for value in values):
             raise ValueError(f"condition {condition!r}: the column holds true and false")
-        return _plain(pc.is_in(column, pa.array([words[value.lower()] for value in values])))  # type: ignore[attr-defined]
-    return _plain(pc.is_in(column.cast(pa.string()), pa.array(values, pa.string()), skip_nulls=True))  # type: ignore[attr-defined]
+        return _plain(pc.is_in(column, pa.array([words[value.lower()] for value in values])))
+    return _plain(pc.is_in(column.cast(pa.string()), pa.array(values, pa.string()), skip_nulls=True))
 
 
 def _is_number(kind: pa.DataType) -> bool:
@@ -83,4 +83,4 @@ def _number(value: str, condition: str) -> float:
 
 
 def _plain(mask: Any) -> np.ndarray:
-    return np.asarray(pc.fill_null(mask, False)).astype(bool)  # type: ignore[attr-defined]
+    return np.asarray(pc.fill_null(mask, False)).astype(bool)

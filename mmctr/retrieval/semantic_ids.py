@@ -16,11 +16,11 @@ from typing import Any
 import faiss
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from mmctr.data.arrow import pc
 from mmctr.data.embeddings import EmbeddingTable
 from mmctr.data.tables import rows_of
 from mmctr.files import replace_file, write_json
@@ -250,7 +250,7 @@ def id_columns(codes: np.ndarray, name: str) -> dict[str, pa.Array]:
     texts = [pa.array(codes[:, level]).cast(pa.string()) for level in range(num_levels)]
     prefixes = [texts[0]]
     for text in texts[1:]:
-        prefixes.append(pc.binary_join_element_wise(prefixes[-1], text, "-"))  # type: ignore[attr-defined]
+        prefixes.append(pc.binary_join_element_wise(prefixes[-1], text, "-"))
     columns |= {f"{name}_prefix_{level}": prefix for level, prefix in enumerate(prefixes, 1)}
     by_item = np.arange(num_items * num_levels).reshape(num_levels, num_items).T.ravel()
     values = pa.concat_arrays(prefixes).take(pa.array(by_item))

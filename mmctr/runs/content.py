@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 from accelerate import Accelerator
+from torch import Tensor
 
 from mmctr.data.content import ItemContent, PictureField, TextField
+from mmctr.data.embeddings import read_tables
 from mmctr.data.item_tables import described, join_item_tables, keep_item_tables
 from mmctr.data.prepare import Dataset, open_dataset
 from mmctr.data.tables import require_columns
+from mmctr.embedders.item_embedder import ContentConfig, ContentEncoder, ContentTable
+from mmctr.evaluation.predict import embed_catalog
 from mmctr.runs.config import DataConfig
 from mmctr.runs.frozen_features import with_frozen_features
-from mmctr.tasks import PretrainTask
+from mmctr.tasks import PretrainTask, RankingTask
+from mmctr.training.context import RunContext
 
 MAX_PICTURES = 32
 
@@ -30,15 +35,76 @@ def joined_dataset(config: DataConfig) -> Dataset:
     return join_item_tables(dataset, config.item_tables) if config.item_tables else dataset
 
 
-def open_run_data(config: DataConfig, run_dir: Path, accelerator: Accelerator) -> Dataset:
+def open_run_data(config: DataConfig, context: RunContext) -> Dataset:
     """`open_data` for a training run, which keeps the columns of its item tables in the run folder."""
+    accelerator = context.accelerator
     dataset = open_data(config, accelerator)
     if config.item_tables:
         for line in described(dataset.report):
             accelerator.print(line)
         with accelerator.main_process_first():
-            keep_item_tables(dataset, run_dir)
+            keep_item_tables(dataset, context.folder.path)
     return dataset
+
+
+@dataclass(frozen=True)
+class RankingContent:
+    """The content that a new ranker reads: none, a frozen table, or an encoder and the vectors it gives at first.
+
+    Args:
+        table: (N, C) vectors in the order of the catalog, and the (N,) bool mask of items that have one.
+        encoder: the pretrained encoder, where content comes from one.
+        items: pictures and texts of the catalog, where the encoder trains inside the ranker; else no step encodes.
+        config: the section `task.embedder.content`.
+    """
+
+    config: ContentConfig
+    table: tuple[Tensor, Tensor] | None = None
+    encoder: PretrainTask | None = None
+    items: ItemContent | None = None
+
+    @property
+    def frozen_table(self) -> tuple[Tensor, Tensor] | None:
+        """`table`, where the vectors are those of a file and so stay as they are."""
+        return self.table if isinstance(self.config, ContentTable) else None
+
+    @property
+    def encodes_history(self) -> bool:
+        """Whether a training step encodes behaviours as well as targets."""
+        return isinstance(self.config, ContentEncoder) and self.config.encodes_history
+
+    @property
+    def max_encoded(self) -> int | None:
+        """Distinct items a training step encodes at most; None: all."""
+        return self.config.max_encoded if isinstance(self.config, ContentEncoder) else None
+
+    def refresh(self, task: RankingTask, accelerator: Accelerator) -> dict[str, float]:
+        """Encode the catalog anew where the encoder trains, for evaluation; all processes take part.
+
+        Returns how stale the vectors of a memory bank were, see `MemoryBank.renew`; empty without one.
+        """
+        if self.encoder is None or self.items is None:
+            return {}
+        num_items = len(self.table[0]) if self.table is not None else 0
+        return task.embedder.refresh(*embed_catalog(self.encoder.eval(), self.items, num_items, accelerator))
+
+
+def open_content(config: ContentConfig, dataset: Dataset, data: DataConfig, context: RunContext) -> RankingContent:
+    """Read the table of vectors, or load the encoder and encode the catalog. Raises ValueError for a missing or
+    damaged table or run."""
+    accelerator, num_items = context.accelerator, len(dataset.catalog)
+    content = RankingContent(config)
+    if isinstance(config, ContentTable):
+        content = RankingContent(config, read_tables(config.path, dataset.catalog.item_ids))
+    elif isinstance(config, ContentEncoder):
+        encoder = PretrainTask.load(config.run).to(accelerator.device)
+        items = item_content(dataset, data, encoder, accelerator)
+        table = embed_catalog(encoder, items, num_items, accelerator)
+        content = RankingContent(config, table, encoder, None if config.frozen else items)
+    if content.table is not None:
+        vectors, has = content.table
+        accelerator.print(f"content: {int(has.sum())} of {num_items} items, {vectors.shape[1]} dimensions")
+    return content
 
 
 def item_content(dataset: Dataset, config: DataConfig, task: PretrainTask, accelerator: Accelerator) -> ItemContent:

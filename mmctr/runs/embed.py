@@ -15,9 +15,10 @@ from mmctr.data.embeddings import EmbeddingTable, begun_identity, write_embeddin
 from mmctr.data.tables import as_text
 from mmctr.evaluation.predict import Modality, embed_batch, embed_items
 from mmctr.files import fingerprint, read_json
+from mmctr.run_folder import RunFolder
 from mmctr.runs.content import item_content, open_data
 from mmctr.runs.finished import load_encoder
-from mmctr.runs.folder import data_config, weights_key
+from mmctr.runs.folder import data_config
 from mmctr.runs.launch import keep_heap
 from mmctr.runs.precision import Precision, choose, lower
 from mmctr.runs.pretrain_data import stream_content
@@ -65,7 +66,7 @@ def embed_run(
     identity = {
         "run": str(folder.resolve()),
         "data": str(Path(config.path).resolve()),
-        "weights": weights_key(folder),
+        "weights": RunFolder(folder).weights_fingerprint(),
         "catalog": fingerprint(item_ids.to_pylist()),
         "modality": modality,
         "item_vector": task.config.item_vector,

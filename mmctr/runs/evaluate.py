@@ -7,16 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from pydantic import TypeAdapter
 
 from mmctr.data.prepare import Dataset
-from mmctr.data.splits import SplitConfig
 from mmctr.evaluation.predict import embed_rows, full_report, predict
 from mmctr.evaluation.pretraining import evaluate_pretraining
 from mmctr.evaluation.probes import retrieval_both_ways
+from mmctr.run_folder import RunFolder
 from mmctr.runs.content import item_content, open_data, pair_rows
 from mmctr.runs.finished import all_impressions, load_encoder, open_ranker, ranking_data, splits_of_run
-from mmctr.runs.folder import data_config, run_config
+from mmctr.runs.folder import data_config, split_config
 from mmctr.runs.launch import keep_heap
 from mmctr.runs.pretrain_data import PretrainData, StreamData
 from mmctr.tasks.folder import task_kind
@@ -56,7 +55,7 @@ def evaluate_run(
 def _evaluate_pretraining(folder: Path, data: str | None, accelerator: Accelerator) -> dict[str, float]:
     task = load_encoder(folder).to(accelerator.device)
     config = data_config(folder, data)
-    values = run_config(folder)
+    values = RunFolder(folder).read_config()
     given = {"validation": values["validation"], "attributes": values["attributes"], "seed": values["seed"]}
     if config.stream is not None and data is None:
         return evaluate_pretraining(task, StreamData.make(config, task, **given).held_out, accelerator)
@@ -66,6 +65,7 @@ def _evaluate_pretraining(folder: Path, data: str | None, accelerator: Accelerat
         _, rows = pair_rows(content, 1.0, config.path)
         images, texts = (embed_rows(task, content, rows, accelerator, modality)[0] for modality in ("image", "text"))
         return retrieval_both_ways(images, texts)
-    split: Any = TypeAdapter(SplitConfig).validate_python(values["split"])
-    held_out = PretrainData.make(dataset, content, task, split, same=[], source=config.path, **given).held_out
+    held_out = PretrainData.make(
+        dataset, content, task, split_config(folder), same=[], source=config.path, **given
+    ).held_out
     return evaluate_pretraining(task, held_out, accelerator)

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from pydantic import TypeAdapter
 
 from mmctr.data.embeddings import read_tables
 from mmctr.data.interactions import Impressions, Interactions
 from mmctr.data.prepare import Dataset
-from mmctr.data.splits import SplitConfig, Splits, split_interactions
+from mmctr.data.splits import Splits, split_interactions
 from mmctr.embedders.item_embedder import ContentTable
 from mmctr.evaluation.predict import embed_catalog
 from mmctr.features.behavior_collator import BehaviorCollator
 from mmctr.features.ranking_data import RankingData
 from mmctr.runs.config import DataConfig
 from mmctr.runs.content import item_content, joined_dataset
-from mmctr.runs.folder import data_config, run_config
+from mmctr.runs.folder import data_config, split_config
 from mmctr.tasks import PretrainTask, RankingTask
 
 
@@ -57,6 +55,7 @@ def bind_content(
     item_ids = dataset.catalog.item_ids
     task.bind(item_ids)
     if task.expert is not None:
+        assert isinstance(task.expert.task, RankingTask)
         bind_content(task.expert.task, dataset, config, accelerator, embeddings)
     content = task.config.embedder.content
     if task.embedder.encoder is not None:
@@ -100,8 +99,8 @@ def ranking_data(task: RankingTask, dataset: Dataset) -> RankingData:
 
 
 def splits_of_run(run: Path, dataset: Dataset) -> Splits:
-    split: Any = TypeAdapter(SplitConfig).validate_python(run_config(run)["split"])
-    return split_interactions(dataset.interactions, len(dataset.catalog), split)
+    """The training, validation and test impressions of a run, cut again as its config says."""
+    return split_interactions(dataset.interactions, len(dataset.catalog), split_config(run))
 
 
 def load_encoder(run: Path) -> PretrainTask:

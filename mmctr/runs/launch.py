@@ -1,4 +1,4 @@
-"""What both recipes do around training: the data section, the run folder, the accelerator, the command line."""
+"""What both recipes do around training: the accelerator, the run folder, the command line."""
 
 from __future__ import annotations
 
@@ -15,16 +15,30 @@ from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
 from mmctr.config import Config
 from mmctr.errors import exit_on_error
+from mmctr.run_folder import RunFolder
+from mmctr.runs.config import FinetuneConfig, PretrainConfig
+from mmctr.runs.folder import begin_folder
+from mmctr.training.context import RunContext
 from mmctr.training.fit import FitConfig
 from mmctr.training.sharding import set_up_sharding
 
 
-def make_accelerator(config: FitConfig, run_dir: Path) -> Accelerator:
+def start_run(config: FinetuneConfig | PretrainConfig) -> RunContext:
+    """The processes of this launch, and the run folder, begun with the config or found to hold a run of it.
+
+    Raises ValueError where the folder holds a run of another config.
+    """
+    folder = RunFolder(Path(config.run_dir))
+    accelerator = make_accelerator(config.fit, folder)
+    return RunContext(folder, accelerator, config.seed, begin_folder(config, folder, accelerator))
+
+
+def make_accelerator(config: FitConfig, folder: RunFolder) -> Accelerator:
     """One accelerator for CPU or GPU, one or many processes. Buffers are equal by construction, so not broadcast."""
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         log_with=config.tracker,
-        project_config=ProjectConfiguration(project_dir=str(run_dir), logging_dir=str(run_dir / "tracker")),
+        project_config=ProjectConfiguration(project_dir=str(folder.path), logging_dir=str(folder.tracker)),
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
     set_up_sharding(accelerator)
@@ -50,14 +64,14 @@ def keep_heap() -> None:
         mallopt(-1, 0x7FFFFFFF)  # M_TRIM_THRESHOLD
 
 
-def end_run(accelerator: Accelerator) -> None:
+def end_run(context: RunContext) -> None:
     """Finish trackers and leave the process group, all processes together.
 
     The main process still writes when the others are done. One that leaves alone is now and then aborted by gloo, and
     the launcher then stops the main one as well: 3 of 24 runs of two processes, 1 of 102 since they wait.
     """
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+    context.accelerator.wait_for_everyone()
+    context.accelerator.end_training()
 
 
 ConfigT = TypeVar("ConfigT", bound=Config)

@@ -25,9 +25,10 @@ from mmctr.data.stream import HeldItems, StreamBatches, StreamContent, StreamPla
 from mmctr.data.tables import as_text, require_columns, value_codes
 from mmctr.evaluation.pretraining import HeldOut, HeldOutCoClicks
 from mmctr.files import cache_folder, fingerprint
-from mmctr.runs.config import DataConfig
-from mmctr.runs.content import pair_rows
+from mmctr.runs.config import DataConfig, PretrainConfig
+from mmctr.runs.content import item_content, open_run_data, pair_rows
 from mmctr.tasks import PretrainTask
+from mmctr.training.context import RunContext
 
 
 @dataclass(frozen=True)
@@ -240,6 +241,23 @@ class StreamData:
             f"{self.plan.first_row[-1]} items in {len(self.plan.group_rows)} groups of rows, "
             f"{self.plan.train_rows.sum()} to train on, {len(self.held_out.rows)} held out and evaluated"
         )
+
+
+def open_pretrain_data(config: PretrainConfig, task: PretrainTask, context: RunContext) -> PretrainData | StreamData:
+    """The dataset of a pretraining run as its task reads it: prepared, or streamed from shards (`data.stream`).
+
+    Raises ValueError where the dataset lacks what an objective reads.
+    """
+    options: dict[str, Any] = {
+        "validation": config.validation,
+        "attributes": config.attributes,
+        "seed": config.seed,
+    }
+    if config.data.stream is not None:
+        return StreamData.make(config.data, task, **options)
+    dataset = open_run_data(config.data, context)
+    content = item_content(dataset, config.data, task, context.accelerator)
+    return PretrainData.make(dataset, content, task, config.split, same=config.same, source=config.data.path, **options)
 
 
 def stream_content(config: DataConfig, task: PretrainTask, attributes: Sequence[str] = ()) -> StreamContent:

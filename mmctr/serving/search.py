@@ -19,6 +19,7 @@ from mmctr.data.images import PictureError, decode_picture
 from mmctr.data.prepare import Dataset, open_dataset
 from mmctr.data.tables import as_text, one_array, read_table, rows_of
 from mmctr.retrieval.index import ItemIndex, Neighbour
+from mmctr.run_folder import RunFolder
 from mmctr.runs.finished import load_encoder
 from mmctr.runs.folder import data_config
 
@@ -104,7 +105,7 @@ class Searcher:
     @property
     def has_encoder(self) -> bool:
         """Whether words and pictures can be queries: the run that made the vectors is known and there."""
-        return self._run is not None and (Path(self._run) / "config.yaml").is_file()
+        return self._run is not None and RunFolder(Path(self._run)).is_begun
 
     @cached_property
     def encoder(self) -> QueryEncoder:

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
+from mmctr.data.arrow import pc
 from mmctr.data.images import read_picture
 from mmctr.data.tables import rows_of
 from mmctr.errors import UnknownId
@@ -160,7 +160,7 @@ class Service:
         ids = next(iter(self.rankers.values())).dataset.users["user_id"]
         if not starts:
             return ids.slice(0, count).to_pylist()
-        return ids.filter(pc.starts_with(ids.cast(pa.string()), starts)).slice(0, count).to_pylist()  # type: ignore[attr-defined]
+        return ids.filter(pc.starts_with(ids.cast(pa.string()), starts)).slice(0, count).to_pylist()
 
     def facts(self) -> dict[str, Any]:
         """What the page needs to know."""
@@ -170,7 +170,7 @@ class Service:
                 continue
             values = self.index.items[name].combine_chunks()
             kind = values.type
-            flat = pc.list_flatten(values) if pa.types.is_list(kind) else values  # type: ignore[attr-defined]
+            flat = pc.list_flatten(values) if pa.types.is_list(kind) else values
             distinct = flat.unique().drop_null()
             choice = len(distinct) <= (12 if pa.types.is_integer(kind) else 40) and not pa.types.is_floating(kind)
             columns[name] = {"type": str(kind), "values": sorted(map(str, distinct.to_pylist())) if choice else None}

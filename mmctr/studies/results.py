@@ -18,9 +18,9 @@ from mmctr.evaluation.metrics import interval, paired_samples
 from mmctr.files import read_json
 from mmctr.reports.page import is_number
 from mmctr.reports.run import SPLITS, Run, load_run, read_predictions
+from mmctr.run_folder import RunFolder
 from mmctr.studies.config import StudyConfig
 from mmctr.studies.runner import Cell, Outcome
-from mmctr.training.stages import STAGES_FILE
 
 Scores = dict[tuple[str, int], np.ndarray]
 """by method and seed"""
@@ -157,8 +157,8 @@ class _Rows:
                     f"between the two; delete the older one of them and start the study again"
                 )
             self.scores[cell.method, cell.seed] = table["score"].to_numpy()
-            if (cell.folder / STAGES_FILE).is_file():
-                staged = pyarrow.parquet.read_table(cell.folder / STAGES_FILE)
+            if RunFolder(cell.folder).stages.is_file():
+                staged = pyarrow.parquet.read_table(RunFolder(cell.folder).stages)
                 for name in staged.column_names[3:]:  # behind user, item and label
                     self.stages.setdefault(name, {})[cell.method, cell.seed] = staged[name].to_numpy()
         assert first is not None

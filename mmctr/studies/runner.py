@@ -94,7 +94,7 @@ def study_cells(study: StudyConfig, out: Path, source: str = "study") -> list[Ce
     clone = str(clone_folder("mmctr coldstart"))
     if clone not in sys.path:  # the console script knows the library alone
         sys.path.insert(0, clone)
-    from finetune.train import FinetuneConfig
+    from mmctr.runs.config import FinetuneConfig
 
     cells = []
     for protocol, split in study.protocols.items():

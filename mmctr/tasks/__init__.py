@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mmctr.tasks.pretrain import PretrainTask, PretrainTaskConfig
-from mmctr.tasks.ranking import RankingTask, RankingTaskConfig
+from mmctr.tasks.ranking import RankingTask
+from mmctr.tasks.ranking_config import RankingTaskConfig
 
 __all__ = ["PretrainTask", "PretrainTaskConfig", "RankingTask", "RankingTaskConfig"]

@@ -14,33 +14,35 @@ a single epoch, reads at three levels what the first has learned:
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
+import pyarrow as pa
 import torch
-from pydantic import Field
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mmctr.config import Config
 from mmctr.data.batches import BehaviorBatch
-from mmctr.embedders.item_embedder import ContentTable
+from mmctr.embedders.item_embedder import ContentTable, ItemEmbedder
 from mmctr.files import replace_file, write_json
 from mmctr.rankers.base import RankerOutput
+from mmctr.rankers.din import DINConfig
+from mmctr.run_folder import RunFolder
+from mmctr.tasks.ranking_config import RankingTaskConfig
 
-if TYPE_CHECKING:
-    from mmctr.embedders.item_embedder import ItemEmbedder
-    from mmctr.tasks.ranking import RankingTask, RankingTaskConfig
 
+class ContentRanker(Protocol):
+    """What an expert is: a RankingTask on content alone."""
 
-class MAKEConfig(Config):
-    """The expert on content, and what is read of it."""
+    config: RankingTaskConfig
+    embedder: ItemEmbedder
 
-    run: str
-    """run folder of `finetune.train`, of a DIN on a table of content, without item IDs, on the same data and split"""
-    frozen: bool = True
-    """no gradient into the expert; else it learns on with the ranker, as the part `expert` of `fit.optimizer.groups`"""
-    hidden_layers: int = Field(default=1, ge=0)
-    """so many of its last hidden layers are handed over"""
+    def output(self, batch: BehaviorBatch) -> RankerOutput:
+        """Logits, and the inner vectors that the ranker reads."""
+        ...
+
+    def bind(self, item_ids: pa.Array) -> None:
+        """Put the content vectors in the order of a catalog."""
+        ...
 
 
 class Expert(nn.Module):
@@ -53,19 +55,22 @@ class Expert(nn.Module):
     Raises ValueError for a run that cannot be the expert of this ranker, as `check_expert` does.
     """
 
-    def __init__(self, config: RankingTaskConfig, task: RankingTask):
+    def __init__(self, config: RankingTaskConfig, task: ContentRanker):
         super().__init__()
         assert config.make is not None
         check_expert(config, task.config)
         self.task, self.frozen = task, config.make.frozen
         self.shares_content = False
         """whether it reads the content vectors that the ranker reads"""
+        assert isinstance(task, nn.Module), "the expert is a module of the ranker"
         if self.frozen:
             task.requires_grad_(False)
         self.num_hidden = config.make.hidden_layers
         self.dim = 2 * task.embedder.dim  # no multi_query: that needs IDs
         """size of v"""
-        widths: list[int] = task.config.ranker.mlp  # type: ignore[union-attr]
+        ranker = task.config.ranker
+        assert isinstance(ranker, DINConfig)
+        widths = ranker.mlp
         self.beside = widths[len(widths) - self.num_hidden :]
         """sizes of the hidden layers that are handed over"""
 
@@ -73,18 +78,18 @@ class Expert(nn.Module):
         """A frozen expert is always in evaluation mode: its statistics stay, and nothing is dropped."""
         return super().train(mode and not self.frozen)
 
-    def forward(self, batch: BehaviorBatch, target_shift: Tensor | None = None) -> tuple[Tensor, list[Tensor], Tensor]:
+    def forward(self, batch: BehaviorBatch) -> tuple[Tensor, list[Tensor], Tensor]:
         """v (B, dim), the hidden layers handed over (B, width) each, and the logit (B,)."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            output: RankerOutput = self.task.output(batch, target_shift)
+            output = self.task.output(batch)
             hidden = list(output.hidden)
             return torch.cat(list(output.vectors), dim=1), hidden[len(hidden) - self.num_hidden :], output.logits
 
     def save(self, folder: Path, beside: ItemEmbedder) -> None:
         """`task.json`, and the table of content where `beside`, the embedder of the ranker, has another one. The ranker
         keeps the weights and the vocabulary."""
-        write_json(folder / "task.json", {"kind": "ranking", "config": self.task.config.model_dump(mode="json")})
-        own, path = self.task.embedder, folder / "content.safetensors"
+        write_json(RunFolder(folder).task, {"kind": "ranking", "config": self.task.config.model_dump(mode="json")})
+        own, path = self.task.embedder, RunFolder(folder).content
         if same_content(own, beside):
             path.unlink(missing_ok=True)
             return

@@ -3,29 +3,36 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mmctr.config import Config
 from mmctr.files import read_json, replace_file, write_json
+from mmctr.run_folder import RunFolder
 
 Kind = Literal["pretrain", "ranking"]
 
 
-def save_task(task: nn.Module, kind: Kind, folder: Path) -> None:
+class HasWeights(Protocol):
+    """A module, or whatever else gives its weights by name."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+
+def save_task(task: nn.Module, config: Config, kind: Kind, folder: Path) -> None:
     """`task.json` with the kind and the config of the task, and `model.safetensors`."""
-    config: Config = task.config  # type: ignore[assignment]
-    replace_file(folder / "model.safetensors", lambda path: save_weights(task, path))
-    write_json(folder / "task.json", {"kind": kind, "config": config.model_dump(mode="json")})
+    replace_file(RunFolder(folder).weights, lambda path: save_weights(task, path))
+    write_json(RunFolder(folder).task, {"kind": kind, "config": config.model_dump(mode="json")})
 
 
 def _saved(folder: Path) -> dict[str, Any]:
     """{"kind", "config"}. Raises ValueError when the folder holds no saved task."""
-    if not (folder / "task.json").is_file():
+    path = RunFolder(folder).task
+    if not path.is_file():
         raise ValueError(f"{folder}: not the folder of a finished run (no task.json)")
-    return read_json(folder / "task.json")
+    return read_json(path)
 
 
 def task_kind(folder: Path) -> Kind:
@@ -44,13 +51,14 @@ def task_config(folder: Path, kind: Kind) -> dict[str, Any]:
 
 def task_weights(folder: Path) -> dict[str, Tensor]:
     """Raises ValueError when the file cannot be read."""
+    path = RunFolder(folder).weights
     try:
-        return load_file(folder / "model.safetensors")
+        return load_file(path)
     except Exception as error:
-        raise ValueError(f"{folder / 'model.safetensors'}: cannot be read ({error}); train the run again") from None
+        raise ValueError(f"{path}: cannot be read ({error}); train the run again") from None
 
 
-def save_weights(module: nn.Module, path: Path) -> None:
+def save_weights(module: HasWeights, path: Path) -> None:
     """The state dict as one safetensors file; it refuses views and tensors that share memory, hence the copies."""
     tensors = module.state_dict()
     save_file({name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}, path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from mmctr.config import Config
 from mmctr.data.batches import ItemBatch
+from mmctr.encoders.base import EncoderBase
 
 
 class ProjectionConfig(Config):
@@ -36,6 +38,34 @@ class ItemFeatures:
     """(E, dim)"""
     query: Tensor | None = None
     """(B, dim) text features of queries"""
+
+
+class Towers(NamedTuple):
+    """The modules that turn pixels and tokens into features."""
+
+    encoder: EncoderBase
+    image_projection: nn.Module
+    text_projection: nn.Module
+
+    def encode(self, items: ItemBatch | None, query_ids: Tensor | None = None) -> ItemFeatures:
+        """Features of the E items of a batch, from pictures and texts or from stored features of frozen towers; and of
+        B queries (B, T)."""
+        image = text = query = None
+        if items is not None:
+            image, text = items.image_features, items.text_features
+            if image is None and items.image is not None:
+                image = self.encoder.encode_image(items.image)
+            if text is None and items.input_ids is not None:
+                text = self.encoder.encode_text(items.input_ids)
+            if image is not None:
+                image = features_of_items(
+                    self.image_projection(image), items.image_item, items.image_weight, items.has_image
+                )
+            if text is not None:
+                text = features_of_items(self.text_projection(text), items.text_item, items.text_weight, items.has_text)
+        if query_ids is not None:
+            query = self.text_projection(self.encoder.encode_text(query_ids))
+        return ItemFeatures(image, text, query)
 
 
 def make_projection(config: ProjectionConfig | None, dim: int) -> nn.Module:
@@ -84,7 +114,10 @@ def content_masks(items: ItemBatch) -> tuple[Tensor, Tensor]:
     some = items.has_image if items.has_image is not None else items.has_text
     assert some is not None, "a batch to encode has pictures or texts"
     none = torch.zeros_like(some)
-    return (none if mask is None else mask for mask in (items.has_image, items.has_text))  # type: ignore[return-value]
+    return (
+        none if items.has_image is None else items.has_image,
+        none if items.has_text is None else items.has_text,
+    )
 
 
 def item_vectors(

@@ -13,19 +13,20 @@ from mmctr.config import Config
 from mmctr.data.batches import ItemBatch, PairBatch
 from mmctr.encoders import EncoderConfig
 from mmctr.encoders.heads import HeadConfig, VariationalHead
-from mmctr.losses.objectives import BankViews, ClipConfig, Objective, ObjectivesConfig, Views
+from mmctr.losses.objectives import ClipConfig, Objective, ObjectivesConfig, QueuedViews, Views
+from mmctr.run_folder import RunFolder
 from mmctr.tasks.folder import save_task, task_config, task_weights
 from mmctr.tasks.item_features import (
     ItemFeatures,
     ProjectionConfig,
+    Towers,
     content_masks,
-    features_of_items,
     head_inputs,
     item_vectors,
     make_projection,
     unit,
 )
-from mmctr.tasks.queue import BankConfig, MemoryBank
+from mmctr.tasks.queue import FeatureQueue, QueueConfig
 from mmctr.tasks.sharing import Shareable
 
 
@@ -43,7 +44,7 @@ class PretrainTaskConfig(Config):
     matryoshka: list[int] = []
     """the objectives hold for the first so many dimensions of the features too (Kusupati et al. 2022), so that
     embeddings may be cut off there"""
-    bank: BankConfig | None = None
+    queue: QueueConfig | None = None
 
     @field_validator("matryoshka")
     @classmethod
@@ -74,7 +75,7 @@ class PretrainTask(Shareable, nn.Module):
         self.head: VariationalHead | None = None
         if config.head is not None:
             self.head = config.head.build(*self.dims)
-        self.bank: MemoryBank | None = None
+        self.queue: FeatureQueue | None = None
         smallest = min(self.dims)
         too_long = [size for size in config.matryoshka if size >= smallest]
         if too_long:
@@ -115,22 +116,12 @@ class PretrainTask(Shareable, nn.Module):
 
     def encode(self, items: ItemBatch | None, query_ids: Tensor | None = None) -> ItemFeatures:
         """Features of the items a batch carries pictures, texts, or kept features of frozen towers for; of queries."""
-        image = text = query = None
-        if items is not None:
-            image, text = items.image_features, items.text_features
-            if image is None and items.image is not None:
-                image = self.encoder.encode_image(items.image)
-            if text is None and items.input_ids is not None:
-                text = self.encoder.encode_text(items.input_ids)
-            if image is not None:
-                image = features_of_items(
-                    self.image_projection(image), items.image_item, items.image_weight, items.has_image
-                )
-            if text is not None:
-                text = features_of_items(self.text_projection(text), items.text_item, items.text_weight, items.has_text)
-        if query_ids is not None:
-            query = self.text_projection(self.encoder.encode_text(query_ids))
-        return ItemFeatures(image, text, query)
+        return self.towers.encode(items, query_ids)
+
+    @property
+    def towers(self) -> Towers:
+        """The encoder and the projections behind its two towers."""
+        return Towers(self.encoder, self.image_projection, self.text_projection)
 
     def image_features(self, items: ItemBatch) -> Tensor:
         """(E, dim) unit norm; rows without a picture mean nothing."""
@@ -177,28 +168,28 @@ class PretrainTask(Shareable, nn.Module):
         sizes = [None, *self.config.matryoshka] if self.objectives else []
         for size in sizes:
             views = self.views(features, has_image, has_text, size)
-            bank = None
-            if self.bank is not None:
-                kept, kept_image, kept_text = self.bank.read()
+            queue = None
+            if self.queue is not None:
+                kept, kept_image, kept_text = self.queue.read()
                 past = self.views(kept, kept_image, kept_text, size)
-                bank = BankViews(past, self.bank.keys)
+                queue = QueuedViews(past, self.queue.keys)
             for name, config in self.config.objectives.given.items():
-                term = config.weight / len(sizes) * self.objectives[name](views, batch, bank)
+                term = config.weight / len(sizes) * self.objectives[name](views, batch, queue)
                 terms[name] = terms[name] + term if name in terms else term
         if self.head is not None:
             read, has = head_inputs(features, has_image, has_text)
             anchor = batch.anchor
             found = self.head({n: x[anchor] for n, x in read.items()}, {n: x[anchor] for n, x in has.items()})
             terms |= {f"head_{name}": value for name, value in found.items()}
-        if self.bank is not None and self.training:
-            self.bank.hold(self, features, batch)
+        if self.queue is not None and self.training:
+            self.queue.collect(features, batch)
         return terms
 
     def chunks(self, batch: PairBatch, size: int) -> list[tuple[ItemBatch | None, Tensor | None]]:
         """What `mmctr.training.grad_cache` encodes at a time: items, then queries."""
-        if self.bank is not None and self.bank.follower is not None:
+        if self.queue is not None and self.queue.momentum_towers is not None:
             raise ValueError(
-                "fit.chunk_size: the second encoder of task.bank.momentum reads whole batches; set it to 0"
+                "fit.chunk_size: the second encoder of task.queue.momentum reads whole batches; set it to 0"
             )
         items = [batch.items.part(start, start + size) for start in range(0, len(batch.items), size)]
         queries = [] if batch.query_ids is None else batch.query_ids.split(size)
@@ -244,22 +235,22 @@ class PretrainTask(Shareable, nn.Module):
         return [*parts["temperatures"], *parts["discriminator"], *unread]
 
     def start_training(self, num_keys: int, num_items: int) -> None:
-        """What training alone has, not a saved task: the memory bank, and the number of items the head is told."""
-        if self.config.bank is not None:
-            self.bank = MemoryBank(self, self.config.bank, num_keys)
+        """What training alone has, not a saved task: the feature queue, and the number of items the head is told."""
+        if self.config.queue is not None:
+            self.queue = FeatureQueue(self.config.queue, self.dims, num_keys, self.towers)
         if self.head is not None:
             self.head.num_items = num_items
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Keep the temperatures within their bounds; put the features of the step into the bank."""
+        """Keep the temperatures within their bounds; put the features of the step into the queue."""
         for objective in self.objectives.values():
             assert isinstance(objective, Objective)
             objective.after_step()
         if self.head is not None:
             self.head.after_step()
-        if self.bank is not None:
-            self.bank.after_step(self)
+        if self.queue is not None:
+            self.queue.after_step(self.towers)
 
     def init_from(self, folder: str | Path) -> None:
         """Take encoder and projections of a run. Raises ValueError when they are of another architecture."""
@@ -275,15 +266,15 @@ class PretrainTask(Shareable, nn.Module):
 
     def save(self, folder: Path) -> None:
         """`task.json`, `encoder/` (architecture, tokenizer) and `model.safetensors`."""
-        self.encoder.save(folder / "encoder")
-        self.bank = None
-        save_task(self, "pretrain", folder)
+        self.encoder.save(RunFolder(folder).encoder)
+        self.queue = None
+        save_task(self, self.config, "pretrain", folder)
 
     @classmethod
     def load(cls, folder: str | Path) -> PretrainTask:
         """From a run folder. Raises ValueError when it is not one of a pretraining run."""
         folder = Path(folder)
-        config = PretrainTaskConfig.parse(task_config(folder, "pretrain"), source=str(folder / "task.json"))
-        task = cls(config, folder / "encoder")
+        config = PretrainTaskConfig.parse(task_config(folder, "pretrain"), source=str(RunFolder(folder).task))
+        task = cls(config, RunFolder(folder).encoder)
         task.load_state_dict(task_weights(folder))
         return task.eval()

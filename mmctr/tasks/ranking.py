@@ -11,84 +11,30 @@ import pyarrow as pa
 import pyarrow.parquet
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mmctr.config import Config
 from mmctr.data.batches import BehaviorBatch
 from mmctr.data.tables import as_ids, read_table, rows_of
 from mmctr.distributed import share_of_processes
 from mmctr.embedders.feature_embedder import FeatureEmbedder
-from mmctr.embedders.id_generators import NoColdIds, make_generator
+from mmctr.embedders.id_generators import make_generator
 from mmctr.embedders.item_embedder import (
     ContentEncoder,
-    ContentNone,
     ItemEmbedder,
-    ItemEmbedderConfig,
     initial_std,
 )
-from mmctr.embedders.similarity import SimTierConfig, tier_counts
-from mmctr.features.vocabulary import FeatureConfigs, RankingVocabulary
+from mmctr.embedders.similarity import tier_counts
+from mmctr.features.vocabulary import RankingVocabulary
 from mmctr.files import read_json, replace_file, write_json
 from mmctr.layers.row_table import RowTable
-from mmctr.rankers import RankerConfig
 from mmctr.rankers.base import RankerInput, RankerOutput
-from mmctr.rankers.din import DINConfig
-from mmctr.tasks.expert import Expert, MAKEConfig, same_content
+from mmctr.run_folder import RunFolder
+from mmctr.tasks.expert import Expert, same_content
 from mmctr.tasks.folder import save_task, task_config, task_weights
 from mmctr.tasks.pretrain import PretrainTask, PretrainTaskConfig
+from mmctr.tasks.ranking_config import RankingTaskConfig
 from mmctr.tasks.sharing import Shareable
-
-
-class RankingTaskConfig(Config):
-    embedder: ItemEmbedderConfig = ItemEmbedderConfig()
-    features: FeatureConfigs = FeatureConfigs()
-    ranker: RankerConfig = DINConfig()
-    user_dim: int = Field(default=16, ge=0)
-    """size of the user ID vector; 0: none"""
-    user_dropout: float = Field(default=0.05, ge=0, lt=1)
-    """chance that a training impression shows an unknown user"""
-    max_history: int = Field(default=50, ge=1)
-    """latest behaviours read"""
-    simtier: SimTierConfig | None = None
-    """the ranker's context also says how many behaviours are how like the target in content; null: it does not"""
-    make: MAKEConfig | None = None
-    """a ranker on content alone, trained before, hands over what it knows (MAKE); null: there is none"""
-    mini_batch_l2: float = Field(default=0.0, ge=0)
-    """mini-batch aware regularisation of the ID vectors of items and users (Zhou et al. 2018, section 5.2): each one in
-    the batch decays by this over the number of training impressions it is in, so frequent IDs decay little at a time
-    and rare ones, which would overfit, much"""
-
-    @property
-    def compares(self) -> bool:
-        """Whether contents of behaviours and targets are compared."""
-        return self.simtier is not None or self.ranker.needs_similarity
-
-    @model_validator(mode="after")
-    def _content_fits_the_ranker(self) -> RankingTaskConfig:
-        content, linear = self.embedder.content, self.ranker.weight_dim is not None
-        if self.compares and isinstance(content, ContentNone):
-            raise ValueError("simtier and content_attention compare contents; give embedder.content")
-        if self.simtier and linear:
-            raise ValueError(f"simtier is for rankers with an MLP on top; {self.ranker.name} is linear")
-        if linear and not isinstance(self.embedder.cold_ids, NoColdIds):
-            raise ValueError(f"cold_ids makes ID vectors, and {self.ranker.name} has weights; take another ranker")
-        if linear and not isinstance(content, ContentNone) and content.shown_in == "history":
-            raise ValueError(f"shown_in: history leaves no content to {self.ranker.name}, which reads targets alone")
-        if self.ranker.needs_columns:
-            wrong = {
-                f"fusion: {self.embedder.fusion} mixes them; set embedder.fusion: concat": self.embedder.fusion
-                != "concat",
-                "there is no content; give embedder.content": isinstance(content, ContentNone),
-                "there are no IDs; set embedder.id_dim above 0": not self.embedder.id_dim,
-            }
-            for reason, is_wrong in wrong.items():
-                if is_wrong:
-                    raise ValueError(f"ranker.multi_query attends by content and by ID, but {reason}")
-        if self.make and not self.ranker.hands_over:
-            raise ValueError(f"make is for din and dien; {self.ranker.name} has no place for what an expert hands over")
-        return self
 
 
 class RankingTask(Shareable, nn.Module):
@@ -175,25 +121,19 @@ class RankingTask(Shareable, nn.Module):
             decay[0] = 0
             self.register_buffer(name, decay.to(self.item_decay.device), persistent=False)
 
-    def logits(
-        self, batch: BehaviorBatch, target_shift: Tensor | None = None, target_ids: Tensor | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """(B,) logits and the ranker's auxiliary losses.
+    def logits(self, batch: BehaviorBatch, target_ids: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """(B,) logits and the auxiliary losses of the ranker.
 
         Args:
-            target_shift: (content dim,) added to the content vectors of targets, not to those of histories; also to
-                those an expert reads, if they are the same.
-            target_ids: (U, id_dim) in the place of the ID vectors of targets, not of those of histories.
+            target_ids: (U, id_dim) in place of the ID vectors of targets; histories keep theirs.
         """
-        output = self.output(batch, target_shift, target_ids)
+        output = self.output(batch, target_ids)
         return output.logits, output.losses
 
-    def output(
-        self, batch: BehaviorBatch, target_shift: Tensor | None = None, target_ids: Tensor | None = None
-    ) -> RankerOutput:
-        """All that the ranker says; see `logits`."""
-        vectors, target = self.embedder.by_role(batch, target_shift, target_ids)
-        similarity = self.embedder.similarity(batch, target_shift) if self.config.compares else None
+    def output(self, batch: BehaviorBatch, target_ids: Tensor | None = None) -> RankerOutput:
+        """Logits, auxiliary losses and inner vectors of the ranker; arguments as of `logits`."""
+        vectors, target = self.embedder.by_role(batch, target_ids)
+        similarity = self.embedder.similarity(batch) if self.config.compares else None
         context = self.context(batch.context, batch.user)
         if self.users is not None:
             context = torch.cat([self.users(batch.user), context], dim=1)
@@ -201,8 +141,7 @@ class RankingTask(Shareable, nn.Module):
             context = torch.cat([context, tier_counts(similarity, batch.history_offsets, self.config.simtier)], dim=1)
         hidden, expert_logits = [], None
         if self.expert is not None:
-            shared = target_shift if self.expert.shares_content else None
-            vector, hidden, expert_logits = self.expert(batch, shared)
+            vector, hidden, expert_logits = self.expert(batch)
             context = torch.cat([context, vector], dim=1)
         output: RankerOutput = self.ranker(
             RankerInput(
@@ -231,8 +170,10 @@ class RankingTask(Shareable, nn.Module):
             raise ValueError("mini_batch_l2 needs the numbers of samples: call count_samples before training")
         shown = torch.zeros(len(batch.items), dtype=torch.bool, device=batch.target.device)
         shown[batch.target] = shown[batch.history] = True
-        item_rows: Tensor = batch.items.features["item_id"]  # type: ignore[assignment]
-        parts = [(self.embedder.ids, self.item_decay, item_rows[shown]), (self.users, self.user_decay, batch.user)]
+        parts = [
+            (self.embedder.ids, self.item_decay, batch.items.id_rows[shown]),
+            (self.users, self.user_decay, batch.user),
+        ]
         total = batch.label.new_zeros(())
         for table, decay, ids in parts:
             if table is not None:
@@ -270,19 +211,20 @@ class RankingTask(Shareable, nn.Module):
     def save(self, folder: Path) -> None:
         """`task.json`, `vocabulary/`, `model.safetensors`, the content: its frozen table or its encoder, and the
         expert."""
-        self.vocabulary.save(folder / "vocabulary")
-        if self.embedder.encoder is not None:
-            self.embedder.encoder.encoder.save(folder / "encoder")  # type: ignore[union-attr, operator]
-            write_json(folder / "encoder" / "pretrain.json", self.embedder.encoder.config.model_dump(mode="json"))  # type: ignore[union-attr, operator]
+        files = RunFolder(folder)
+        self.vocabulary.save(files.vocabulary)
+        if isinstance(self.embedder.encoder, PretrainTask):
+            self.embedder.encoder.encoder.save(files.encoder)
+            write_json(files.encoder / "pretrain.json", self.embedder.encoder.config.model_dump(mode="json"))
         elif self.embedder.adapter is not None:
             table = {"content_table": self.embedder.content_table, "has_content": self.embedder.has_content}
-            replace_file(folder / "content.safetensors", lambda path: save_file(table, path))
+            replace_file(files.content, lambda path: save_file(table, path))
         if self.catalog_ids is not None:
             ids = pa.table({"item_id": self.catalog_ids})
-            replace_file(folder / "catalog.parquet", lambda path: pyarrow.parquet.write_table(ids, path))
+            replace_file(files.catalog, lambda path: pyarrow.parquet.write_table(ids, path))
         if self.expert is not None:
-            self.expert.save(folder / "expert", self.embedder)
-        save_task(self, "ranking", folder)
+            self.expert.save(files.expert, self.embedder)
+        save_task(self, self.config, "ranking", folder)
 
     def bind(self, item_ids: pa.Array) -> None:
         """Put the kept content vectors in the order of another catalog; items they lack count as without content."""
@@ -300,21 +242,22 @@ class RankingTask(Shareable, nn.Module):
     def load(cls, folder: str | Path) -> RankingTask:
         """From a run folder; content vectors are in the order of the catalog it was trained with (see `bind`)."""
         folder = Path(folder)
-        config = RankingTaskConfig.parse(task_config(folder, "ranking"), source=str(folder / "task.json"))
-        vocabulary = RankingVocabulary.load(folder / "vocabulary")
+        files = RunFolder(folder)
+        config = RankingTaskConfig.parse(task_config(folder, "ranking"), source=str(files.task))
+        vocabulary = RankingVocabulary.load(files.vocabulary)
         weights = task_weights(folder)
         table = encoder = None
         if isinstance(config.embedder.content, ContentEncoder):
-            pretrain = PretrainTaskConfig.parse(read_json(folder / "encoder" / "pretrain.json"))
-            encoder = PretrainTask(pretrain, folder / "encoder")
+            pretrain = PretrainTaskConfig.parse(read_json(files.encoder / "pretrain.json"))
+            encoder = PretrainTask(pretrain, files.encoder)
             table = (weights["embedder.content_table"], weights["embedder.has_content"])
-        elif (folder / "content.safetensors").is_file():
-            content = load_file(folder / "content.safetensors")
+        elif files.content.is_file():
+            content = load_file(files.content)
             table = (content["content_table"], content["has_content"])
         ids = None
-        if (folder / "catalog.parquet").is_file():
-            ids = as_ids(read_table(folder / "catalog.parquet").column("item_id"), "item_id", folder)
-        expert = None if config.make is None else read_expert(folder / "expert", vocabulary, table, ids)
+        if files.catalog.is_file():
+            ids = as_ids(read_table(files.catalog).column("item_id"), "item_id", folder)
+        expert = None if config.make is None else read_expert(files.expert, vocabulary, table, ids)
         task = cls(config, vocabulary, table, encoder, ids, expert)
         task.load_state_dict(weights)
         task.embedder.generates = task.embedder.generator is not None
@@ -329,9 +272,9 @@ def read_expert(
     Args:
         table: of the ranker, which the expert reads too where it has none of its own.
     """
-    path = folder / "task.json"
-    config = RankingTaskConfig.parse(read_json(path)["config"], source=str(path))
-    if (folder / "content.safetensors").is_file():
-        content = load_file(folder / "content.safetensors")
+    files = RunFolder(folder)
+    config = RankingTaskConfig.parse(read_json(files.task)["config"], source=str(files.task))
+    if files.content.is_file():
+        content = load_file(files.content)
         table = content["content_table"], content["has_content"]
     return RankingTask(config, vocabulary, table, catalog_ids=ids)

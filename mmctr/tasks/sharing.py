@@ -11,6 +11,7 @@ from typing import Any, Self
 import yaml
 
 from mmctr.files import read_json, write_json, write_text
+from mmctr.run_folder import RunFolder
 
 PATTERNS = ["*.safetensors", "*.json", "*.yaml", "*.parquet", "*.txt"]
 """all that is ever fetched: none of it is code"""
@@ -38,24 +39,25 @@ class Shareable:
         Raises ValueError for the folder of a run, whose own files this would overwrite.
         """
         folder = Path(folder)
-        if (folder / "log.jsonl").exists() or (folder / "checkpoints").exists():
+        files = RunFolder(folder)
+        if files.log.exists() or files.checkpoints.exists():
             raise ValueError(f"{folder}: is a run folder itself; give another folder to save into")
         folder.mkdir(parents=True, exist_ok=True)
         self.save(folder)
-        for path in (folder / "task.json", folder / "expert" / "task.json", folder / "encoder" / "pretrain.json"):
+        for path in (files.task, RunFolder(files.expert).task, files.encoder / "pretrain.json"):
             if path.is_file():
                 write_json(path, without_paths(read_json(path)))
         for pattern in ("config.json", "tokenizer_config.json"):
-            for path in (folder / "encoder").rglob(pattern):
+            for path in files.encoder.rglob(pattern):
                 values = read_json(path)
                 kept = {key: value for key, value in values.items() if key not in ("_name_or_path", "name_or_path")}
                 if kept != values:
                     write_json(path, kept)
         config, metrics = _of_run(run)
         if config is not None:
-            write_text(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+            write_text(files.config, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
         if metrics is not None:
-            write_json(folder / "metrics.json", metrics)
+            files.write_metrics(metrics)
         write_text(folder / "README.md", model_card(self, name or folder.resolve().name, config, metrics))
 
     @classmethod
@@ -132,11 +134,12 @@ def _of_run(run: str | Path | None) -> tuple[dict[str, Any] | None, dict[str, An
     if run is None:
         return None, None
     config = metrics = None
-    if (Path(run) / "config.yaml").is_file():
-        config = without_paths(yaml.safe_load((Path(run) / "config.yaml").read_text(encoding="utf-8")))
+    files = RunFolder(Path(run))
+    if files.is_begun:
+        config = without_paths(files.read_config())
         config.pop("run_dir", None)
-    if (Path(run) / "metrics.json").is_file():
-        metrics = read_json(Path(run) / "metrics.json")
+    if files.metrics.is_file():
+        metrics = files.read_metrics()
     return config, metrics
 
 
@@ -190,7 +193,7 @@ def _data(task: Shareable, config: dict[str, Any] | None) -> str:
     if vocabulary is not None:
         lines.append(f"- items and users seen in training: {len(vocabulary.item_ids)} and {len(vocabulary.user_ids)}")
         lines.append("- the files hold the raw ids of these items and users")
-        features = task.config.features  # type: ignore[attr-defined]
+        features = task.config.features
         for group in ("item", "user", "context", "cross"):
             if getattr(features, group):
                 lines.append(f"- {group} features: {', '.join(getattr(features, group))}")

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmctr.distributed import spread_like
 from mmctr.files import read_json, replace_file, replace_folder, write_json
 from mmctr.tasks.folder import save_weights
 from mmctr.training.optimizers import load_optimizer_tensors, optimizer_tensors
 from mmctr.training.sharding import Sharding
+from mmctr.training.task import Task
 
 
 class Checkpoints:
@@ -26,13 +27,13 @@ class Checkpoints:
     def __init__(self, folder: Path, identity: str, sharding: Sharding | None = None):
         self.folder, self.identity, self.sharding = folder, identity, sharding
 
-    def save(self, task: nn.Module, optimizer: Any, state: dict[str, Any]) -> None:
+    def save(self, task: Task, optimizer: Any, state: dict[str, Any]) -> None:
         with self._writing() as writes:
             moments = optimizer_tensors(optimizer, keep=writes)
             if writes:
                 self._write(task, moments, state)
 
-    def _write(self, task: nn.Module, moments: dict[str, Tensor], state: dict[str, Any]) -> None:
+    def _write(self, task: Task, moments: dict[str, Tensor], state: dict[str, Any]) -> None:
         def write(folder: Path) -> None:
             save_weights(task, folder / "task.safetensors")
             save_file(moments, folder / "optimizer.safetensors")
@@ -52,7 +53,7 @@ class Checkpoints:
         for old in self.folder.glob(".best.*"):
             old.unlink(missing_ok=True)
 
-    def load(self, task: nn.Module, optimizer: Any) -> dict[str, Any] | None:
+    def load(self, task: Task, optimizer: Any) -> dict[str, Any] | None:
         """Put the newest checkpoint into task and optimiser; returns its state, None when there is none."""
         finished = self._finished()
         if not finished:
@@ -69,12 +70,12 @@ class Checkpoints:
         load_optimizer_tensors(optimizer, load_file(finished[-1] / "optimizer.safetensors"))
         return state
 
-    def save_best(self, task: nn.Module) -> None:
+    def save_best(self, task: Task) -> None:
         with self._writing() as writes:
             if writes:
                 replace_file(self.folder / "best.safetensors", lambda path: save_weights(task, path))
 
-    def load_best(self, task: nn.Module) -> None:
+    def load_best(self, task: Task) -> None:
         task.load_state_dict(load_file(self.folder / "best.safetensors"))
 
     def _writing(self) -> AbstractContextManager[bool]:

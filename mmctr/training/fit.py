@@ -5,25 +5,26 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from mmctr.config import Config
 from mmctr.data.loaders import TrainBatches
 from mmctr.files import fingerprint
 from mmctr.training.checkpoints import Checkpoints
-from mmctr.training.grad_cache import ChunkedTask, chunked_backward
+from mmctr.training.context import RunContext
+from mmctr.training.grad_cache import chunked_backward
 from mmctr.training.log import Log
 from mmctr.training.optimizers import OptimizerConfig, make_optimizer
 from mmctr.training.part_schedule import PartSchedule
 from mmctr.training.sharding import Sharding
+from mmctr.training.task import ChunkedTask, Task
 
 
 class FitConfig(Config):
@@ -65,37 +66,59 @@ def lr_at(step: int, total: int, config: FitConfig) -> float:
     return 1.0 - progress if config.decay == "linear" else 1.0
 
 
-def fit(
-    task: nn.Module,
-    train: TrainBatches[Any],
-    config: FitConfig,
-    *,
-    run_dir: Path,
-    accelerator: Accelerator,
-    evaluate: Callable[[], dict[str, float]],
-    primary: str,
-    seed: int,
-    identity: str,
-    evaluate_first: bool = False,
-    phase: str = "",
-    steps_before: int = 0,
-) -> dict[str, Any]:
-    """Train `task`, keep the weights of the best evaluation, and put them back at the end.
+@dataclass(frozen=True)
+class FitResult:
+    """How a training stage went.
 
     Args:
-        task: called on a batch it returns named, weighted loss terms; `parameter_parts()` groups its parameters,
-            `after_step()` restores constraints on them.
-        evaluate: gives numbers on the validation rows, the higher the better for `primary`.
-        identity: what the run is (its config); a checkpoint of another one is refused with a ValueError.
-        evaluate_first: evaluate the untrained task too; it can be the best one.
-        phase, steps_before: of a run that fits more than once: what the names of a tracker begin with, and the steps of
-            the fits before, as trackers drop a step that is behind the last one.
-
-    Started again with the same arguments after a crash, it goes on from the newest checkpoint and ends bit for bit
-    where it would have ended (CPU, fp32): batches, dropout and learning rate are functions of the step.
-
-    Returns `{"best_step", "best", "steps", "untrained"}`, the last one empty without `evaluate_first`.
+        best_step: the step whose weights are kept, 0 for the untrained ones.
+        best: the primary validation metric at that step.
+        untrained: validation metrics before the first step; empty where `evaluate_first` was not set.
+        steps: training steps made.
     """
+
+    best_step: int
+    best: float
+    untrained: dict[str, float]
+    steps: int
+
+    def to_json(self) -> dict[str, Any]:
+        """The entry `training` of metrics.json."""
+        return asdict(self)
+
+
+def fit(
+    task: Task,
+    train: TrainBatches[Any],
+    config: FitConfig,
+    context: RunContext,
+    *,
+    evaluate: Callable[[], dict[str, float]],
+    primary: str,
+    evaluate_first: bool = False,
+) -> FitResult:
+    """Train `task`, keep the weights of the best evaluation, and put them back at the end.
+
+    Started again with the same arguments after a crash, training goes on from the newest checkpoint and ends bit for
+    bit where it would have ended (CPU, fp32): batches, dropout and learning rate are functions of the step.
+
+    Args:
+        evaluate: gives metrics on the validation rows; the higher the better for `primary`.
+        primary: the metric that chooses the best weights and stops early.
+        evaluate_first: evaluate the untrained task too; it can be the best one.
+
+    Raises:
+        ValueError: a checkpoint of another run is in the folder; the config asks for what the task or the processes
+            cannot do; the loss or the primary metric is NaN.
+
+    Example:
+        ```python
+        context = RunContext(RunFolder(Path("runs/mine")), Accelerator(), seed=0, identity="mine")
+        result = fit(task, batches, FitConfig(epochs=2), context, evaluate=lambda: {"auc": score(task)}, primary="auc")
+        print(result.best_step, result.best)
+        ```
+    """
+    accelerator, seed = context.accelerator, context.seed
     total = round(config.epochs * train.steps_per_epoch)
     eval_every = max(1, round(train.steps_per_epoch / config.evaluations))
     sharding = Sharding(task, accelerator, config.batch_size, config.chunk_size, config.max_grad_norm)
@@ -108,11 +131,11 @@ def fit(
     schedule = PartSchedule(task, optimizer, config.optimizer, train.steps_per_epoch, seed)
     if schedule and accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise ValueError("fit.optimizer.groups: from_epoch, to_epoch and redraw are not for FSDP and DeepSpeed")
-    chunked: ChunkedTask = task  # type: ignore[assignment]
-    if config.chunk_size is not None and not hasattr(task, "encode_chunk"):
+    chunked = task if isinstance(task, ChunkedTask) else None
+    if config.chunk_size is not None and chunked is None:
         raise ValueError("fit.chunk_size: this task encodes nothing in chunks; leave it out")
     model, optimizer = sharding.prepare(optimizer)
-    checkpoints = Checkpoints(run_dir / "checkpoints", identity, sharding)
+    checkpoints = Checkpoints(context.folder.checkpoints, context.identity, sharding)
     state = checkpoints.load(task, optimizer)
     if state is None:
         state = {"step": 0, "best": None, "best_step": 0, "waited": 0, "stopped": False, "untrained": {}}
@@ -123,7 +146,7 @@ def fit(
             _require_number(state["untrained"], primary, 0)
             state["best"] = state["untrained"][primary]
             checkpoints.save_best(task)
-    log = Log(run_dir / "log.jsonl", state["step"], accelerator, phase, steps_before)
+    log = Log(context, state["step"])
     bar = tqdm(total=total, initial=state["step"], disable=not accelerator.is_main_process or None, unit="step")
     sums: dict[str, Tensor] = {}
     num_logged, started = 0, time.perf_counter()
@@ -136,7 +159,7 @@ def fit(
             group["lr"] = group["base_lr"] * lr_at(step, total, config)
         schedule.before_step(step)
         batch = batch.to(accelerator.device, non_blocking=True)
-        if config.chunk_size is None:
+        if config.chunk_size is None or chunked is None:
             with accelerator.autocast():
                 terms: dict[str, Tensor] = model(batch)
             loss = torch.stack(list(terms.values())).sum()
@@ -195,7 +218,7 @@ def fit(
     sharding.make_whole()
     checkpoints.load_best(task)
     task.eval()
-    return {name: state[name] for name in ("best_step", "best", "untrained")} | {"steps": state["step"]}
+    return FitResult(state["best_step"], state["best"], state["untrained"], state["step"])
 
 
 def _require_number(numbers: dict[str, float], primary: str, step: int) -> None:

@@ -6,19 +6,17 @@ Histories keep the ID vectors the ranker was trained with; targets alone read wh
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from mmctr.data.batches import Batch, BehaviorBatch
 from mmctr.data.hashing import hashed_uniform
 from mmctr.data.interactions import Impressions
-from mmctr.data.loaders import BatchPlan, TrainBatches
+from mmctr.data.loaders import TrainBatches
 from mmctr.embedders.id_generators import (
     CVAR,
     MWUF,
@@ -34,6 +32,7 @@ from mmctr.features.behavior_collator import BehaviorCollator
 from mmctr.features.ranking_data import RankingData
 from mmctr.layers.row_table import RowTable
 from mmctr.tasks import RankingTask
+from mmctr.training.context import RunContext
 from mmctr.training.fit import FitConfig, fit
 
 
@@ -163,7 +162,7 @@ class MetaEmbeddingTask(ColdIdsTask):
     """length of the difference's step"""
 
     def forward(self, batch: TwoBatches) -> dict[str, Tensor]:
-        config: MetaEmbeddingConfig = self.ranker.config.embedder.cold_ids  # type: ignore[assignment]
+        config: MetaEmbeddingConfig = self.ranker.config.embedder.cold_ids
         a, eta = config.cold_weight, config.inner_lr
         described = self.ranker.embedder.describe(batch.a.items)
         phi = self.generator.cold(described[batch.a.target[:: config.rows]])  # (M, D)
@@ -198,7 +197,7 @@ class MWUFTask(ColdIdsTask):
             self.fresh.weight.copy_(self.generator.mean)
 
     def forward(self, batch: BehaviorBatch) -> dict[str, Tensor]:
-        own: Tensor = batch.items.features["item_id"]  # type: ignore[assignment]
+        own = batch.items.id_rows
         fresh = self.fresh(own)
         described = self.ranker.embedder.describe(batch.items)
         warm = self.generator.warm(fresh.detach(), described, self.users[own], self.rows[own] > 0)
@@ -212,8 +211,8 @@ class CVARTask(ColdIdsTask):
     generator: CVAR
 
     def forward(self, batch: BehaviorBatch) -> dict[str, Tensor]:
-        config: CVARConfig = self.ranker.config.embedder.cold_ids  # type: ignore[assignment]
-        own: Tensor = batch.items.features["item_id"]  # type: ignore[assignment]
+        config: CVARConfig = self.ranker.config.embedder.cold_ids
+        own = batch.items.id_rows
         ids, frequency = self.id_vectors[own], self.generator.relative(self.rows[own])
         of_id = self.generator.of_id(ids).chunk(2, dim=1)
         told = self.generator.of_description(self.ranker.embedder.describe(batch.items)).chunk(2, dim=1)
@@ -232,12 +231,8 @@ def train_cold_ids(
     train: Impressions,
     validation: Impressions,
     config: FitConfig,
-    *,
-    run_dir: Path,
-    accelerator: Accelerator,
+    context: RunContext,
     primary: str,
-    seed: int,
-    identity: str,
     steps_before: int = 0,
 ) -> dict[str, Any]:
     """Train the generator of a finished ranker, which is frozen by this, and let its cold items read it.
@@ -249,6 +244,7 @@ def train_cold_ids(
     is left.
     """
     primary = "auc" if primary == "auc" else "gauc"
+    accelerator, seed = context.accelerator, context.seed
     freeze(task)
     generator, ids, kind = task.embedder.generator, task.embedder.ids, task.config.embedder.cold_ids
     assert generator is not None and ids is not None and not isinstance(kind, NoColdIds)
@@ -264,9 +260,6 @@ def train_cold_ids(
     generator.learn_from(ids.weight[old], users[old], count[old])
     generator.requires_grad_(True)
 
-    def plan_of(num_rows: int, size: int) -> BatchPlan:
-        return BatchPlan(num_rows, size, seed, accelerator.process_index, accelerator.num_processes)
-
     collator = data.collator(train)
     if isinstance(kind, MetaEmbeddingConfig):
         model: ColdIdsTask = MetaEmbeddingTask(task, users, count)
@@ -278,10 +271,10 @@ def train_cold_ids(
                 f"cold_fit.batch_size: {config.batch_size} rows, with 2 * cold_ids.rows = {2 * kind.rows} of an item, "
                 f"are not one item for each of {world} processes; raise it, or lower cold_ids.rows"
             )
-        batches: TrainBatches = TrainBatches(plan_of(len(by_item.items), size), by_item, config.num_workers)
+        batches: TrainBatches = TrainBatches(context.plan(len(by_item.items), size), by_item, config.num_workers)
     else:
         model = (CVARTask if isinstance(kind, CVARConfig) else MWUFTask)(task, users, count)
-        batches = TrainBatches(plan_of(len(train), config.batch_size), collator, config.num_workers)
+        batches = TrainBatches(context.plan(len(train), config.batch_size), collator, config.num_workers)
 
     shown = data.collator(validation)
 
@@ -299,17 +292,12 @@ def train_cold_ids(
         model.to(device),
         batches,
         config,
-        run_dir=run_dir / "cold_ids",
-        accelerator=accelerator,
+        context.next_phase("cold_ids", steps_before),
         evaluate=lambda: numbers_of(model),
         primary=primary,
-        seed=seed,
-        identity=identity,
         evaluate_first=True,
-        phase="cold_ids",
-        steps_before=steps_before,
     )
-    accelerator.print(f"cold ids: {primary} {result['best']:.4f} on held-out items, {without[primary]:.4f} without")
+    accelerator.print(f"cold ids: {primary} {result.best:.4f} on held-out items, {without[primary]:.4f} without")
     generator.requires_grad_(False)
     task.embedder.generates = True
-    return result | {"without": without}
+    return result.to_json() | {"without": without}

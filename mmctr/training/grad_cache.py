@@ -7,30 +7,16 @@ back through it. The result is the gradient of the whole batch at the price of a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-
-class ChunkedTask(Protocol):
-    """A task whose loss reads features that can be made in chunks."""
-
-    def chunks(self, batch: Any, size: int) -> Sequence[Any]:
-        """The parts of a batch, each with at most `size` things to encode."""
-        ...
-
-    def encode_chunk(self, chunk: Any) -> dict[str, Tensor]:
-        """Features by name; those of the chunks stand one after another in the features of the batch."""
-        ...
-
-    def terms_of(self, features: dict[str, Tensor], batch: Any) -> dict[str, Tensor]:
-        """The named, weighted loss terms of the whole batch."""
-        ...
+from mmctr.training.task import ChunkedTask
 
 
 def chunked_backward(
@@ -86,7 +72,7 @@ def _seeded(task: ChunkedTask, chunk: Any, seed: int) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _statistics_kept(task: Any) -> Iterator[None]:
+def _statistics_kept(task: ChunkedTask) -> Iterator[None]:
     """The first pass must not move running statistics: the second will."""
     norms = [module for module in task.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
@@ -100,7 +86,7 @@ def _statistics_kept(task: Any) -> Iterator[None]:
             norm.momentum, norm.num_batches_tracked = momentum, count
 
 
-def _average_gradients(task: Any) -> None:
+def _average_gradients(task: ChunkedTask) -> None:
     """Over processes, as one tensor. A parameter that got no gradient here counts as zero."""
     parameters = [p for p in task.parameters() if p.requires_grad]
     for p in parameters:

@@ -7,18 +7,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
-
 from mmctr.files import replace_file
+from mmctr.training.context import RunContext
 
 
 class Log:
     """`log.jsonl`: one JSON object a line, on the main process; lines after a resumed step are taken back."""
 
-    def __init__(self, path: Path, step: int, accelerator: Accelerator, phase: str = "", steps_before: int = 0):
-        self.path, self.accelerator = path, accelerator
-        self.prefix, self.steps_before = f"{phase}/" if phase else "", steps_before
-        if accelerator.is_main_process:
+    def __init__(self, context: RunContext, step: int):
+        self.path, self.accelerator = context.folder.log, context.accelerator
+        self.prefix, self.steps_before = f"{context.phase}/" if context.phase else "", context.steps_before
+        path = self.path
+        if context.is_main_process:
             kept = [line for line in _json_lines(path) if line["step"] <= step]
             replace_file(
                 path, lambda temporary: temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))

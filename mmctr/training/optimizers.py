@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mmctr.config import Config
 from mmctr.distributed import spread_like, whole_tensor
 from mmctr.layers.row_table import RowTable
+from mmctr.training.task import Task
 
 
 class GroupConfig(Config):
@@ -154,7 +155,7 @@ def proximal_weights(z: Tensor, scale: Tensor, l1: float, l21: float, l2: float)
     return -shrunk / (scale[:, None] + l2).clamp(min=1e-30)
 
 
-def make_optimizer(task: nn.Module, config: OptimizerConfig, max_grad_norm: float | None = None) -> RowAdamW:
+def make_optimizer(task: Task, config: OptimizerConfig, max_grad_norm: float | None = None) -> RowAdamW:
     """The optimiser of a task; its large tables are trained by rows from then on.
 
     Args:
@@ -165,7 +166,7 @@ def make_optimizer(task: nn.Module, config: OptimizerConfig, max_grad_norm: floa
 
     Raises ValueError for a group name that is no part of the task.
     """
-    parts: dict[str, list[nn.Parameter]] = task.parameter_parts()  # type: ignore[operator]
+    parts = task.parameter_parts()
     unknown = set(config.groups) - set(parts)
     if unknown:
         raise ValueError(f"optimizer.groups: no part {sorted(unknown)[0]!r}; this task has {', '.join(parts)}")

@@ -9,11 +9,11 @@ single rows (MEDA: Fan et al. 2024, arXiv 2407.01607).
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 from mmctr.files import fingerprint
 from mmctr.layers.row_table import RowTable
 from mmctr.training.optimizers import GroupConfig, OptimizerConfig, RowAdamW
+from mmctr.training.task import Task
 
 
 class PartSchedule:
@@ -26,10 +26,10 @@ class PartSchedule:
     Raises ValueError for a part that cannot be drawn anew.
     """
 
-    def __init__(self, task: nn.Module, optimizer: RowAdamW, config: OptimizerConfig, steps_per_epoch: int, seed: int):
+    def __init__(self, task: Task, optimizer: RowAdamW, config: OptimizerConfig, steps_per_epoch: int, seed: int):
         self.optimizer, self.steps_per_epoch, self.seed = optimizer, steps_per_epoch, seed
         self._groups = config.groups
-        parts: dict[str, list[nn.Parameter]] = task.parameter_parts()  # type: ignore[operator]
+        parts = task.parameter_parts()
         all_tables = {module.weight: module for module in task.modules() if isinstance(module, RowTable)}
         self.tables: list[RowTable] = []
         for name, group in config.groups.items():

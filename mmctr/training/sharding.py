@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mmctr.distributed import whole_tensor
 from mmctr.layers.row_table import RowTable
+from mmctr.training.task import Task
 
 
 def set_up_sharding(accelerator: Accelerator) -> None:
@@ -73,17 +74,20 @@ class Sharding:
 
     def __init__(
         self,
-        task: nn.Module,
+        task: Task,
         accelerator: Accelerator,
         batch_size: int,
         chunk_size: int | None = None,
         max_grad_norm: float | None = None,
     ):
         self.task, self.accelerator = task, accelerator
+        self._module: nn.Module | None = None
         self._twin: nn.Module | None = None
         self._zero: ZeroOptimizer | None = None
         if accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
             return
+        assert isinstance(task, nn.Module)
+        self._module = task
         _require_spreadable(task, chunk_size)
         self._shapes = {name: p.shape for name, p in task.named_parameters()}
         self._twin = _without_weights(task)
@@ -108,8 +112,8 @@ class Sharding:
         return model, optimizer
 
     def after_step(self) -> None:
-        """The task's, whatever keeps its weights."""
-        self.task.after_step()  # type: ignore[operator]
+        """Call `after_step` of the task, and tell DeepSpeed of the scalars that it has changed."""
+        self.task.after_step()
         if self._zero is not None:
             self._zero.take_scalars()
 
@@ -121,8 +125,8 @@ class Sharding:
         try:
             yield
         finally:
-            if self._twin is not None:
-                _swap(self.task, self._twin)
+            if self._module is not None and self._twin is not None:
+                _swap(self._module, self._twin)
                 for p in self._twin.parameters():
                     p.data = p.data.new_empty(0)
 
@@ -134,13 +138,13 @@ class Sharding:
 
     def make_whole(self) -> None:
         """As `whole`, for good."""
-        if self._twin is None:
+        if self._module is None or self._twin is None:
             return
         weights = dict(self._twin.named_parameters())
-        for name, p in self.task.named_parameters():
+        for name, p in self._module.named_parameters():
             weights[name].data = whole_tensor(p.detach()).reshape(self._shapes[name])
-        self._twin.train(self.task.training)
-        _swap(self.task, self._twin)
+        self._twin.train(self._module.training)
+        _swap(self._module, self._twin)
 
 
 class ZeroOptimizer:

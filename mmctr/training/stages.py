@@ -10,7 +10,6 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -18,7 +17,6 @@ import pyarrow as pa
 import pyarrow.parquet
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from pydantic import Field
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -35,13 +33,12 @@ from mmctr.features.vocabulary import RankingVocabulary
 from mmctr.files import replace_file
 from mmctr.layers.row_table import RowTable
 from mmctr.rankers import GBDTLRConfig
+from mmctr.run_folder import RunFolder
 from mmctr.tasks import RankingTask, RankingTaskConfig
 from mmctr.tasks.folder import save_weights
+from mmctr.training.context import RunContext
 from mmctr.training.fit import step_seed
 from mmctr.training.generator_tasks import freeze, mean_users
-
-STAGES_FILE = "stages.parquet"
-"""of a run folder: the test rows, and the score of each after each stage"""
 
 
 class StagesConfig(Config):
@@ -156,32 +153,30 @@ class _FreshRows(nn.Module):
         return torch.where((place >= 0)[:, None], F.embedding(place.clamp(min=0), self.weight), self.known[ids])
 
 
-def warm_up(
+def train_stages(
     task: RankingTask,
-    make_data: Callable[[RankingVocabulary], RankingData],
+    data_of: Callable[[RankingVocabulary], RankingData],
     splits: Splits,
     config: StagesConfig,
     item_ids: pa.Array,
-    run_dir: Path,
-    accelerator: Accelerator,
-    seed: int,
+    context: RunContext,
 ) -> dict[str, np.ndarray]:
     """Scores (n,) of the test rows after each stage, by its name; the task itself is left as it is.
 
     Args:
-        make_data: the dataset seen through a vocabulary.
+        data_of: gives the rows of the dataset, encoded with a vocabulary.
         item_ids: (N,) raw ids of the catalog.
 
     With a generator that warms vectors (MWUF) a stage trains the plain ID rows, and the test rows read them warmed by
     the users of all stages so far.
     """
-    device = accelerator.device
+    accelerator, seed, device = context.accelerator, context.seed, context.device
     new = np.unique(splits.test.item)
-    items = ItemBatch(torch.from_numpy(new).long(), make_data(task.vocabulary).items.take(torch.from_numpy(new).long()))
+    items = ItemBatch(torch.from_numpy(new).long(), data_of(task.vocabulary).items.take(torch.from_numpy(new).long()))
     first = len(task.vocabulary.item_ids) + 1
     task = with_rows(task, item_ids.take(pa.array(new)), items.to(device))
-    data = make_data(task.vocabulary)
-    folder = run_dir / "checkpoints"
+    data = data_of(task.vocabulary)
+    folder = context.folder.checkpoints
     finished = [name for name in splits.stages if (folder / f"{name}.safetensors").is_file()]
     accelerator.wait_for_everyone()  # all have looked before one writes
     test, scores = data.collator(splits.test), {}
@@ -227,7 +222,7 @@ def _warmed(
 
 
 def save_stages(
-    run_dir: Path, test: Impressions, predictions: pa.Table, scores: dict[str, np.ndarray]
+    folder: RunFolder, test: Impressions, predictions: pa.Table, scores: dict[str, np.ndarray]
 ) -> dict[str, dict[str, Any]]:
     """Write RUN/stages.parquet, the columns of `predictions` that say what a row is and a score (n,) a stage.
 
@@ -235,6 +230,6 @@ def save_stages(
     """
     columns = {name: predictions[name] for name in ("user", "item", "label")}
     table = pa.table(columns | {name: values.astype(np.float32) for name, values in scores.items()})
-    replace_file(run_dir / STAGES_FILE, lambda path: pyarrow.parquet.write_table(table, path))
+    replace_file(folder.stages, lambda path: pyarrow.parquet.write_table(table, path))
     labels, users = np.asarray(test.label), np.asarray(test.user)
     return {name: impression_metrics(labels, values, users) for name, values in scores.items()}

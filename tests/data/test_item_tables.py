@@ -8,12 +8,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from finetune.train import FinetuneConfig, main
+from finetune.train import main
 from mmctr.data.item_tables import described, join_item_tables
 from mmctr.data.prepare import open_dataset
 from mmctr.files import read_json
 from mmctr.retrieval.semantic_ids import semantic_ids
-from mmctr.runs.config import DataConfig
+from mmctr.runs.config import DataConfig, FinetuneConfig
 from mmctr.runs.evaluate import evaluate_run
 from tests.helpers.tiny import pretrain_values, start, write_config
 from tests.helpers.worlds import log_columns, write_dataset, write_table

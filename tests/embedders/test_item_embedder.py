@@ -305,11 +305,6 @@ def test_content_shown_in_one_role_alone(shown_in):
     torch.testing.assert_close(vectors[target], as_target(batch.items)[batch.target])
     torch.testing.assert_close(vectors[batch.history], as_history(batch.items)[batch.history])
     assert len(vectors) == (4 if shown_in == "both" else 8)
-    # a shift is of targets alone, where they show content
-    shift = torch.linspace(-1, 1, K)
-    moved, place = model.by_role(batch, shift)
-    torch.testing.assert_close(moved[batch.history], vectors[batch.history])
-    assert torch.allclose(moved[place], vectors[target]) == (shown_in == "history")
 
 
 def test_a_live_encoder_shown_in_targets_needs_to_encode_no_history():

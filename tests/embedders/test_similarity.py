@@ -59,20 +59,18 @@ def test_the_edges_of_tiers():
 
 
 @pytest.mark.parametrize("kept", [0, 100])
-def test_cosines_of_pairs(kept, monkeypatch):
+def test_cosines_of_pairs(kept):
     """Looked up among all there are, or made for each pair."""
-    monkeypatch.setattr(PairCosines, "MAX_KEPT", kept)
     g = torch.Generator().manual_seed(0)
     table, rows = torch.randn(9, 4, generator=g), torch.tensor([7, 2, 0, 2])
     table[0] = 0
     i, j = torch.randint(0, 4, (2, 30), generator=g)
-    cosines, shift = PairCosines(), torch.tensor([1.0, 0.0, -2.0, 0.5])
+    cosines = PairCosines(kept)
 
-    def expected(moved=0.0):
-        return cosine_similarity(table[rows[i]] + moved, table[rows[j]])
+    def expected():
+        return cosine_similarity(table[rows[i]], table[rows[j]])
 
     torch.testing.assert_close(cosines(table, rows, i, j), expected())
-    torch.testing.assert_close(cosines(table, rows, i, j, shift), expected(shift))
     before = expected()
     table[2] += 1  # written to
     assert not torch.allclose(expected(), before)
@@ -118,14 +116,12 @@ def explicit(world: ServingWorld, batch: BehaviorBatch, shift: torch.Tensor | fl
 
 def test_the_similarity_of_a_batch(world):
     task = make_task(world, SATA)
-    batch, shift = batch_of(world, task), torch.linspace(-1, 1, 6)
+    batch = batch_of(world, task)
     expected = torch.tensor(explicit(world, batch))
     assert 0 < expected.isnan().sum() < len(expected) == len(batch.history)
     found = task.embedder.similarity(batch)
     torch.testing.assert_close(found, expected, equal_nan=True)
     assert not found.requires_grad
-    moved = torch.tensor(explicit(world, batch, shift))
-    torch.testing.assert_close(task.embedder.similarity(batch, shift), moved, equal_nan=True)
 
 
 @pytest.mark.parametrize("ranker", [DIN, {"name": "dien", "mlp": [5]}, {"name": "embedding_mlp", "mlp": [5]}])

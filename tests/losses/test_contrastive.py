@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from mmctr.distributed import gather_rows
 from mmctr.losses.contrastive import (
-    Bank,
+    QueuedCandidates,
     clip_loss,
     multi_positive_loss,
     pair_loss,
@@ -156,7 +156,7 @@ ANCHOR_KEYS, POSITIVE_KEYS = torch.tensor([0, 1, 2, 3, 4, 5]), torch.tensor([3, 
 LOG_Q = torch.tensor([0.3, 1.2, 1.2, -0.5, 0.0, -1.0])
 
 
-def simple_pairs(anchors, positives, scale, valid, log_q, negatives, has_negative, bank, symmetric):
+def simple_pairs(anchors, positives, scale, valid, log_q, negatives, has_negative, queue, symmetric):
     """Row by row, over the columns that are neither the row's positive nor its anchor."""
     terms = []
     for i in range(6):
@@ -167,10 +167,10 @@ def simple_pairs(anchors, positives, scale, valid, log_q, negatives, has_negativ
         for j in range(6):
             if j == i or (valid[j] and int(POSITIVE_KEYS[j]) not in left_out):
                 logits.append(scale * anchors[i] @ positives[j] - log_q[j])
-        if bank is not None:
-            for m in range(len(bank.keys)):
-                if bank.valid[m] and int(bank.keys[m, 0]) not in left_out:
-                    logits.append(scale * anchors[i] @ bank.vectors[m] - bank.log_q[m])
+        if queue is not None:
+            for m in range(len(queue.keys)):
+                if queue.valid[m] and int(queue.keys[m, 0]) not in left_out:
+                    logits.append(scale * anchors[i] @ queue.vectors[m] - queue.log_q[m])
         if negatives is not None and has_negative[i]:
             logits.append(scale * anchors[i] @ negatives[i])
         own = scale * anchors[i] @ positives[i]
@@ -187,23 +187,23 @@ def simple_pairs(anchors, positives, scale, valid, log_q, negatives, has_negativ
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("more", [False, True], ids=["plain", "with bank, hard negatives and logQ"])
+@pytest.mark.parametrize("more", [False, True], ids=["plain", "with queue, hard negatives and logQ"])
 def test_pairs_equal_the_formula(more, symmetric):
     valid = torch.tensor([True, True, True, False, True, True])
     results = []
     for simple in (False, True):
         anchors, positives, negatives = (x.clone().requires_grad_() for x in features(6, count=3))
         scale = torch.tensor(3.0, requires_grad=True)
-        bank = has_negative = None
+        queue = has_negative = None
         log_q = torch.zeros(6)
         if more:
             log_q, has_negative = LOG_Q, torch.tensor([True, False, True, True, True, False])
             keys = torch.tensor([[20], [9], [0], [21]])
             kept = torch.tensor([True, True, True, False])
-            bank = Bank(features(4, seed=5)[0], keys, kept, torch.tensor([0.1, 0.0, 0.7, 0.0]))
+            queue = QueuedCandidates(features(4, seed=5)[0], keys, kept, torch.tensor([0.1, 0.0, 0.7, 0.0]))
         if simple:
             hard = negatives if more else None
-            loss = simple_pairs(anchors, positives, scale, valid, log_q, hard, has_negative, bank, symmetric)
+            loss = simple_pairs(anchors, positives, scale, valid, log_q, hard, has_negative, queue, symmetric)
         else:
             loss = pair_loss(
                 anchors,
@@ -215,7 +215,7 @@ def test_pairs_equal_the_formula(more, symmetric):
                 log_q=log_q if more else None,
                 negatives=negatives if more else None,
                 has_negative=has_negative,
-                bank=bank,
+                queue=queue,
                 symmetric=symmetric,
             )
         loss.backward()

@@ -16,10 +16,9 @@ from mmctr.evaluation.probes import (
     retrieval_both_ways,
     zero_shot_accuracy,
 )
-from mmctr.runs.config import DataConfig
+from mmctr.runs.config import DataConfig, PretrainConfig
 from mmctr.runs.content import item_content
 from mmctr.runs.pretrain_data import PretrainData, item_keys
-from pretrain.train import PretrainConfig, default_primary
 from tests.helpers.tiny import ARCHITECTURE
 from tests.helpers.worlds import log_columns, picture, write_dataset
 from tests.tasks.test_pretrain import pretrain_task
@@ -207,6 +206,6 @@ def test_the_number_that_chooses_the_weights_is_one_the_objectives_move():
     for primary, given in expected.items():
         for objectives in given:
             config = PretrainConfig.parse(values | {"task": {"encoder": encoder, "objectives": objectives}})
-            assert default_primary(config) == primary
+            assert config.primary_metric == primary
     head = {"encoder": encoder, "objectives": {}, "head": {"name": "beta_vae"}}
-    assert default_primary(PretrainConfig.parse(values | {"task": head})) == "head_elbo"
+    assert PretrainConfig.parse(values | {"task": head}).primary_metric == "head_elbo"

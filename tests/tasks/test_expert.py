@@ -16,6 +16,7 @@ from mmctr.data.batches import BehaviorBatch
 from mmctr.data.splits import ColdItemsSplit
 from mmctr.export.onnx_ranker import export_ranker
 from mmctr.features.vocabulary import RankingVocabulary
+from mmctr.runs.config import DataConfig
 from mmctr.runs.expert import load_expert
 from mmctr.studies.config import StudyConfig
 from mmctr.studies.runner import run_study
@@ -181,21 +182,6 @@ def test_what_is_saved_after_another_catalog_was_bound_is_in_its_order(world, co
         torch.testing.assert_close(again.logits(batch)[0], logits)
 
 
-def test_a_shift_of_the_rankers_content_reaches_an_expert_on_the_same(world):
-    """Another table has dimensions of its own, of which the shift says nothing."""
-    shift, moved = torch.linspace(-1, 1, world.content[0].shape[1]), []
-    for vectors in (world.content[0], torch.randn(len(world.content[0]), 11)):
-        other = replace(world, content=(vectors, world.content[1]))
-        task = task_of(world, expert_of(other), **student_values(DIN, TABLE | {"dim": 5}))
-        batch, said = batch_of(world, task), []
-        task.expert.register_forward_hook(lambda module, given, output, said=said: said.append(output[2]))
-        with torch.no_grad():
-            logits = [task.logits(batch, by)[0] for by in (None, shift)]
-        assert not torch.equal(*logits)
-        moved.append(not torch.equal(*said))
-    assert moved == [True, False]
-
-
 def test_cold_items_are_told_apart_by_the_expert_alone(world):
     """All cold items share an ID row; with an expert their logits differ."""
     values = student_values(DIN) | {"features": {"item": FEATURES["item"]}}
@@ -247,22 +233,30 @@ def test_an_expert_of_other_rows_is_refused(world, tmp_path):
     # config.yaml of `save_run` has what differs from the defaults alone; a run has all of it
     values = {"data": {"path": data, "items": None}, "split": SPLIT.model_dump(mode="json")}
     (run / "config.yaml").write_text(str(values).replace("None", "null"), encoding="utf-8")
-    expert = load_expert(config.make, data, None, SPLIT, vocabulary, ids)
+    expert = load_expert(config.make, DataConfig(path=data), SPLIT, vocabulary, ids)
     assert torch.equal(expert.embedder.content_table, world.content[0])
     backwards = ids.take(pa.array(np.arange(len(ids))[::-1]))
-    moved = load_expert(config.make, data + "/../data", None, SPLIT, vocabulary, backwards)
+    moved = load_expert(config.make, DataConfig(path=data + "/../data"), SPLIT, vocabulary, backwards)
     assert torch.equal(moved.embedder.content_table, world.content[0].flip(0))
     for given, message in (
-        ((str(tmp_path), None, SPLIT, vocabulary), "was trained on data.path"),
-        ((data, "else", SPLIT, vocabulary), "was trained on data.items None, this run on 'else'"),
-        ((data, None, ColdItemsSplit(cold=0.3), vocabulary), r"another split \(cold: 0.2 there, 0.3 here\)"),
-        ((data, None, ColdItemsSplit(cold=0.2, seed=1), vocabulary), r"another split \(seed"),
-        ((data, None, SPLIT, replace(vocabulary, clicks=vocabulary.clicks + 1)), "the dataset has changed since"),
+        ((DataConfig(path=str(tmp_path)), SPLIT, vocabulary), "was trained on data.path"),
+        (
+            (DataConfig(path=data, items="else"), SPLIT, vocabulary),
+            "was trained on data.items None, this run on 'else'",
+        ),
+        ((DataConfig(path=data), ColdItemsSplit(cold=0.3), vocabulary), r"another split \(cold: 0.2 there, 0.3 here\)"),
+        ((DataConfig(path=data), ColdItemsSplit(cold=0.2, seed=1), vocabulary), r"another split \(seed"),
+        (
+            (DataConfig(path=data), SPLIT, replace(vocabulary, clicks=vocabulary.clicks + 1)),
+            "the dataset has changed since",
+        ),
     ):
         with pytest.raises(ValueError, match=f"task.make.run: .*{message}"):
             load_expert(config.make, *given, ids)
     with pytest.raises(ValueError, match="is not the folder of a finished run"):
-        load_expert(config.make.model_copy(update={"run": str(tmp_path)}), data, None, SPLIT, vocabulary, ids)
+        load_expert(
+            config.make.model_copy(update={"run": str(tmp_path)}), DataConfig(path=data), SPLIT, vocabulary, ids
+        )
 
 
 @pytest.mark.slow

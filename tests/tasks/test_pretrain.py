@@ -270,7 +270,7 @@ def test_matryoshka_is_the_mean_over_the_first_dimensions():
 
 
 def test_parts_cover_every_trained_parameter_once():
-    task = pretrain_task(objectives=OBJECTIVES, projection={"dim": 8}, bank={"momentum": 0.5})
+    task = pretrain_task(objectives=OBJECTIVES, projection={"dim": 8}, queue={"momentum": 0.5})
     task.start_training(num_keys=1, num_items=8)
     parts = [p for part in task.parameter_parts().values() for p in part]
     assert {id(p) for p in parts} >= {id(p) for p in task.parameters() if p.requires_grad}
@@ -281,7 +281,7 @@ def test_parts_cover_every_trained_parameter_once():
 @pytest.mark.parametrize("encoder", ENCODERS.values(), ids=ENCODERS.keys())
 def test_a_saved_pretraining_task_loads_equal(encoder, item_vector, tmp_path):
     values = {"item_vector": item_vector, "objectives": {"siglip": {}}, "projection": {"dim": 6, "hidden": [7]}}
-    task = pretrain_task(encoder, **values, bank={"size": 16}).eval()
+    task = pretrain_task(encoder, **values, queue={"size": 16}).eval()
     task.start_training(num_keys=1, num_items=8)
     with torch.no_grad():
         task.objectives["siglip"].logit_scale += 0.5
@@ -325,7 +325,7 @@ def test_towers_without_a_shared_space_side_by_side():
     """Behaviour needs no space shared by pictures and texts; a missing one leaves zeros, the sizes being others."""
     towers = copy.deepcopy(ENCODERS["towers"])
     towers["text"]["architecture"]["hidden_size"] = 8
-    task = pretrain_task(towers, item_vector="concat", objectives={"behavior": {}}, bank={"size": 8}).train()
+    task = pretrain_task(towers, item_vector="concat", objectives={"behavior": {}}, queue={"size": 8}).train()
     task.start_training(num_keys=2, num_items=8)
     batch = pair_batch(task)
     vectors, has = task.embed(batch.items)
@@ -338,7 +338,7 @@ def test_towers_without_a_shared_space_side_by_side():
     torch.testing.assert_close(texts[0], torch.cat([torch.zeros(16), text[0]]))
     task(batch)["behavior"].backward()
     task.after_step()
-    assert task.image_features(batch.items).shape == (8, 16) and task.bank.text.shape == (8, 8)
+    assert task.image_features(batch.items).shape == (8, 16) and task.queue.text.shape == (8, 8)
 
 
 def test_a_residual_projection_starts_as_none():

@@ -227,30 +227,6 @@ def test_an_unknown_id_is_not_regularised(world):
     assert task(dropped)["mini_batch_l2"].item() < 1
 
 
-def test_a_shift_moves_targets_and_leaves_histories(world):
-    """As with another content vector of the target alone, one impression at a time."""
-    _, splits, _, data, _, _ = world
-    task = ranking_task(world, CONTENTS["table"]).eval()
-    collator = data.collator(splits.test)
-    shift = torch.linspace(-0.5, 0.5, task.embedder.content_table.shape[1])
-    batch = collator(np.arange(40))
-    with torch.no_grad():
-        moved, plain = task.logits(batch, shift)[0], task.logits(batch)[0]
-        assert (moved - plain).abs().max() > 1e-3 and torch.equal(task.logits(batch, 0 * shift)[0], plain)
-        checked = 0
-        for row in range(40):
-            one = collator(np.array([row]))
-            target = one.items.row[one.target]
-            if (one.history == one.target).any():
-                continue  # its history would move too
-            kept = task.embedder.content_table.clone()
-            task.embedder.content_table[target] += shift
-            torch.testing.assert_close(task.logits(one)[0], moved[row : row + 1], rtol=1e-4, atol=1e-5)
-            task.embedder.content_table = kept
-            checked += 1
-    assert checked > 20
-
-
 def test_an_encoder_with_a_head_trains_inside_a_ranker(world):
     """Content is the mean of the latents; what only the head's own losses read takes no part."""
     dataset, splits, vocabulary, data, content, _ = world

@@ -12,8 +12,10 @@ from torch import nn
 
 from mmctr.data.batches import Batch
 from mmctr.data.loaders import BatchPlan, TrainBatches
+from mmctr.run_folder import RunFolder
 from mmctr.training.checkpoints import Checkpoints
-from mmctr.training.fit import FitConfig, fit, lr_at, step_seed
+from mmctr.training.context import RunContext
+from mmctr.training.fit import FitConfig, FitResult, fit, lr_at, step_seed
 from mmctr.training.log import Log
 from mmctr.training.optimizers import OptimizerConfig, make_optimizer
 
@@ -62,12 +64,9 @@ def run(task, tmp_path: Path, score, primary="score", evaluate_first=False, iden
         task,
         train,
         FitConfig.parse(values),
-        run_dir=tmp_path,
-        accelerator=Accelerator(cpu=True),
+        RunContext(RunFolder(tmp_path), Accelerator(cpu=True), 0, identity),
         evaluate=lambda: {"score": score(task)},
         primary=primary,
-        seed=0,
-        identity=identity,
         evaluate_first=evaluate_first,
     )
 
@@ -109,7 +108,7 @@ def test_the_optimizer_gets_the_rate_of_each_step(tmp_path):
 def test_fit_takes_every_batch_and_logs(tmp_path):
     task = Slope()
     result = run(task, tmp_path, lambda task: task.level, epochs=3)
-    assert task.calls == task.after == 6 and result == {"best_step": 6, "best": task.level, "steps": 6, "untrained": {}}
+    assert task.calls == task.after == 6 and result == FitResult(6, task.level, {}, 6)
     plan = BatchPlan(20, 10, 0)
     assert task.seen == [plan.rows(step, plan.order(step // 2)).tolist() for step in range(6)]
     lines = log(tmp_path)
@@ -124,8 +123,8 @@ def test_stops_early_and_restores_the_best_weights(tmp_path):
     """The score peaks at level 6, after 6 steps (evaluation 3); with patience 2 it stops after evaluation 5."""
     task = Slope()
     result = run(task, tmp_path, lambda task: -abs(task.level - 6), epochs=10, patience=2)
-    assert result["best_step"] == 6 and result["steps"] == 10 and task.calls == 10
-    assert task.level == pytest.approx(6, abs=1e-4) and result["best"] == pytest.approx(0, abs=1e-4)
+    assert result.best_step == 6 and result.steps == 10 and task.calls == 10
+    assert task.level == pytest.approx(6, abs=1e-4) and result.best == pytest.approx(0, abs=1e-4)
     # started again, it is finished
     again = Slope()
     assert run(again, tmp_path, lambda task: -abs(task.level - 6), epochs=10, patience=2) == result
@@ -135,13 +134,13 @@ def test_stops_early_and_restores_the_best_weights(tmp_path):
 def test_without_patience_it_runs_to_the_end_and_still_restores_the_best(tmp_path):
     task = Slope()
     result = run(task, tmp_path, lambda task: -abs(task.level - 4), epochs=5)
-    assert (result["best_step"], result["steps"]) == (4, 10) and task.level == pytest.approx(4, abs=1e-4)
+    assert (result.best_step, result.steps) == (4, 10) and task.level == pytest.approx(4, abs=1e-4)
 
 
 def test_the_untrained_task_can_be_the_best(tmp_path):
     task = Slope()
     result = run(task, tmp_path, lambda task: -task.level, epochs=2, evaluate_first=True)
-    assert result["best_step"] == 0 and task.level == 0 and result["untrained"] == {"score": 0.0}
+    assert result.best_step == 0 and task.level == 0 and result.untrained == {"score": 0.0}
 
 
 def test_evaluations_an_epoch(tmp_path):
@@ -155,7 +154,7 @@ def test_no_epochs_train_nothing(tmp_path):
     task = Slope()
     result = run(task, tmp_path, lambda task: 0.7, epochs=0)
     assert task.calls == 0 and task.level == 0 and not task.training
-    assert result == {"best_step": 0, "best": 0.7, "steps": 0, "untrained": {"score": 0.7}}
+    assert result == FitResult(0, 0.7, {"score": 0.7}, 0)
 
 
 @pytest.mark.parametrize("log_every", [1, 5])
@@ -214,8 +213,9 @@ def test_a_tracker_counts_the_steps_of_a_second_fit_on(tmp_path):
             seen.append((step, values))
 
     seen: list[tuple[int, dict]] = []
-    for folder, phase, before in ((tmp_path, "", 0), (tmp_path / "second", "cold_ids", 2)):
-        lines = Log(folder.joinpath("log.jsonl"), 0, Tracked(cpu=True), phase, before)
+    first = RunContext(RunFolder(tmp_path), Tracked(cpu=True), 0, "")
+    for context in (first, first.next_phase("cold_ids", 2)):
+        lines, folder = Log(context, 0), context.folder.path
         lines.write({"step": 1, "loss": 0.5})
         lines.write({"step": 2, "epoch": 1.0, "validation": {"auc": 0.7}})
         assert log(folder) == [

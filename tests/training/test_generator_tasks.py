@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 
-from finetune.train import FinetuneConfig
 from mmctr.data.prepare import open_dataset
 from mmctr.data.splits import StagedSplit, split_interactions
 from mmctr.data.tables import rows_of
@@ -20,8 +19,11 @@ from mmctr.evaluation.metrics import auc
 from mmctr.evaluation.predict import predict
 from mmctr.features.ranking_data import RankingData
 from mmctr.features.vocabulary import RankingVocabulary
+from mmctr.run_folder import RunFolder
+from mmctr.runs.config import FinetuneConfig
 from mmctr.studies.controls import factor_table
 from mmctr.tasks import RankingTask, RankingTaskConfig
+from mmctr.training.context import RunContext
 from mmctr.training.fit import FitConfig
 from mmctr.training.generator_tasks import (
     CVARTask,
@@ -259,11 +261,8 @@ def test_a_generator_learns_and_the_ranker_stays(world, name, tmp_path):
         train,
         validation,
         fit,
-        run_dir=tmp_path,
-        accelerator=accelerator,
-        primary="auc",
-        seed=0,
-        identity="x",
+        RunContext(RunFolder(tmp_path), accelerator, 0, "x"),
+        "auc",
     )
     assert done["best"] > 0.8 > done["without"]["auc"] == 0.5  # a few held-out items, whose rows it has not seen
     known = table[1].numpy()[test.item]
@@ -294,11 +293,8 @@ def test_held_out_items_do_not_teach(world, tmp_path, monkeypatch):
             replace(splits.train, label=label),
             splits.validation,
             FitConfig(batch_size=64),
-            run_dir=tmp_path / str(flip),
-            accelerator=Accelerator(cpu=True),
-            primary="auc",
-            seed=0,
-            identity="x",
+            RunContext(RunFolder(tmp_path / str(flip)), Accelerator(cpu=True), 0, "x"),
+            "auc",
         )
         results.append(task.state_dict())
     shown = np.unique(np.concatenate(validated))
@@ -310,18 +306,18 @@ def test_held_out_items_do_not_teach(world, tmp_path, monkeypatch):
 def test_a_batch_too_small_for_an_item_is_refused(world, tmp_path):
     task, splits = ranker_of(world, "meta_embedding"), world[1]
     data = RankingData(world[0], task.vocabulary, task.config.features, task.config.max_history)
-    how = {"run_dir": tmp_path, "accelerator": Accelerator(cpu=True), "primary": "auc", "seed": 0, "identity": "x"}
+    context = RunContext(RunFolder(tmp_path), Accelerator(cpu=True), 0, "x")
     with pytest.raises(ValueError, match=r"cold_fit.batch_size: 3 rows, with 2 \* cold_ids.rows = 4 of an item"):
-        train_cold_ids(task, data, splits.train, splits.validation, FitConfig(batch_size=3), **how)
+        train_cold_ids(task, data, splits.train, splits.validation, FitConfig(batch_size=3), context, "auc")
 
 
 def test_too_few_rows_of_held_out_items_are_refused(world, tmp_path):
     task, splits = ranker_of(world, "mwuf"), world[1]
     data = RankingData(world[0], task.vocabulary, task.config.features, task.config.max_history)
     one_a_user = splits.validation.take(np.unique(splits.validation.user, return_index=True)[1])
-    how = {"run_dir": tmp_path, "accelerator": Accelerator(cpu=True), "primary": "gauc", "seed": 0, "identity": "x"}
+    context = RunContext(RunFolder(tmp_path), Accelerator(cpu=True), 0, "x")
     with pytest.raises(ValueError, match=r"cold_ids.held_out: gauc is undefined on the \d+ validation rows"):
-        train_cold_ids(task, data, splits.train, one_a_user, FitConfig(batch_size=64), **how)
+        train_cold_ids(task, data, splits.train, one_a_user, FitConfig(batch_size=64), context, "gauc")
 
 
 def test_what_belongs_to_the_whole_run_cannot_be_set_for_the_second_phase():

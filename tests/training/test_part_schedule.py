@@ -11,6 +11,8 @@ import torch
 from accelerate import Accelerator
 
 from mmctr.data.loaders import BatchPlan, TrainBatches
+from mmctr.run_folder import RunFolder
+from mmctr.training.context import RunContext
 from mmctr.training.fit import FitConfig, fit
 from mmctr.training.optimizers import GroupConfig, OptimizerConfig, make_optimizer, optimizer_tensors
 from mmctr.training.part_schedule import PartSchedule, draw_seed
@@ -53,12 +55,9 @@ def run(task: Drawn, folder: Path, optimizer: dict, after: Callable[[], object] 
         task,
         TrainBatches(BatchPlan(STEPS, 1, 0), lambda rows, step: Numbers(rows)),
         FitConfig.parse(config | {"max_grad_norm": None, "optimizer": optimizer}),
-        run_dir=folder,
-        accelerator=Accelerator(cpu=True),
+        RunContext(RunFolder(folder), Accelerator(cpu=True), seed, "a"),
         evaluate=lambda: {"better": float(next(RISING))},  # the last weights are the best
         primary="better",
-        seed=seed,
-        identity="a",
     )
     return task
 

@@ -50,7 +50,7 @@ MIXED = {
     },
     "projection": {"dim": 8, "hidden": [12]},
     "objectives": {"siglip": {}, "behavior": {}},
-    "bank": {"size": 40, "momentum": 0.5},
+    "queue": {"size": 40, "momentum": 0.5},
 }
 FROZEN = {
     "encoder": {"name": "openclip", "architecture": ARCHITECTURE, "image": "frozen", "layer_decay": 0.8},
@@ -102,7 +102,7 @@ KINDS = [
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_spread_run_equals_one_process_and_goes_on_when_killed(toy_folder, tmp_path, kind):
-    """With adapters, layers computed again, convolutions in another layout, a bank with an encoder of its own."""
+    """With adapters, layers computed again, convolutions in another layout, a queue with an encoder of its own."""
     values = pretrain_values(toy_folder, **MIXED)
     values["fit"] |= {"epochs": 2, "optimizer": {"lr": 1e-3}, "max_grad_norm": 0.5}
     config = write_config(tmp_path / "p.yaml", values)

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-from finetune.train import FinetuneConfig
 from mmctr.data.batches import ItemBatch
 from mmctr.data.prepare import open_dataset
 from mmctr.data.splits import StagedSplit, split_interactions
@@ -23,14 +22,17 @@ from mmctr.evaluation.predict import predict
 from mmctr.features.ranking_data import RankingData
 from mmctr.features.vocabulary import RankingVocabulary
 from mmctr.files import read_json
+from mmctr.run_folder import RunFolder
+from mmctr.runs.config import FinetuneConfig
 from mmctr.studies.config import StudyConfig
 from mmctr.studies.page import write_study_page
 from mmctr.studies.results import study_results
 from mmctr.studies.runner import Outcome, run_study, study_cells
 from mmctr.studies.table import study_table
 from mmctr.tasks import RankingTask, RankingTaskConfig
+from mmctr.training.context import RunContext
 from mmctr.training.fit import step_seed
-from mmctr.training.stages import StagesConfig, warm_up, with_rows
+from mmctr.training.stages import StagesConfig, train_stages, with_rows
 from tests.helpers.tiny import finetune_values, start, write_config
 from tests.reports.test_compare import Page
 
@@ -67,7 +69,9 @@ def stages_of(world, task: RankingTask, tmp_path, **config) -> dict[str, np.ndar
 
     accelerator = Accelerator(cpu=True)
     how = StagesConfig.parse(config)
-    return warm_up(task, see, splits, how, dataset.catalog.item_ids, tmp_path, accelerator, 0)
+    return train_stages(
+        task, see, splits, how, dataset.catalog.item_ids, RunContext(RunFolder(tmp_path), accelerator, 0, "")
+    )
 
 
 @pytest.mark.parametrize("name", ["none", "meta_embedding", "mwuf", "cvar"])

@@ -1,0 +1,9 @@
+"""`pyarrow.compute` as `pc`, typed as Any: pyarrow makes these functions at import time, unknown to type checkers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyarrow.compute
+
+pc: Any = pyarrow.compute

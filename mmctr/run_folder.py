@@ -1,0 +1,144 @@
+"""RunFolder: the files of a training run, by name. No other module writes the name of one of these files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mmctr.files import fingerprint, read_json, write_json
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A folder that `pretrain.train` or `finetune.train` writes, and that later commands read.
+
+    Example:
+        ```python
+        run = RunFolder(Path("demo/din_table"))
+        run.read_config()["seed"], run.read_metrics()["test"]["cold"]["gauc"]
+        ```
+    """
+
+    path: Path
+
+    # written when the run begins
+    @property
+    def config(self) -> Path:
+        """The resolved config, which loads back equal."""
+        return self.path / "config.yaml"
+
+    @property
+    def item_tables(self) -> Path:
+        """The columns joined to the items, of runs with `data.item_tables`."""
+        return self.path / "item_tables.parquet"
+
+    # written in training
+    @property
+    def log(self) -> Path:
+        """One JSON object a line: loss terms of a step, or validation metrics."""
+        return self.path / "log.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The newest state to resume from, and the weights of the best evaluation."""
+        return self.path / "checkpoints"
+
+    @property
+    def tracker(self) -> Path:
+        """Files of an Accelerate tracker such as TensorBoard."""
+        return self.path / "tracker"
+
+    # the saved task
+    @property
+    def task(self) -> Path:
+        """Kind and config of the task: with them the folder describes the model it holds."""
+        return self.path / "task.json"
+
+    @property
+    def weights(self) -> Path:
+        """The weights of the best evaluation."""
+        return self.path / "model.safetensors"
+
+    @property
+    def encoder(self) -> Path:
+        """Architecture and tokenizer of the encoder: pretraining runs, and rankers with a live encoder."""
+        return self.path / "encoder"
+
+    @property
+    def vocabulary(self) -> Path:
+        """Items, users and feature values seen in training: rankers."""
+        return self.path / "vocabulary"
+
+    @property
+    def content(self) -> Path:
+        """The frozen vectors of a ranker with a content table."""
+        return self.path / "content.safetensors"
+
+    @property
+    def catalog(self) -> Path:
+        """Raw item ids in the order of the content vectors: rankers with content."""
+        return self.path / "catalog.parquet"
+
+    @property
+    def expert(self) -> Path:
+        """The content expert of a ranker with `task.make`."""
+        return self.path / "expert"
+
+    # results
+    @property
+    def metrics(self) -> Path:
+        """Validation metrics; of rankers also test metrics: all, warm, cold, by clicks."""
+        return self.path / "metrics.json"
+
+    @property
+    def predictions(self) -> Path:
+        """Every test row of a ranker with its score."""
+        return self.path / "predictions.parquet"
+
+    @property
+    def stages(self) -> Path:
+        """Every test row of a `staged` split with its score after each stage."""
+        return self.path / "stages.parquet"
+
+    @property
+    def concepts(self) -> Path:
+        """Names of latent dimensions, written by `mmctr concepts`."""
+        return self.path / "concepts.json"
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether a recipe has started in this folder."""
+        return self.config.is_file()
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether a recipe has ended in this folder: metrics are written last."""
+        return self.is_begun and self.metrics.is_file()
+
+    def read_config(self) -> dict[str, Any]:
+        """The resolved config of the run. Raises ValueError where the folder holds no run, or a damaged file."""
+        if not self.is_begun:
+            raise ValueError(f"{self.path}: not a run folder (no {self.config.name})")
+        try:
+            values = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{self.config}: not a YAML file ({str(error).splitlines()[0]}); train again") from None
+        if not isinstance(values, dict):
+            raise ValueError(f"{self.config}: holds no config; train again")
+        return values
+
+    def read_metrics(self) -> dict[str, Any]:
+        """The numbers of the run. Raises ValueError where it has not finished."""
+        if not self.metrics.is_file():
+            raise ValueError(f"{self.path}: not a finished run (no {self.metrics.name}); run the recipe again")
+        return read_json(self.metrics)
+
+    def write_metrics(self, values: dict[str, Any]) -> None:
+        write_json(self.metrics, values)
+
+    def weights_fingerprint(self) -> str:
+        """16 hex digits of the weights: vectors and names of dimensions made by other weights have another."""
+        return fingerprint(self.weights.read_bytes())

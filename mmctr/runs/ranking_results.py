@@ -1,0 +1,89 @@
+"""What a ranking run leaves behind when training has ended: the task, metrics.json, predictions.parquet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet
+
+from mmctr.data.interactions import Impressions
+from mmctr.data.prepare import Dataset
+from mmctr.data.splits import Splits
+from mmctr.data.tables import one_array
+from mmctr.evaluation.predict import full_report, predictions_table
+from mmctr.files import replace_file
+from mmctr.tasks import RankingTask
+from mmctr.training.context import RunContext
+from mmctr.training.stages import save_stages
+
+
+@dataclass(frozen=True)
+class RankingScores:
+    """Click probabilities of a trained ranker.
+
+    Args:
+        validation, test: (n,) of the impressions of these parts of the split.
+        stages: (n,) of the test impressions after each stage of a `staged` split, by the name of the stage.
+    """
+
+    validation: np.ndarray
+    test: np.ndarray
+    stages: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def with_stages(self, stages: dict[str, np.ndarray]) -> RankingScores:
+        """The same, with the scores of the test impressions after each stage; before the first one they are `cold`."""
+        return replace(self, stages={"cold": self.test, **stages})
+
+
+def write_ranking_results(
+    context: RunContext,
+    task: RankingTask,
+    dataset: Dataset,
+    splits: Splits,
+    scores: RankingScores,
+    training: dict[str, Any],
+) -> None:
+    """Save the task, measure validation and test, and print the test metrics; the main process alone writes.
+
+    Args:
+        training: how training went, the entry `training` of metrics.json.
+    """
+    if not context.is_main_process:
+        return
+    folder = context.folder
+    task.save(folder.path)
+    metrics: dict[str, Any] = {
+        "validation": _report(splits, splits.validation, scores.validation),
+        "test": _report(splits, splits.test, scores.test),
+    }
+    predictions = predictions_table(
+        splits.test,
+        scores.test,
+        splits.is_cold(splits.test),
+        splits.clicks[splits.test.item],
+        one_array(dataset.users["user_id"]),
+        dataset.catalog.item_ids,
+    )
+    replace_file(folder.predictions, lambda path: pyarrow.parquet.write_table(predictions, path))
+    if scores.stages:
+        metrics["stages"] = save_stages(folder, splits.test, predictions, scores.stages)
+    tables = task.sparsity() if task.config.ranker.weight_dim else {}
+    sparsity = {"tables": tables} if task.config.ranker.weight_dim else {}
+    folder.write_metrics({**metrics, "training": training, "split": splits.report, **sparsity})
+    _print_metrics(metrics, tables)
+
+
+def _report(splits: Splits, part: Impressions, scores: np.ndarray) -> dict[str, Any]:
+    return full_report(part, scores, splits.is_cold(part), splits.clicks[part.item])
+
+
+def _print_metrics(metrics: dict[str, Any], tables: dict[str, dict[str, int]]) -> None:
+    for name, count in tables.items():
+        print(f"{name}: {count['rows'] - count['nonzero']} of {count['rows']} features dropped")
+    lines = {f"test {name:4}": metrics["test"][name] for name in ("all", "warm", "cold")}
+    for name, numbers in (lines | metrics.get("stages", {})).items():
+        if numbers["auc"] is not None:
+            gauc = numbers["gauc"] or float("nan")
+            print(f"{name:9}  AUC {numbers['auc']:.4f}  gAUC {gauc:.4f}  log loss {numbers['log_loss']:.4f}")
