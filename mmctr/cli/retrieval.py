@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -69,7 +68,7 @@ def append_to_index(table: EmbeddingTable, out: str, data: str | None) -> str:
 
 
 def _columns(table: EmbeddingTable, data: str | None, names: list[str] | None) -> pa.Table:
-    folder = data or table.manifest.get("identity", {}).get("data")
+    folder = data or table.identity.data
     if folder is None:
         raise ValueError("these embeddings do not say of which dataset they are; name it with --data")
     catalog = open_dataset(folder).catalog
@@ -122,9 +121,9 @@ def search_command(arguments: argparse.Namespace) -> str:
 def _shift(arguments: argparse.Namespace, index: ItemIndex) -> np.ndarray | None:
     if not arguments.more and not arguments.less:
         return None
-    identity: dict[str, Any] = index.manifest.get("identity", {})
-    named = Path(arguments.concepts or RunFolder(Path(str(identity.get("run")))).concepts)
-    shift = steering(named, arguments.more, arguments.less, arguments.strength, identity.get("weights"))
+    identity = index.identity
+    named = Path(arguments.concepts or RunFolder(Path(str(identity.run))).concepts)
+    shift = steering(named, arguments.more, arguments.less, arguments.strength, identity.weights)
     if len(shift) != index.dim:
         raise ValueError(f"{named}: of {len(shift)} dimensions, the vectors have {index.dim}: not of one run")
     return shift

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from mmctr.data.arrow import pc
+from mmctr.data.embedding_identity import EmbeddingIdentity
 from mmctr.data.tables import as_ids, read_table, require_columns, rows_of
 from mmctr.files import read_json, replace_file, write_json
 
@@ -44,6 +45,11 @@ class EmbeddingTable:
     @property
     def dim(self) -> int:
         return self.vectors.shape[1]
+
+    @property
+    def identity(self) -> EmbeddingIdentity:
+        """What made the vectors; nothing is known of a file of another program."""
+        return identity_of(self.manifest)
 
     def aligned(self, item_ids: pa.Array) -> tuple[torch.Tensor, torch.Tensor]:
         """Vectors in the order of `item_ids`: (N, D) float32 and the (N,) bool mask of ids that are in the table."""
@@ -182,15 +188,20 @@ def _read_parquet(path: Path) -> EmbeddingTable:
     return _checked(as_ids(table.column("item_id"), "item_id", path), values.reshape(len(table), -1), path)
 
 
-def begun_identity(folder: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+def identity_of(manifest: dict[str, Any]) -> EmbeddingIdentity:
+    """What made the vectors that a manifest is of; nothing is known of vectors of another program."""
+    return EmbeddingIdentity.from_json(manifest.get("identity", {}))
+
+
+def begun_identity(folder: Path) -> tuple[EmbeddingIdentity | None, dict[str, Any] | None]:
     """The identity and the facts with which a folder was begun, finished or not; None where there are none."""
     if (folder / "manifest.json").is_file():
         manifest = read_json(folder / "manifest.json")
-        return manifest["identity"], manifest.get(_FACTS)
+        return EmbeddingIdentity.from_json(manifest["identity"], str(folder)), manifest.get(_FACTS)
     if (folder / "begun.json").is_file():
-        identity = read_json(folder / "begun.json")
-        facts = identity.pop(_FACTS, None)
-        return identity, facts
+        values = read_json(folder / "begun.json")
+        facts = values.pop(_FACTS, None)
+        return EmbeddingIdentity.from_json(values, str(folder / "begun.json")), facts
     return None, None
 
 
@@ -199,7 +210,7 @@ def write_embeddings(
     item_ids: pa.Array,
     titles: list[str | None] | None,
     encode: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
-    identity: dict[str, Any],
+    identity: EmbeddingIdentity,
     *,
     append: bool = False,
     facts: dict[str, Any] | None = None,
@@ -246,7 +257,7 @@ def _write_all(
     folder: Path,
     item_ids: pa.Array,
     titles: list[str | None] | None,
-    identity: dict[str, Any],
+    identity: EmbeddingIdentity,
     facts: dict[str, Any] | None,
     shard_size: int,
     is_main: bool,
@@ -266,7 +277,7 @@ def _write_all(
                 f"adds items that are new in the same dataset)"
             )
         facts = facts if old is None else kept
-        write_json(begun, identity | ({_FACTS: facts} if facts else {}))
+        write_json(begun, identity.to_json() | ({_FACTS: facts} if facts else {}))
     write_shards(names, np.arange(len(item_ids)))
     if is_main:
         has = np.concatenate([load_file(folder / name)["has_content"] for name in names])
@@ -280,20 +291,19 @@ def _write_further(
     folder: Path,
     item_ids: pa.Array,
     titles: list[str | None] | None,
-    identity: dict[str, Any],
+    identity: EmbeddingIdentity,
     facts: dict[str, Any] | None,
     shard_size: int,
     is_main: bool,
     write_shards: WriteShards,
 ) -> EmbeddingTable | None:
     manifest, known = _read_items(folder)
-    old = manifest["identity"]
-    # the catalog has grown, and it and the run may have moved
-    may_differ = ("catalog", "data", "run", "shard_size", "appended")
-    for key in [key for key in identity | old if key not in may_differ and old.get(key) != identity.get(key)]:
+    old = EmbeddingIdentity.from_json(manifest["identity"], str(folder))
+    key = old.change_of_encoder(identity)
+    if key is not None:
         raise ValueError(
-            f"{folder}: its vectors are of {key} {old.get(key)!r}, not {identity.get(key)!r}; append with the run and "
-            f"the options they were made with"
+            f"{folder}: its vectors are of {key} {getattr(old, key)!r}, not {getattr(identity, key)!r}; append with "
+            f"the run and the options they were made with"
         )
     known_ids = as_ids(known.column("item_id"), "item_id", folder)
     rows = np.flatnonzero((rows_of(item_ids, known_ids, "catalog") < 0) & np.asarray(item_ids.is_valid()))
@@ -301,7 +311,7 @@ def _write_further(
     names = [_shard(len(done) + start // shard_size) for start in range(0, len(rows), shard_size)]
     begun = folder / "appending.json"
     if is_main:
-        mark = identity | {"shard_size": shard_size}
+        mark = replace(identity, shard_size=shard_size).to_json()
         if not begun.is_file() or read_json(begun) != mark:
             # shards of a call that was killed, for another state of the catalog
             for path in folder.glob("vectors-*.safetensors"):
@@ -319,8 +329,7 @@ def _write_further(
     name = f"items-{len(done) + len(names):05d}.parquet" if names else before
     replace_file(folder / name, lambda path: pyarrow.parquet.write_table(items, path))
     facts = facts or manifest.get(_FACTS)
-    identity = old | identity | {"appended": True}
-    _write_manifest(folder, identity, done + names, name, len(item_ids), len(items), facts)
+    _write_manifest(folder, old.after_appending(identity), done + names, name, len(item_ids), len(items), facts)
     if name != before:
         (folder / before).unlink()
     begun.unlink(missing_ok=True)
@@ -351,14 +360,14 @@ def _items_file(manifest: dict[str, Any]) -> str:
 
 def _write_manifest(
     folder: Path,
-    identity: dict[str, Any],
+    identity: EmbeddingIdentity,
     shards: list[str],
     items_file: str,
     items: int,
     vectors: int,
     facts: dict[str, Any] | None,
 ) -> None:
-    manifest: dict[str, Any] = {"format": FORMAT, "identity": identity, "shards": shards}
+    manifest: dict[str, Any] = {"format": FORMAT, "identity": identity.to_json(), "shards": shards}
     if items_file != ITEMS:
         manifest["items_file"] = items_file
     counts = {"items": items, "vectors": vectors, "without content": items - vectors}

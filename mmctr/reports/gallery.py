@@ -29,10 +29,10 @@ def sample_neighbours(
     if folder is None:
         return None
     table = EmbeddingTable.read(folder)
-    identity = table.manifest.get("identity")
-    if identity is None or not Path(identity["data"]).is_dir():
+    data = table.identity.data
+    if data is None or not Path(data).is_dir():
         return None
-    card = Cards(open_dataset(identity["data"]).catalog)
+    card = Cards(open_dataset(data).catalog)
     index = ItemIndex.build(table)
     rows = []
     for position in np.linspace(0, len(table) - 1, num_items).astype(int):

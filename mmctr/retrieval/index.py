@@ -15,7 +15,8 @@ import faiss
 import numpy as np
 import pyarrow as pa
 
-from mmctr.data.embeddings import EmbeddingTable
+from mmctr.data.embedding_identity import EmbeddingIdentity
+from mmctr.data.embeddings import EmbeddingTable, identity_of
 from mmctr.data.tables import examples, one_array
 from mmctr.errors import UnknownId
 from mmctr.retrieval import storage as index_files
@@ -66,6 +67,11 @@ class ItemIndex:
         self.removed = np.zeros(len(items), bool) if removed is None else removed
         self.mapped = mapped
         self._lock = threading.Lock()
+
+    @property
+    def identity(self) -> EmbeddingIdentity:
+        """What made the vectors; nothing is known of vectors of another program."""
+        return identity_of(self.manifest)
 
     def __len__(self) -> int:
         return len(self.items) - int(self.removed.sum())

@@ -25,8 +25,7 @@ def merge(parts: Sequence[ItemIndex]) -> ItemIndex:
     for number, part in enumerate(others, 1):
         if part.dim != first.dim:
             raise ValueError(f"part {number} has {part.dim} dimensions, the first {first.dim}")
-        weights = [p.manifest.get("identity", {}).get("weights") for p in (first, part)]
-        if weights[0] != weights[1]:
+        if part.identity.weights != first.identity.weights:
             raise ValueError(f"part {number} is of another run's vectors than the first: they cannot be compared")
         if part.items.schema != first.items.schema:
             raise ValueError(

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from mmctr.data.content import ItemContent
+from mmctr.data.embedding_identity import EmbeddingIdentity
 from mmctr.data.embeddings import EmbeddingTable, begun_identity, write_embeddings
 from mmctr.data.tables import as_text
 from mmctr.evaluation.predict import Modality, embed_batch, embed_items
@@ -63,23 +64,20 @@ def embed_run(
         content, item_ids = item_content(dataset, config, task, accelerator), dataset.catalog.item_ids
         if "title" in dataset.catalog.table.column_names:
             titles = as_text(dataset.catalog.table.column("title")).to_pylist()
-    identity = {
-        "run": str(folder.resolve()),
-        "data": str(Path(config.path).resolve()),
-        "weights": RunFolder(folder).weights_fingerprint(),
-        "catalog": fingerprint(item_ids.to_pylist()),
-        "modality": modality,
-        "item_vector": task.config.item_vector,
-        "shard_size": shard_size,
-    }
-
     facts = None
     if precision == "auto":
         precision, facts = _chosen_precision(task, content, len(item_ids), modality, Path(out), accelerator)
     lower(task, precision)
-    if precision != "fp32":
-        identity["precision"] = precision
-
+    identity = EmbeddingIdentity(
+        run=str(folder.resolve()),
+        data=str(Path(config.path).resolve()),
+        weights=RunFolder(folder).weights_fingerprint(),
+        catalog=fingerprint(item_ids.to_pylist()),
+        modality=modality,
+        item_vector=task.config.item_vector,
+        shard_size=shard_size,
+        precision=None if precision == "fp32" else precision,
+    )
     named = np.asarray(item_ids.is_valid())  # a row of a shard may lack its id
 
     def encode(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -115,7 +113,7 @@ def _chosen_precision(
     if accelerator.is_main_process:
         begun, _ = begun_identity(out)
         if begun is not None:
-            result[0] = begun.get("precision", "fp32")
+            result[0] = begun.precision or "fp32"
             print(f"precision {result[0]}: as {out} was begun")
         else:
             # all over a catalog in memory; of a stream the first ones, which are in one group
@@ -127,4 +125,5 @@ def _chosen_precision(
             result = [measured.precision, measured.facts()]
     if accelerator.num_processes > 1:
         broadcast_object_list(result)
-    return result[0], result[1]
+    chosen, facts = result
+    return chosen, facts

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 
 from mmctr.data.catalog import Catalog
 from mmctr.data.content import ItemContent, PictureField, TextField
+from mmctr.data.embedding_identity import EmbeddingIdentity
 from mmctr.data.embeddings import EmbeddingTable, write_embeddings
 from mmctr.encoders.augment import AugmentConfig
 from mmctr.encoders.base import EncoderBase
@@ -40,12 +41,13 @@ def _with_features(
         source = [field.pictures.folder.name, field.pictures.report["key"]]
     else:
         source = [fingerprint(field.input_ids.numpy().tobytes())]
-    identity = {
-        "tower": _tower_key(encoder, tower),
-        "source": source,
-        "catalog": fingerprint(catalog.item_ids.to_pylist()),
-    }
-    folder = catalog.folder / f"features-{tower}-{fingerprint(identity)}"
+    identity = EmbeddingIdentity(
+        weights=_tower_key(encoder, tower),
+        catalog=fingerprint(catalog.item_ids.to_pylist()),
+        modality=tower,
+        source=fingerprint(source),
+    )
+    folder = catalog.folder / f"features-{tower}-{fingerprint(identity.to_json())}"
     has = field.has
 
     @torch.inference_mode()

@@ -98,9 +98,8 @@ class Searcher:
     """
 
     def __init__(self, index: ItemIndex, run: str | None = None, data: str | None = None, last: int = 50):
-        identity = index.manifest.get("identity", {})
         self.index, self.last = index, last
-        self._run, self._data = run or identity.get("run"), data or identity.get("data")
+        self._run, self._data = run or index.identity.run, data or index.identity.data
 
     @property
     def has_encoder(self) -> bool:

@@ -39,7 +39,7 @@ class Service:
 
     def __init__(self, searcher: Searcher, rankers: dict[str, Scorer], data: str | None = None):
         self.searcher, self.index, self.rankers = searcher, searcher.index, rankers
-        if not rankers and data is None and "data" not in searcher.index.manifest.get("identity", {}):
+        if not rankers and data is None and searcher.index.identity.data is None:
             self.catalog = None
         else:
             self.catalog = (next(iter(rankers.values())) if rankers else searcher).dataset.catalog
@@ -174,12 +174,12 @@ class Service:
             distinct = flat.unique().drop_null()
             choice = len(distinct) <= (12 if pa.types.is_integer(kind) else 40) and not pa.types.is_floating(kind)
             columns[name] = {"type": str(kind), "values": sorted(map(str, distinct.to_pylist())) if choice else None}
-        identity = self.index.manifest.get("identity", {})
+        run = self.index.identity.run
         return {
             "items": len(self.index),
             "columns": columns,
             "rankers": {name: scorer.run.name for name, scorer in self.rankers.items()},
             "encoder": self.searcher.has_encoder,
-            "run": Path(identity["run"]).name if "run" in identity else None,
+            "run": Path(run).name if run is not None else None,
             "sample": [{"item_id": item, "title": self.title(item)} for item in self.index.sample(24)],
         }

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from mmctr.data.embedding_identity import EmbeddingIdentity
 from mmctr.data.embeddings import EmbeddingTable, read_tables, write_embeddings
 
 VECTORS = np.arange(12, dtype=np.float32).reshape(4, 3)
@@ -25,7 +26,8 @@ def write(folder, n=12, identity=None, calls=None, titles=True, **more):
         return encode(rows)
 
     ids, names = pa.array([f"i{row}" for row in range(n)]), [f"t{row}" if row else None for row in range(n)]
-    write_embeddings(folder, ids, names if titles else None, counted, identity or {"run": "x"}, shard_size=4, **more)
+    made_by = EmbeddingIdentity(**(identity or {"run": "x"}))
+    write_embeddings(folder, ids, names if titles else None, counted, made_by, shard_size=4, **more)
 
 
 def contents(folder):
@@ -56,7 +58,7 @@ def test_resumed_equals_fresh_and_encodes_only_what_is_missing(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         ids = pa.array([f"i{row}" for row in range(12)])
-        write_embeddings(folder, ids, None, stop, {"run": "x"}, shard_size=4)
+        write_embeddings(folder, ids, None, stop, EmbeddingIdentity(run="x"), shard_size=4)
     with pytest.raises(ValueError, match=r"not a finished embedding folder.*mmctr embed"):
         EmbeddingTable.read(folder)
     with pytest.raises(ValueError, match="another run or dataset"):
@@ -183,7 +185,7 @@ def append(folder, order, identity=None, calls=None, titles=True, stop_at=None, 
         return encode(wanted)
 
     ids, names = pa.array([f"i{row}" for row in order]), [f"t{row}" for row in order]
-    identity = {"run": "x", "catalog": str(order)} | (identity or {})
+    identity = EmbeddingIdentity(**({"run": "x", "catalog": str(order)} | (identity or {})))
     return write_embeddings(
         folder, ids, names if titles else None, counted, identity, append=True, shard_size=4, **more
     )

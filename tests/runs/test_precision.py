@@ -14,7 +14,7 @@ from mmctr.cli.main import main
 from mmctr.data.batches import ItemBatch
 from mmctr.data.embeddings import EmbeddingTable
 from mmctr.export.onnx_encoder import cosines, drawn_inputs
-from mmctr.runs import finished as export
+from mmctr.runs import embed as embed_module
 from mmctr.runs.precision import Measured, choose, lower
 from tests.export.test_onnx_encoder import save_run, task_of
 from tests.helpers.tiny import start
@@ -104,7 +104,7 @@ def test_embed_in_fewer_bits(run, tmp_path, capsys):
 def test_auto_is_one_precision_for_good(run, tmp_path, monkeypatch, capsys):
     """What it was begun with holds for whoever goes on, also where something else is faster now."""
     found = Measured("bf16", {"fp32": 1.0, "bf16": 2.0}, {"fp32": 1.0, "bf16": 0.9999})
-    monkeypatch.setattr(export, "choose", lambda *_: found)
+    monkeypatch.setattr(embed_module, "choose", lambda *_: found)
     out = tmp_path / "out"
     first = embed(run, out, "--precision", "auto")
     assert first["identity"]["precision"] == "bf16" and first["facts"] == found.facts()
@@ -114,7 +114,7 @@ def test_auto_is_one_precision_for_good(run, tmp_path, monkeypatch, capsys):
     (out / "manifest.json").unlink()
     (out / "begun.json").write_text(json.dumps(first["identity"] | {"facts": first["facts"]}))
     sorted(out.glob("vectors-*"))[-1].unlink()
-    monkeypatch.setattr(export, "choose", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(embed_module, "choose", lambda *_: pytest.fail("measured again"))
     assert embed(run, out, "--precision", "auto") == first
     np.testing.assert_array_equal(EmbeddingTable.read(out).vectors, before)
     assert "precision bf16: as " in capsys.readouterr().out
