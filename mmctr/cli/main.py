@@ -358,14 +358,17 @@ def _coldstart(arguments: argparse.Namespace) -> None:
         print(line, file=sys.stderr if arguments.json else sys.stdout, flush=True)
 
     results = study_results(study, run_study(study, out, arguments.study, tell=tell, jobs=arguments.jobs))
-    write_json(out / "results.json", results)
+    write_json(out / "results.json", results.to_json())
     write_study_page(results, page)
     if arguments.figures:
         write_figures(results, arguments.figures)
-    print(json.dumps(results, indent=2, ensure_ascii=False) if arguments.json else f"\n{study_table(results)}")
+    if arguments.json:
+        print(json.dumps(results.to_json(), indent=2, ensure_ascii=False))
+    else:
+        print(f"\n{study_table(results)}")
     tell(f"results: {out / 'results.json'}   report: {page}")
-    if results["failed"]:
-        raise ValueError(f"{len(results['failed'])} runs failed; mend what their logs say and start the study again")
+    if results.failed:
+        raise ValueError(f"{len(results.failed)} runs failed; mend what their logs say and start the study again")
 
 
 def _serve(arguments: argparse.Namespace) -> None:

@@ -1,17 +1,23 @@
-"""The HTML page of `mmctr concepts`: each dimension with its name, how sure that is, and the items along it."""
+"""The HTML page of `mmctr concepts`: each latent dimension with its name, the name's score, and items along it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from mmctr.data.catalog import Catalog
 from mmctr.data.tables import as_text
-from mmctr.files import replace_file
-from mmctr.reports.gallery import Cards
-from mmctr.reports.page import card, document, number, scrolling, text
+from mmctr.files import write_text
+from mmctr.reports.gallery import CardMaker
+from mmctr.reports.page import ItemCard, render_page
+from mmctr.reports.plots import histogram
+from mmctr.reports.run import Estimate
 
-SCORES = {
+SCORE_NAMES = {
     "mig": "MIG",
     "mig_sup": "MIG-sup",
     "sap": "SAP",
@@ -21,161 +27,155 @@ SCORES = {
     "factor_vae": "FactorVAE score",
 }
 
+MakeCards = Callable[[Sequence[Any]], list[ItemCard]]
+"""raw item ids -> cards"""
+
+
+@dataclass(frozen=True)
+class DimensionRow:
+    """One latent dimension in the overview table."""
+
+    dimension: int
+    active: bool
+    label: str
+    auc: Estimate
+    click_effect: float | None
+
+
+@dataclass(frozen=True)
+class TraversalStep:
+    """The items of a quantile of a latent dimension."""
+
+    quantile: float
+    cards: list[ItemCard]
+
+
+@dataclass(frozen=True)
+class DimensionSection:
+    """One active latent dimension with sentences about it and the items along it."""
+
+    dimension: int
+    label: str
+    sentences: list[str]
+    histogram: Markup
+    steps: list[TraversalStep]
+
+
+@dataclass(frozen=True)
+class ReasonSection:
+    """A latent dimension that changes the clicks predicted for a user."""
+
+    dimension: int
+    liked: str
+    click_effect: float
+    cards: list[ItemCard]
+    """Items of the user's history at the end of the dimension that the user likes."""
+
+
+@dataclass(frozen=True)
+class ScoreRow:
+    """A disentanglement score beside the score of shuffled items."""
+
+    label: str
+    value: float | None
+    chance: float | None
+
 
 def write_page(report: dict[str, Any], catalog: Catalog, path: Path) -> None:
-    """Write the page of what `mmctr.concepts.report.concepts` found."""
-    replace_file(path, lambda temporary: temporary.write_text(render(report, catalog), encoding="utf-8"))
+    """Write the page of a report of `mmctr.concepts.report.concepts`; the file appears whole or not at all."""
+    write_text(path, render_concepts(report, catalog))
 
 
-def render(report: dict[str, Any], catalog: Catalog) -> str:
+def render_concepts(report: dict[str, Any], catalog: Catalog) -> str:
+    """The page of a report of `mmctr.concepts.report.concepts` as HTML; titles and pictures are of the catalog."""
     titles = as_text(catalog.table.column("title")).to_pylist() if "title" in catalog.table.column_names else None
-    cards = Cards(catalog)
+    maker = CardMaker(catalog)
 
-    def picture(item_id: Any) -> str:
-        title = titles[int(catalog.rows([item_id])[0])] if titles else None
-        return card(cards(item_id, title))
+    def make_cards(item_ids: Sequence[Any]) -> list[ItemCard]:
+        rows = catalog.rows(item_ids) if titles and item_ids else ()
+        item_titles = [titles[int(row)] for row in rows] if titles else [None] * len(item_ids)
+        return [maker.card(item_id, title) for item_id, title in zip(item_ids, item_titles, strict=True)]
 
     active = [entry for entry in report["dimensions"] if entry["active"]]
-    named = [entry for entry in active if entry["name"] is not None and entry["name"]["verified"]]
-    lead = (
-        f"{report['items']} items, {len(report['dimensions'])} dimensions: {len(active)} vary over items, "
-        f"{len(named)} have a name that held-out items confirm."
+    user = report.get("user")
+    return render_page(
+        "concepts.html",
+        "mmctr.concepts",
+        num_items=report["items"],
+        num_dimensions=len(report["dimensions"]),
+        num_active=len(active),
+        num_named=sum(map(_has_verified_name, active)),
+        warning=report.get("warning"),
+        num_impressions=report["ranker"]["impressions"] if "ranker" in report else None,
+        rows=[_dimension_row(entry) for entry in report["dimensions"]],
+        user_id=user and user["user_id"],
+        reasons=[_reason_section(reason, make_cards) for reason in user["reasons"]] if user else None,
+        sections=[
+            _dimension_section(entry, make_cards)
+            for entry in sorted(active, key=lambda entry: not _has_verified_name(entry))
+        ],
+        scores=[
+            ScoreRow(label, report["scores"].get(name), report["chance"].get(name))
+            for name, label in SCORE_NAMES.items()
+        ]
+        if report.get("scores")
+        else None,
+        dependency=report.get("dependency"),
+        run_columns=[name for name in report["runs"][0] if name != "run"] if report.get("runs") else [],
+        runs=report.get("runs"),
     )
-    sections = [f"<h1>Concepts</h1>\n<p class='lead'>{text(lead)}</p>"]
-    if report.get("warning"):
-        sections[0] += f"\n<p class='lead'><strong>{text(report['warning'])}.</strong></p>"
-    sections.append("<h2>Dimensions</h2>\n" + _overview(report))
-    if report.get("user"):
-        sections.append(_reasons(report["user"], picture))
-    sections += [_dimension(entry, report, picture) for entry in sorted(active, key=lambda e: not _is_named(e))]
-    if report.get("scores"):
-        sections.append("<h2>Scores</h2>\n" + _scores(report))
-    if report.get("runs"):
-        sections.append("<h2>Runs</h2>\n" + _runs(report))
-    return document("Concepts", sections)
 
 
-def _is_named(entry: dict[str, Any]) -> bool:
+def _has_verified_name(entry: dict[str, Any]) -> bool:
+    """Whether a dimension has a name that verification items confirm."""
     return entry["name"] is not None and entry["name"]["verified"]
 
 
 def _label(entry: dict[str, Any]) -> str:
-    return entry["name"]["text"] if _is_named(entry) else "no name that holds"
+    """The verified name of a dimension, or words for its absence."""
+    return entry["name"]["text"] if _has_verified_name(entry) else "no name that holds"
 
 
-def _table(head: list[str], rows: list[list[str]], label: str) -> str:
-    """Cells are HTML; the first of a row is its heading."""
-    kind = [" class='words'" if name == "Name" else "" for name in head]
-    columns = "".join(f"<th scope='col'{k}>{name}</th>" for name, k in zip(head, kind, strict=True))
-    body = "".join(
-        f"<tr><th scope='row'>{row[0]}</th>"
-        f"{''.join(f'<td{k}>{cell}</td>' for cell, k in zip(row[1:], kind[1:], strict=True))}</tr>"
-        for row in rows
-    )
-    return scrolling(label, f"<table><thead><tr>{columns}</tr></thead><tbody>{body}</tbody></table>")
+def _dimension_row(entry: dict[str, Any]) -> DimensionRow:
+    """A row of the overview table."""
+    name = entry["name"] if entry["active"] else None
+    auc = Estimate(None) if name is None else Estimate(name["auc"], tuple(name["interval"]))
+    return DimensionRow(entry["dimension"], entry["active"], _label(entry), auc, entry.get("click_effect"))
 
 
-def _overview(report: dict[str, Any]) -> str:
-    with_clicks = "ranker" in report
-    head = ["Dimension", "Name", "AUC on held-out items", *(["Clicks"] if with_clicks else [])]
-    rows = []
-    for entry in report["dimensions"]:
-        name = entry["name"]
-        score = "–"
-        if name is not None:
-            low, high = name["interval"]
-            score = f"{number(name['auc'], '.3f')}<small>[{number(low, '.3f')}, {number(high, '.3f')}]</small>"
-        label = text(_label(entry)) if entry["active"] else "<span class='empty'>does not vary</span>"
-        row = [str(entry["dimension"]), label, score if entry["active"] else "–"]
-        rows.append(row + ([number(entry.get("click_effect"), "+.3f")] if with_clicks else []))
-    note = (
-        "<p class='note'>AUC: the chance that an item of the right end stands higher than one of the left end, with a "
-        "95 % interval, on items that took no part in finding the name."
-    )
-    if with_clicks:
-        note += (
-            " Clicks: what moving a target from a standard deviation below to one above adds to the predicted chance "
-            f"of a click, on average over {report['ranker']['impressions']} test impressions."
-        )
-    return _table(head, rows, "Dimensions") + note + "</p>\n"
-
-
-def _dimension(entry: dict[str, Any], report: dict[str, Any], picture: Any) -> str:
-    facts = []
+def _dimension_section(entry: dict[str, Any], make_cards: MakeCards) -> DimensionSection:
+    """The section of an active dimension."""
+    sentences = []
     name = entry["name"]
     if name is not None:
         low, high = name["interval"]
-        said = "holds" if name["verified"] else f"does not hold ({name['text']} was the best candidate)"
-        facts.append(
-            f"The name {said}: AUC {name['auc']:.3f} [{low:.3f}, {high:.3f}] on {sum(name['num_items'])} held-out "
-            f"items, from {'the column ' + name['column'] if name['column'] else 'a ' + name['source']}."
+        verdict = "holds" if name["verified"] else f"does not hold ({name['text']} was the best candidate)"
+        source = f"the column {name['column']}" if name["column"] else f"a {name['source']}"
+        sentences.append(
+            f"The name {verdict}: AUC {name['auc']:.3f} [{low:.3f}, {high:.3f}] on {sum(name['num_items'])} held-out "
+            f"items, from {source}."
         )
         share = entry["prevalence"]
-        facts.append(f"{share['low']:.0%} of items stand clearly at the left end, {share['high']:.0%} at the right.")
+        sentences.append(
+            f"{share['low']:.0%} of items stand clearly at the left end, {share['high']:.0%} at the right."
+        )
     if entry.get("correlates"):
         other = entry["correlates"]
-        facts.append(f"Goes most with dimension {other['dimension']} (r = {other['r']:+.2f}).")
+        sentences.append(f"Goes most with dimension {other['dimension']} (r = {other['r']:+.2f}).")
     if "click_effect" in entry:
-        facts.append(f"From left to right the predicted chance of a click changes by {entry['click_effect']:+.3f}.")
-    steps = "".join(
-        f"<div><h3>{step['quantile']:.0%}</h3><div class='cards'>{''.join(map(picture, step['items']))}</div></div>"
-        for step in entry["traversal"]
+        sentences.append(f"From left to right the predicted chance of a click changes by {entry['click_effect']:+.3f}.")
+    return DimensionSection(
+        dimension=entry["dimension"],
+        label=_label(entry),
+        sentences=sentences,
+        histogram=histogram(entry["histogram"]["counts"], entry["histogram"]["from"], entry["histogram"]["to"]),
+        steps=[TraversalStep(step["quantile"], make_cards(step["items"])) for step in entry["traversal"]],
     )
-    shown = scrolling(f"Items along dimension {entry['dimension']}", f"<div class='walk'>{steps}</div>")
-    heading = f"<h2>{entry['dimension']}: {text(_label(entry))}</h2>"
-    return f"{heading}\n<p class='note'>{text(' '.join(facts))}</p>\n{_histogram(entry['histogram'])}{shown}"
 
 
-def _histogram(histogram: dict[str, Any]) -> str:
-    counts = histogram["counts"]
-    top = max(counts)
-    width = 300 / len(counts)
-    bars = "".join(
-        f"<rect x='{place * width:.1f}' y='{40 - 40 * count / top:.1f}' width='{width - 1:.1f}' "
-        f"height='{40 * count / top:.1f}' fill='var(--p0)'/>"
-        for place, count in enumerate(counts)
-    )
-    label = f"Items by value, from {histogram['from']:.2f} to {histogram['to']:.2f}"
-    return f"<svg viewBox='0 0 300 40' width='300' height='40' role='img' aria-label='{label}'>{bars}</svg>\n"
-
-
-def _reasons(user: dict[str, Any], picture: Any) -> str:
-    parts = [f"<h2>Why user {text(user['user_id'])} is shown what is shown</h2>"]
-    for reason in user["reasons"]:
-        likes = ", ".join(reason["likes"]) if reason["likes"] else f"the {reason['end']} end of dimension"
-        what = likes if reason["likes"] else f"{likes} {reason['dimension']}, which has no name"
-        parts.append(
-            f"<h3>Because you like: {text(what)}</h3>\n<p class='note'>Dimension {reason['dimension']}: from one end "
-            f"to the other the predicted chance of a click changes by {reason['click_effect']:+.3f}.</p>"
-        )
-        if reason["because_of"]:
-            cards = "".join(map(picture, reason["because_of"]))
-            parts.append(scrolling("Items of the history", f"<div class='cards'>{cards}</div>"))
-    if len(parts) == 1:
-        parts.append("<p>No dimension changes what this user is predicted to click.</p>")
-    return "\n".join(parts)
-
-
-def _scores(report: dict[str, Any]) -> str:
-    rows = [
-        [label, number(report["scores"].get(name), ".3f"), number(report["chance"].get(name), ".3f")]
-        for name, label in SCORES.items()
-    ]
-    found = _table(["Score", "Here", "Chance"], rows, "Scores")
-    columns = report["dependency"]["columns"]
-    matrix = [
-        [text(columns[i]), *(number(value, ".2f") for value in row)]
-        for i, row in enumerate(report["dependency"]["matrix"])
-    ]
-    depends = _table(["Column", *map(text, columns)], matrix, "Dependency of columns")
-    note = (
-        "<p class='note'>Against the columns of the catalog, 1 is best. Chance: the same with items dealt out anew. "
-        "Where columns depend on each other, as below (1: one gives the other away), no score can reach 1.</p>"
-    )
-    return found + note + depends
-
-
-def _runs(report: dict[str, Any]) -> str:
-    names = [name for name in report["runs"][0] if name != "run"]
-    rows = [[text(entry["run"]), *(number(entry[name], ".3f") for name in names)] for entry in report["runs"]]
-    return _table(["Run", *map(text, names)], rows, "Runs") + "<p class='note'>This page is of the best one.</p>"
+def _reason_section(reason: dict[str, Any], make_cards: MakeCards) -> ReasonSection:
+    """The section of a dimension that changes the clicks predicted for a user."""
+    dimension = reason["dimension"]
+    unnamed = f"the {reason['end']} end of dimension {dimension}, which has no name"
+    liked = ", ".join(reason["likes"]) if reason["likes"] else unnamed
+    return ReasonSection(dimension, liked, reason["click_effect"], make_cards(reason["because_of"]))

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from mmctr.data.embeddings import EmbeddingTable, read_tables
 from mmctr.data.prepare import open_dataset
@@ -36,9 +35,9 @@ def factor_table(dataset: str | Path) -> EmbeddingTable:
     blocks = []
     for name in names:
         column = as_text(catalog.table.column(name))
-        values = sorted(value for value in pc.unique(column).to_pylist() if value is not None)  # type: ignore[attr-defined]
-        codes = pc.index_in(column, pa.array(values, pa.string()))  # type: ignore[attr-defined]
-        codes = np.asarray(pc.fill_null(codes, len(values)))  # type: ignore[attr-defined]
+        values = sorted(value for value in column.unique().to_pylist() if value is not None)
+        position = {value: number for number, value in enumerate(values)}
+        codes = [position.get(value, len(values)) for value in column.to_pylist()]
         blocks.append(np.eye(len(values) + 1, dtype=np.float32)[codes, :-1])
     return EmbeddingTable(catalog.item_ids, np.concatenate(blocks, axis=1))
 

@@ -49,6 +49,8 @@ class Cell:
     """of `finetune.train`"""
     config: Config
     """what they come to, a FinetuneConfig"""
+    content_paths: tuple[str, ...]
+    """tables of item vectors that the ranker reads, empty for a ranker without"""
     after: Path | None = None
     """folder of the cell whose run it reads"""
 
@@ -77,12 +79,12 @@ class Cell:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a cell in this call."""
+    """The state of a cell after a call of `run_study`."""
 
     cell: Cell
     state: Literal["kept", "made", "failed"]
-    said: str = ""
-    """last lines of the log of a failed one"""
+    reason: str = ""
+    """Why the cell failed: the last lines of its log, or the failed run that the cell reads."""
 
 
 def study_cells(study: StudyConfig, out: Path, source: str = "study") -> list[Cell]:
@@ -117,7 +119,9 @@ def study_cells(study: StudyConfig, out: Path, source: str = "study") -> list[Ce
                     config = FinetuneConfig.load(method.config, changes)
                 except ValueError as error:
                     raise ValueError(f"{source}: methods.{name}: {error}") from None
-                cells.append(Cell(protocol, name, seed, folder, [method.config, *changes], config, after))
+                content = config.task.embedder.content
+                paths = tuple(content.paths) if isinstance(content, ContentTable) else ()
+                cells.append(Cell(protocol, name, seed, folder, [method.config, *changes], config, paths, after))
     return cells
 
 
@@ -151,15 +155,12 @@ def check_contents(cells: Sequence[Cell]) -> None:
     """
     now: dict[tuple[str, ...], tuple[torch.Tensor, torch.Tensor]] = {}
     for cell in cells:
-        content = cell.config.task.embedder.content  # type: ignore[attr-defined]
-        if not isinstance(content, ContentTable):
-            continue
-        key = tuple(content.paths)
-        if not all(Path(path).exists() for path in key):
+        key = cell.content_paths
+        if not key or not all(Path(path).exists() for path in key):
             continue
         if key not in now:
             ids = pyarrow.parquet.read_table(cell.folder / "catalog.parquet")["item_id"]
-            now[key] = read_tables(content.paths, one_array(ids))
+            now[key] = read_tables(list(key), one_array(ids))
         kept, (vectors, has) = load_file(cell.folder / "content.safetensors"), now[key]
         same = kept["has_content"].equal(has) and kept["content_table"].shape == vectors.shape
         # vectors of one encoder that were made twice may differ by rounding

@@ -16,6 +16,7 @@ import yaml
 from mmctr.evaluation.metrics import gauc, paired_difference, ranking_report
 from mmctr.reports import compare as report
 from mmctr.reports.page import ItemCard, NeighbourRow
+from mmctr.reports.run import PairedDifference, load_runs
 
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(20)
 HOSTILE = "</title><script>alert('x')</script>\"'&\ud800"
@@ -85,7 +86,7 @@ def edit_metrics(folder: Path, change) -> None:
 
 
 def test_page_holds_the_numbers_and_needs_nothing_else(folders, tmp_path):
-    runs = report.load_runs(folders, num_bootstrap=20)
+    runs = load_runs(folders, num_bootstrap=20)
     cards = [ItemCard(7, "Red shoe", PNG, 0.5), ItemCard("b", "Blue shoe", b"\xff\xd8\xff\xe0", 0.25)]
     rows = [NeighbourRow(ItemCard(1, "Query", None), cards)]
     html, page = written(runs, tmp_path / "out" / "report.html", rows)
@@ -97,7 +98,7 @@ def test_page_holds_the_numbers_and_needs_nothing_else(folders, tmp_path):
             assert f"{run.test[split]['num_impressions']:,}" in page.text
             low, high = run.test[split]["gauc_ci"]
             assert f"[{low:.4f}, {high:.4f}]" in page.text
-    assert f"{runs[1].difference['cold']['gauc']:+.4f}" in page.text
+    assert f"{runs[1].difference['cold'].gauc:+.4f}" in page.text
     assert not re.search(r"https?://|@import|url\(", html)
     assert "script" not in page.tags and "link" not in page.tags
     sources = [value for name, value in page.attributes if name in ("src", "href")]
@@ -117,7 +118,7 @@ def test_hostile_text_is_escaped(folders, tmp_path):
     edit_metrics(bad, lambda metrics: metrics["test"]["buckets"][0].update(clicks="<b onload='x'>"))
     card = ItemCard(HOSTILE, HOSTILE, b"<svg onload=alert(3)>")
     rows = [NeighbourRow(card, [ItemCard(HOSTILE, HOSTILE, PNG, float("nan"))])]
-    html, page = written(report.load_runs([bad, folders[1]], 20), tmp_path / "report.html", rows)
+    html, page = written(load_runs([bad, folders[1]], 20), tmp_path / "report.html", rows)
     assert "<script" not in html and "<b onload" not in html and "<svg onload" not in html
     assert "script" not in page.tags and not any(name.startswith("on") for name, _ in page.attributes)
     assert "<script>alert(1)<" in page.text and page.text.count("no picture") == 1
@@ -131,7 +132,7 @@ def test_one_run_and_missing_metrics_work(folders, tmp_path):
 
     edit_metrics(folders[0], empty)
     (folders[0] / "log.jsonl").unlink()
-    runs = report.load_runs(folders[:1])
+    runs = load_runs(folders[:1])
     _, page = written(runs, tmp_path / "report.html")
     assert "No log of the training" in page.text and "–" in page.text
     assert "One run, din_id" in page.text and "On cold items gAUC is not defined" in page.text
@@ -142,18 +143,18 @@ def test_one_run_and_missing_metrics_work(folders, tmp_path):
 
 def test_runs_without_any_number_work(folders, tmp_path):
     edit_metrics(folders[0], lambda m: m.update(test={"all": {}, "warm": {}, "cold": {}, "buckets": []}))
-    runs = report.load_runs(folders)
+    runs = load_runs(folders)
     _, page = written(runs[:1], tmp_path / "report.html")
     assert "no metrics by clicks" in page.text
     empty = [{"clicks": "0", "auc": None, "gauc": None, "num_impressions": 0}]
     edit_metrics(folders[0], lambda metrics: metrics["test"].update(buckets=empty))
-    _, page = written(report.load_runs(folders[:1]), tmp_path / "report.html")
+    _, page = written(load_runs(folders[:1]), tmp_path / "report.html")
     assert "Nothing to draw" in page.text
     assert "din_table" in report.comparison_table(runs)
 
 
 def test_many_runs_are_told_apart_by_mark_and_dash(tmp_path):
-    runs = report.load_runs([make_run(tmp_path / f"run{i}", 0.1 * i, rows=200) for i in range(8)], num_bootstrap=5)
+    runs = load_runs([make_run(tmp_path / f"run{i}", 0.1 * i, rows=200) for i in range(8)], num_bootstrap=5)
     html, _ = written(runs, tmp_path / "report.html")
     keys = re.findall(r"<svg class='key ([^']+)'.*?class='mark' d='([^']+)'", html)
     assert len(set(keys)) == 8
@@ -162,7 +163,7 @@ def test_many_runs_are_told_apart_by_mark_and_dash(tmp_path):
 def test_long_logs_are_binned(folders, tmp_path):
     lines = [{"step": step, "epoch": 0, "loss": 0.5 + 0.1 * (step % 2)} for step in range(5000)]
     (folders[0] / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    html, _ = written(report.load_runs(folders[:1]), tmp_path / "report.html")
+    html, _ = written(load_runs(folders[:1]), tmp_path / "report.html")
     drawn = re.search(r"Training loss of din_id.*?class='line' d='([^']+)'", html, re.DOTALL)
     assert drawn and drawn.group(1).count("L") == 199
 
@@ -176,43 +177,43 @@ def test_resumed_log_counts_the_later_line_and_skips_half_a_line(folders):
         '{"step": 5, "loss": 1}',
     ]
     (folders[0] / "log.jsonl").write_text("\n".join(lines))
-    (run,) = report.load_runs(folders[:1])
-    assert [(line["step"], line["loss"]) for line in run.training] == [(5, 1), (10, 0.8)]
+    (run,) = load_runs(folders[:1])
+    assert [(point.step, point.loss) for point in run.training] == [(5, 1), (10, 0.8)]
 
 
 def test_differences_are_paired_where_rows_match(folders, tmp_path):
     other = make_run(tmp_path / "other_rows", 0.9, rows=900, seed=5)
     bare = make_run(tmp_path / "bare", 0.9)
     (bare / "predictions.parquet").unlink()
-    runs = report.load_runs([*folders, other, bare], num_bootstrap=30)
+    runs = load_runs([*folders, other, bare], num_bootstrap=30)
     assert [run.difference is None for run in runs] == [True, False, True, True]
     first, second = (pq.read_table(folder / "predictions.parquet").to_pydict() for folder in folders)
     cold = np.array(first["cold"])
     columns = [np.array(values)[cold] for values in (first["label"], first["score"], second["score"], first["user"])]
-    assert runs[1].difference["cold"] == paired_difference(*columns, num_samples=30)
+    assert runs[1].difference["cold"] == PairedDifference(**paired_difference(*columns, num_samples=30))
     value, interval = runs[2].difference_from(runs[0], "all", "gauc")  # other rows: a plain difference
     assert value == pytest.approx(runs[2].test["all"]["gauc"] - runs[0].test["all"]["gauc"]) and interval is None
 
 
-def test_reading_says_what_the_intervals_allow(folders, tmp_path):
-    words = " ".join(report.reading(report.load_runs(folders, num_bootstrap=50)))
+def test_result_sentences_say_what_the_intervals_allow(folders, tmp_path):
+    words = " ".join(report.result_sentences(load_runs(folders, num_bootstrap=50)))
     assert "On cold items, din_table has the highest gAUC" in words and "does not contain zero" in words
     twin = make_run(tmp_path / "twin", 0.5001)
-    words = " ".join(report.reading(report.load_runs([folders[1], twin], num_bootstrap=50)))
+    words = " ".join(report.result_sentences(load_runs([folders[1], twin], num_bootstrap=50)))
     assert "do not tell the two apart" in words
-    words = " ".join(report.reading(report.load_runs(folders[::-1], num_bootstrap=50)))
+    words = " ".join(report.result_sentences(load_runs(folders[::-1], num_bootstrap=50)))
     assert "No other run is above the first one here; the next is din_id" in words
     edit_metrics(folders[0], lambda metrics: metrics["test"]["cold"].update(gauc=0.51, gauc_ci=[0.47, 0.56]))
-    words = " ".join(report.reading(report.load_runs(folders[:1])))
+    words = " ".join(report.result_sentences(load_runs(folders[:1])))
     assert "contains 0.5: this is not told apart from a random order" in words
     small = make_run(tmp_path / "small", 0.5, rows=300)
-    words = " ".join(report.reading(report.load_runs([folders[0], small])))
+    words = " ".join(report.result_sentences(load_runs([folders[0], small])))
     assert "different numbers of impressions (900, 300)" in words and "not of the same rows" in words
 
 
 def test_table_fits_100_columns_and_shows_markup_as_text(folders, tmp_path):
     long = make_run(tmp_path / ("[bold]a_very_long_name_of_a_run_" + "x" * 30), 0.4)
-    table = report.comparison_table(report.load_runs([*folders, long], num_bootstrap=20))
+    table = report.comparison_table(load_runs([*folders, long], num_bootstrap=20))
     assert max(map(len, table.splitlines())) <= 100
     assert "[bold]" in table and "\x1b" not in table
     scores = pq.read_table(folders[1] / "predictions.parquet").to_pydict()
@@ -223,7 +224,7 @@ def test_table_fits_100_columns_and_shows_markup_as_text(folders, tmp_path):
 
 def test_json_is_strict(folders):
     edit_metrics(folders[0], lambda metrics: metrics["test"]["cold"].update(gauc=float("nan")))
-    found = report.comparison_json(report.load_runs(folders, num_bootstrap=10))
+    found = report.comparison_json(load_runs(folders, num_bootstrap=10))
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert [run["name"] for run in found["runs"]] == ["din_id", "din_table"]
     assert found["runs"][0]["test"]["cold"]["gauc"] is None and found["runs"][0]["difference"] is None
@@ -232,7 +233,7 @@ def test_json_is_strict(folders):
 
 def test_equal_names_get_their_parents(tmp_path):
     paths = [make_run(tmp_path / place / "din", 0.3, rows=100) for place in ("a", "b")]
-    names = [run.name for run in report.load_runs([*paths, paths[0]], num_bootstrap=2)]
+    names = [run.name for run in load_runs([*paths, paths[0]], num_bootstrap=2)]
     assert names == ["a/din", "b/din", "a/din (2)"]
 
 
@@ -252,14 +253,14 @@ def test_equal_names_get_their_parents(tmp_path):
 def test_folder_that_is_no_finished_run_is_named(folders, breaks, message):
     breaks(folders[1])
     with pytest.raises(ValueError, match=message) as caught:
-        report.load_runs(folders)
+        load_runs(folders)
     assert str(folders[1]) in str(caught.value)
 
 
 def test_no_folder_and_no_runs_are_errors(tmp_path):
     with pytest.raises(ValueError, match="no such folder"):
-        report.load_runs([tmp_path / "absent"])
+        load_runs([tmp_path / "absent"])
     with pytest.raises(ValueError, match="no run folders"):
-        report.load_runs([])
+        load_runs([])
     with pytest.raises(ValueError, match="no runs"):
         report.write_report([], tmp_path / "report.html")
