@@ -82,12 +82,12 @@ class ScoreRow:
 
 
 def write_page(report: dict[str, Any], catalog: Catalog, path: Path) -> None:
-    """Write the page of a report of `mmctr.concepts.report.concepts`; the file appears whole or not at all."""
+    """Write the page of a report of `mmctr.concepts.report.write_concepts`; the file appears whole or not at all."""
     write_text(path, render_concepts(report, catalog))
 
 
 def render_concepts(report: dict[str, Any], catalog: Catalog) -> str:
-    """The page of a report of `mmctr.concepts.report.concepts` as HTML; titles and pictures are of the catalog."""
+    """The HTML page of a report of `mmctr.concepts.report.write_concepts`; titles and pictures are of the catalog."""
     titles = as_text(catalog.table.column("title")).to_pylist() if "title" in catalog.table.column_names else None
     maker = CardMaker(catalog)
 

@@ -1,4 +1,4 @@
-"""What `mmctr concepts` says of a run with a head: dimensions, their names and scores, what they do to clicks."""
+"""The report of `mmctr concepts` on a pretraining run with a head: latent dimensions, names, scores, click effects."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import numpy as np
 from accelerate import Accelerator
 
 from mmctr.concepts.click_effects import add_effects
-from mmctr.concepts.disentanglement import active_dimensions, all_scores, dci, dependency, mig, shuffled, udr
+from mmctr.concepts.disentanglement import active_dimensions, all_scores, chance_scores, dci, dependency, mig, udr
 from mmctr.concepts.latents import (
     STEPS,
     Latents,
-    latents_of,
+    encode_latents,
     prevalence,
-    prompt_likeness,
-    sampled_rows,
-    standardised,
+    prompt_similarity,
+    sample_rows,
+    standardize,
     traversal,
 )
-from mmctr.concepts.naming import Attribute, Name, attributes_of, name_dimensions
+from mmctr.concepts.naming import Attribute, Name, name_dimensions, read_attributes
 from mmctr.data.catalog import Catalog
 from mmctr.files import write_json
 from mmctr.runs.content import item_content, open_data
@@ -29,10 +29,10 @@ from mmctr.runs.finished import load_encoder
 from mmctr.runs.folder import data_config, weights_key
 
 MAX_SCORED = 10_000
-"""items that scores are computed on"""
+"""items that scores are computed on, at most"""
 
 
-def concepts(
+def write_concepts(
     runs: Sequence[str],
     out: Path,
     data: str | None = None,
@@ -42,37 +42,50 @@ def concepts(
     user: str | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Describe the best of some runs in `out/concepts.json` and `out/concepts.html`; returns what the JSON holds.
+    """Write `concepts.json` and `concepts.html` of the best of several runs; returns the content of the JSON file.
 
-    The best is the one whose latents go best with the catalog's columns (the mean of MIG and DCI disentanglement), or,
-    where no column can be used, the one that agrees most with the others (UDR).
+    The best run has the highest mean of MIG and DCI disentanglement against the catalog's columns; where no column can
+    be an attribute, it has the highest UDR.
 
-    Raises ValueError for runs without a head, of different catalogs, or columns that cannot name anything.
+    Args:
+        runs: run folders of pretraining.
+        data: dataset folder, default that of the run.
+        columns: catalog columns to name dimensions by, default all that can be used.
+        prompts: texts to name dimensions by, where the encoder compares texts with pictures.
+        ranker: run folder of a ranker on the latents, to add effects on predicted clicks.
+        user: raw id of a user, to add the reasons of the ranker's predictions for that user.
+        seed: chooses naming half and samples of items.
+
+    Raises:
+        ValueError: a run without a head, runs on different catalogs, or a column that cannot be an attribute.
     """
     accelerator = Accelerator()
     config = data_config(Path(runs[0]), data)
     dataset = open_data(config, accelerator)
     catalog = dataset.catalog
-    attributes, refused = attributes_of(catalog.table, columns)
-    tasks, found = [], []
+    all_attributes, refused = read_attributes(catalog.table, columns)
+    tasks, latents_of_runs = [], []
     for run in runs:
         task = load_encoder(Path(run)).to(accelerator.device)
-        own = data_config(Path(run), data)
-        if own.path != config.path:
-            raise ValueError(f"{run}: trained on {own.path}, and {runs[0]} on {config.path}; give one --data to both")
-        found.append(latents_of(task, catalog, item_content(dataset, own, task, accelerator), accelerator))
+        run_config = data_config(Path(run), data)
+        if run_config.path != config.path:
+            raise ValueError(
+                f"{run}: trained on {run_config.path}, and {runs[0]} on {config.path}; give one --data to both"
+            )
+        content = item_content(dataset, run_config, task, accelerator)
+        latents_of_runs.append(encode_latents(task, catalog, content, accelerator))
         tasks.append(task)
-    ranking = _ranked(found, attributes, seed)
+    ranking = _score_runs(latents_of_runs, all_attributes, seed)
     best = int(np.argmax([entry["score"] for entry in ranking]))
-    task, latents = tasks[best], found[best]
-    own_attributes = [Attribute(a.name, a.codes[latents.rows], a.values) for a in attributes]
+    task, latents = tasks[best], latents_of_runs[best]
+    attributes = [Attribute(a.name, a.codes[latents.rows], a.values) for a in all_attributes]
     texts = catalog.texts(config.text)
-    alike = None
+    similarity = None
     if prompts and latents.images is not None:
-        alike = prompt_likeness(task, latents.images, prompts, accelerator), list(prompts)
-    names = name_dimensions(latents.mu, own_attributes, [texts[row] for row in latents.rows], alike, seed)
+        similarity = prompt_similarity(task, latents.images, prompts, accelerator), list(prompts)
+    names = name_dimensions(latents.mu, attributes, [texts[row] for row in latents.rows], similarity, seed)
     report: dict[str, Any] = {"run": str(runs[best]), "data": config.path, "weights": weights_key(Path(runs[best]))}
-    report |= describe(latents, catalog, names, own_attributes, seed)
+    report |= describe_latents(latents, catalog, names, attributes, seed)
     report["columns set aside"] = refused
     report["spread"] = {"mean": latents.mu.mean(0).tolist(), "std": latents.mu.std(0).tolist()}
     if len(runs) > 1:
@@ -87,21 +100,21 @@ def concepts(
     return report
 
 
-def summary(report: dict[str, Any]) -> str:
-    """The dimensions as lines of text."""
+def concepts_text(report: dict[str, Any]) -> str:
+    """A report as lines of text: dimensions with names, scores, reasons."""
     varying = f"{report['active']} of {len(report['dimensions'])} dimensions vary over {report['items']} items"
     lines = [f"{report['run']}: {varying}"]
     if report.get("warning"):
         lines.append(f"warning: {report['warning']}")
     for entry in report["dimensions"]:
         if entry["active"]:
-            name, said, score = entry["name"], "no candidate", ""
+            name, label, score = entry["name"], "no candidate", ""
             if name is not None:
                 low, high = name["interval"]
-                said = name["text"] if name["verified"] else f"no name (not {name['text']})"
+                label = name["text"] if name["verified"] else f"no name (not {name['text']})"
                 score = f"  AUC {name['auc']:.3f} [{low:.3f}, {high:.3f}]"
             clicks = f"  clicks {entry['click_effect']:+.3f}" if "click_effect" in entry else ""
-            lines.append(f"{entry['dimension']:3}  {said}{score}{clicks}")
+            lines.append(f"{entry['dimension']:3}  {label}{score}{clicks}")
     for name, value in report.get("scores", {}).items():
         lines.append(f"{name:22} {value:.3f}   by chance {report['chance'][name]:.3f}")
     for reason in report.get("user", {}).get("reasons", []):
@@ -110,37 +123,42 @@ def summary(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _ranked(found: Sequence[Latents], attributes: Sequence[Attribute], seed: int) -> list[dict[str, Any]]:
-    """`score` of each run, and what it is."""
-    if len(found) == 1:
+def _score_runs(latents_of_runs: Sequence[Latents], attributes: Sequence[Attribute], seed: int) -> list[dict[str, Any]]:
+    """{"score", and the scores that "score" is computed from} of each run; 0 for a single run."""
+    if len(latents_of_runs) == 1:
         return [{"score": 0.0}]
     if attributes:
         result = []
-        for latents in found:
-            picked = sampled_rows(len(latents.mu), MAX_SCORED, seed)
-            codes = np.stack([a.codes[latents.rows] for a in attributes], 1)[picked]
-            mu = latents.mu[picked]
+        for latents in latents_of_runs:
+            sample = sample_rows(len(latents.mu), MAX_SCORED, seed)
+            codes = np.stack([a.codes[latents.rows] for a in attributes], 1)[sample]
+            mu = latents.mu[sample]
             parts = {"mig": mig(mu, codes), "dci_disentanglement": dci(mu, codes, seed)["disentanglement"]}
             result.append({"score": float(np.mean(list(parts.values()))), **parts})
         return result
-    shared = np.arange(max(int(latents.rows.max()) for latents in found) + 1)
-    for latents in found:
+    shared = np.arange(max(int(latents.rows.max()) for latents in latents_of_runs) + 1)
+    for latents in latents_of_runs:
         shared = np.intersect1d(shared, latents.rows)
-    scores = udr([latents.mu[np.searchsorted(latents.rows, shared)] for latents in found])
+    scores = udr([latents.mu[np.searchsorted(latents.rows, shared)] for latents in latents_of_runs])
     return [{"score": score, "udr": score} for score in scores]
 
 
-def describe(
+def describe_latents(
     latents: Latents,
     catalog: Catalog,
     names: Sequence[Name | None],
     attributes: Sequence[Attribute],
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Dimensions, scores beside those of chance, and how the attributes hang together; ready for JSON."""
+    """Dimensions with names and traversals, scores with scores by chance, and the dependency of attributes, for JSON.
+
+    Args:
+        names: of the Z dimensions, as `name_dimensions` returns them.
+        attributes: of the n items of the latents.
+    """
     mu, ids = latents.mu, catalog.item_ids
     active = active_dimensions(mu)
-    z = standardised(mu)
+    z = standardize(mu)
     correlation = z.T @ z / len(z)
     dimensions = []
     for j, name in enumerate(names):
@@ -148,7 +166,7 @@ def describe(
             "dimension": j,
             "active": bool(active[j]),
             "variance": float(mu[:, j].var()),
-            "name": name.as_dict() if name is not None else None,
+            "name": name.to_json() if name is not None else None,
         }
         if active[j]:
             counts, edges = np.histogram(mu[:, j], 24)
@@ -173,9 +191,9 @@ def describe(
             "posterior collapse: no dimension varies over items. Lower beta (or gamma), or raise the capacity"
         )
     if attributes and active.any():
-        picked = sampled_rows(len(mu), MAX_SCORED, seed)
-        codes = np.stack([a.codes for a in attributes], 1)[picked]
-        result["scores"] = all_scores(mu[picked], codes, seed)
-        result["chance"] = shuffled(all_scores, mu[picked], codes)
+        sample = sample_rows(len(mu), MAX_SCORED, seed)
+        codes = np.stack([a.codes for a in attributes], 1)[sample]
+        result["scores"] = all_scores(mu[sample], codes, seed)
+        result["chance"] = chance_scores(all_scores, mu[sample], codes)
         result["dependency"] = {"columns": [a.name for a in attributes], "matrix": dependency(codes).round(4).tolist()}
     return result

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from mmctr.concepts.page import render_concepts, write_page
-from mmctr.concepts.report import describe
+from mmctr.concepts.report import describe_latents
 from tests.concepts.test_naming import MU, N
 from tests.concepts.test_report import described, latents
 from tests.reports.test_compare import Page
@@ -50,7 +50,7 @@ def test_hostile_text_is_escaped(tmp_path):
 
 def test_a_page_without_names_scores_or_users(tmp_path):
     catalog = catalog_of(["shoe"] * N, tmp_path)
-    report = describe(latents(np.full((N, 2), 0.5)), catalog, [None, None], [])  # type: ignore[arg-type]
+    report = describe_latents(latents(np.full((N, 2), 0.5)), catalog, [None, None], [])  # type: ignore[arg-type]
     write_page(report, catalog, tmp_path / "concepts.html")  # type: ignore[arg-type]
     page = Page((tmp_path / "concepts.html").read_text(encoding="utf-8"))
     assert "posterior collapse" in page.text and page.text.count("does not vary") == 2
