@@ -312,7 +312,7 @@ def _concepts(arguments: argparse.Namespace) -> None:
     report = write_concepts(
         arguments.runs, out, arguments.data, arguments.columns, prompts, arguments.ranker, arguments.user
     )
-    print(json.dumps(report, ensure_ascii=False) if arguments.json else concepts_text(report))
+    print(json.dumps(report.to_json(), ensure_ascii=False) if arguments.json else concepts_text(report))
     print(f"page: {out / 'concepts.html'}", file=sys.stderr if arguments.json else sys.stdout)
 
 

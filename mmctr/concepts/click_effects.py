@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from mmctr.concepts.latents import (
     sample_rows,
     standardize,
 )
+from mmctr.concepts.report_types import ClickReason, ConceptsReport, Dimension, RankerEffects, UserReasons
 from mmctr.data.tables import rows_of
 from mmctr.features.behavior_collator import BehaviorCollator
 from mmctr.runs.finished import ranked_impressions
@@ -57,17 +60,21 @@ def click_effects(
     return total / max(count, 1)
 
 
-def add_effects(
-    report: dict[str, Any],
+def with_click_effects(
+    report: ConceptsReport,
     run: Path,
     latents: Latents,
     item_ids: pa.Array,
     user: str | None,
     accelerator: Accelerator,
-) -> None:
-    """Add to a report the effect of each dimension on predicted clicks, over test impressions and for one user.
+) -> ConceptsReport:
+    """The report with the effect of each dimension on predicted clicks, over test impressions and for one user.
 
-    Sets "click_effect" of each dimension, "ranker" and, with a user, "user" with the `click_reasons`.
+    Args:
+        report: a report on the latents.
+        run: folder of a ranker run on the latents.
+        item_ids: raw ids of the catalog.
+        user: raw id of the user, None for no user.
 
     Raises:
         ValueError: the ranker does not read these latents, or does not know the user.
@@ -79,11 +86,17 @@ def add_effects(
     sample = sample_rows(len(part), MAX_IMPRESSIONS, 0)
     sizes = np.where(active_dimensions(latents.mu), latents.mu.std(0), 0.0)
     effects = click_effects(ranker, collate(part.take(sample)), sizes, offset, accelerator)
-    for entry, effect in zip(report["dimensions"], effects, strict=True):
-        entry["click_effect"] = float(effect)
-    report["ranker"] = {"run": str(run), "impressions": len(sample)}
+    dimensions = [
+        replace(dimension, click_effect=float(effect))
+        for dimension, effect in zip(report.description.dimensions, effects, strict=True)
+    ]
+    report = replace(
+        report,
+        description=replace(report.description, dimensions=dimensions),
+        ranker=RankerEffects(str(run), len(sample)),
+    )
     if user is None:
-        return
+        return report
     row = dataset.user_row(user)
     rows = np.flatnonzero(np.asarray(part.user) == row)
     if not len(rows):
@@ -92,24 +105,23 @@ def add_effects(
     effects = click_effects(ranker, collate(impressions), sizes, offset, accelerator)
     latest = impressions.history[impressions.history_start[-1] : impressions.history_end[-1]]
     history = [dataset.catalog.item_ids[int(item)].as_py() for item in latest]
-    report["user"] = {
-        "user_id": dataset.users["user_id"][row].as_py(),
-        "reasons": click_reasons(report, effects, latents, item_ids, history),
-    }
+    reasons = click_reasons(dimensions, effects, latents, item_ids, history)
+    return replace(report, user=UserReasons(dataset.users["user_id"][row].as_py(), reasons))
 
 
 def click_reasons(
-    report: dict[str, Any],
+    dimensions: Sequence[Dimension],
     effects: np.ndarray,
     latents: Latents,
     item_ids: pa.Array,
     history: list[Any],
     count: int = 3,
-) -> list[dict[str, Any]]:
+) -> list[ClickReason]:
     """The dimensions with the greatest effects (Z,) on a user's predicted clicks, at most `count`, greatest first.
 
-    Each is {"dimension", "end", "likes", "click_effect", "because_of"}: the end of the dimension, "low" or "high", that
-    raises the prediction; the verified name of that end or None; and items of the history at that end.
+    Args:
+        item_ids: raw ids of the catalog.
+        history: raw ids of items of the user's history.
     """
     position_of = {item_ids[int(row)].as_py(): position for position, row in enumerate(latents.rows)}
     known = [item for item in history if item in position_of]
@@ -118,14 +130,12 @@ def click_reasons(
     for j in np.argsort(-np.abs(effects))[:count].tolist():
         if effects[j] == 0:
             break
-        sign, name = (1 if effects[j] > 0 else -1), report["dimensions"][j]["name"]
-        likes = None if name is None or not name["verified"] else name["high" if sign > 0 else "low"]
+        sign, end = (1, "high") if effects[j] > 0 else (-1, "low")
+        name = dimensions[j].verified_name
+        likes = name and (name.high if end == "high" else name.low)
         ordered = sorted(known, key=lambda item: -sign * z[position_of[item], j])
         because = [item for item in ordered if sign * z[position_of[item], j] > 0.5][:ITEMS_PER_STEP]
-        end = "high" if sign > 0 else "low"
-        reasons.append(
-            {"dimension": j, "end": end, "likes": likes, "click_effect": float(effects[j]), "because_of": because}
-        )
+        reasons.append(ClickReason(j, end, likes, float(effects[j]), because))
     return reasons
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -65,7 +65,7 @@ def encode_latents(task: PretrainTask, catalog: Catalog, content: Any, accelerat
     return Latents(rows, mu[rows].astype(np.float64), has_image, images)
 
 
-def prevalence(latent: np.ndarray) -> dict[str, float]:
+def prevalence(latent: np.ndarray) -> dict[Literal["low", "high"], float]:
     """{"low", "high"}: shares of items more than a standard deviation below and above the mean, of (n,) values."""
     z = (latent - latent.mean()) / latent.std()
     return {"low": float((z < -1).mean()), "high": float((z > 1).mean())}

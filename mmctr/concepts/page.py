@@ -9,6 +9,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from mmctr.concepts.report_types import ClickReason, ConceptsReport, Dimension, Variation
 from mmctr.data.catalog import Catalog
 from mmctr.data.tables import as_text
 from mmctr.files import write_text
@@ -43,7 +44,7 @@ class DimensionRow:
 
 
 @dataclass(frozen=True)
-class TraversalStep:
+class StepCards:
     """The items of a quantile of a latent dimension."""
 
     quantile: float
@@ -58,7 +59,7 @@ class DimensionSection:
     label: str
     sentences: list[str]
     histogram: Markup
-    steps: list[TraversalStep]
+    steps: list[StepCards]
 
 
 @dataclass(frozen=True)
@@ -72,22 +73,13 @@ class ReasonSection:
     """Items of the user's history at the end of the dimension that the user likes."""
 
 
-@dataclass(frozen=True)
-class ScoreRow:
-    """A disentanglement score beside the score of shuffled items."""
-
-    label: str
-    value: float | None
-    chance: float | None
-
-
-def write_page(report: dict[str, Any], catalog: Catalog, path: Path) -> None:
-    """Write the page of a report of `mmctr.concepts.report.write_concepts`; the file appears whole or not at all."""
+def write_page(report: ConceptsReport, catalog: Catalog, path: Path) -> None:
+    """Write the HTML page of a report; the file appears whole or not at all."""
     write_text(path, render_concepts(report, catalog))
 
 
-def render_concepts(report: dict[str, Any], catalog: Catalog) -> str:
-    """The HTML page of a report of `mmctr.concepts.report.write_concepts`; titles and pictures are of the catalog."""
+def render_concepts(report: ConceptsReport, catalog: Catalog) -> str:
+    """The HTML page of a report; titles and pictures of items are those of the catalog."""
     titles = as_text(catalog.table.column("title")).to_pylist() if "title" in catalog.table.column_names else None
     maker = CardMaker(catalog)
 
@@ -96,86 +88,72 @@ def render_concepts(report: dict[str, Any], catalog: Catalog) -> str:
         item_titles = [titles[int(row)] for row in rows] if titles else [None] * len(item_ids)
         return [maker.card(item_id, title) for item_id, title in zip(item_ids, item_titles, strict=True)]
 
-    active = [entry for entry in report["dimensions"] if entry["active"]]
-    user = report.get("user")
+    description = report.description
+    # dimensions with a verified name come first
+    ordered = sorted(description.active, key=lambda dimension: dimension.verified_name is None)
     return render_page(
         "concepts.html",
         "mmctr.concepts",
-        num_items=report["items"],
-        num_dimensions=len(report["dimensions"]),
-        num_active=len(active),
-        num_named=sum(map(_has_verified_name, active)),
-        warning=report.get("warning"),
-        num_impressions=report["ranker"]["impressions"] if "ranker" in report else None,
-        rows=[_dimension_row(entry) for entry in report["dimensions"]],
-        user_id=user and user["user_id"],
-        reasons=[_reason_section(reason, make_cards) for reason in user["reasons"]] if user else None,
+        report=report,
+        num_named=sum(dimension.verified_name is not None for dimension in description.active),
+        rows=[_dimension_row(dimension) for dimension in description.dimensions],
+        reasons=[_reason_section(reason, make_cards) for reason in report.user.reasons] if report.user else [],
         sections=[
-            _dimension_section(entry, make_cards)
-            for entry in sorted(active, key=lambda entry: not _has_verified_name(entry))
+            _dimension_section(dimension, dimension.variation, make_cards)
+            for dimension in ordered
+            if dimension.variation is not None
         ],
-        scores=[
-            ScoreRow(label, report["scores"].get(name), report["chance"].get(name))
-            for name, label in SCORE_NAMES.items()
-        ]
-        if report.get("scores")
-        else None,
-        dependency=report.get("dependency"),
-        run_columns=[name for name in report["runs"][0] if name != "run"] if report.get("runs") else [],
-        runs=report.get("runs"),
+        score_names=SCORE_NAMES,
+        score_parts=list(report.runs[0].parts) if report.runs else [],
     )
 
 
-def _has_verified_name(entry: dict[str, Any]) -> bool:
-    """Whether a dimension has a name that verification items confirm."""
-    return entry["name"] is not None and entry["name"]["verified"]
-
-
-def _label(entry: dict[str, Any]) -> str:
+def _label(dimension: Dimension) -> str:
     """The verified name of a dimension, or words for its absence."""
-    return entry["name"]["text"] if _has_verified_name(entry) else "no name that holds"
+    name = dimension.verified_name
+    return "no name that holds" if name is None else name.text
 
 
-def _dimension_row(entry: dict[str, Any]) -> DimensionRow:
+def _dimension_row(dimension: Dimension) -> DimensionRow:
     """A row of the overview table."""
-    name = entry["name"] if entry["active"] else None
-    auc = Estimate(None) if name is None else Estimate(name["auc"], tuple(name["interval"]))
-    return DimensionRow(entry["dimension"], entry["active"], _label(entry), auc, entry.get("click_effect"))
+    name, active = dimension.name, dimension.variation is not None
+    auc = Estimate(name.auc, name.interval) if name is not None and active else Estimate(None)
+    return DimensionRow(dimension.number, active, _label(dimension), auc, dimension.click_effect)
 
 
-def _dimension_section(entry: dict[str, Any], make_cards: MakeCards) -> DimensionSection:
+def _dimension_section(dimension: Dimension, variation: Variation, make_cards: MakeCards) -> DimensionSection:
     """The section of an active dimension."""
     sentences = []
-    name = entry["name"]
+    name = dimension.name
     if name is not None:
-        low, high = name["interval"]
-        verdict = "holds" if name["verified"] else f"does not hold ({name['text']} was the best candidate)"
-        source = f"the column {name['column']}" if name["column"] else f"a {name['source']}"
+        low, high = name.interval
+        verdict = "holds" if name.verified else f"does not hold ({name.text} was the best candidate)"
+        source = f"the column {name.column}" if name.column else f"a {name.source}"
         sentences.append(
-            f"The name {verdict}: AUC {name['auc']:.3f} [{low:.3f}, {high:.3f}] on {sum(name['num_items'])} held-out "
+            f"The name {verdict}: AUC {name.auc:.3f} [{low:.3f}, {high:.3f}] on {sum(name.num_items)} held-out "
             f"items, from {source}."
         )
-        share = entry["prevalence"]
+    if variation.prevalence is not None:
+        low, high = variation.prevalence["low"], variation.prevalence["high"]
+        sentences.append(f"{low:.0%} of items stand clearly at the left end, {high:.0%} at the right.")
+    other = variation.most_correlated
+    if other is not None:
+        sentences.append(f"Goes most with dimension {other.dimension} (r = {other.r:+.2f}).")
+    if dimension.click_effect is not None:
         sentences.append(
-            f"{share['low']:.0%} of items stand clearly at the left end, {share['high']:.0%} at the right."
+            f"From left to right the predicted chance of a click changes by {dimension.click_effect:+.3f}."
         )
-    if entry.get("correlates"):
-        other = entry["correlates"]
-        sentences.append(f"Goes most with dimension {other['dimension']} (r = {other['r']:+.2f}).")
-    if "click_effect" in entry:
-        sentences.append(f"From left to right the predicted chance of a click changes by {entry['click_effect']:+.3f}.")
     return DimensionSection(
-        dimension=entry["dimension"],
-        label=_label(entry),
+        dimension=dimension.number,
+        label=_label(dimension),
         sentences=sentences,
-        histogram=histogram(entry["histogram"]["counts"], entry["histogram"]["from"], entry["histogram"]["to"]),
-        steps=[TraversalStep(step["quantile"], make_cards(step["items"])) for step in entry["traversal"]],
+        histogram=histogram(variation.histogram.counts, variation.histogram.low, variation.histogram.high),
+        steps=[StepCards(step.quantile, make_cards(step.item_ids)) for step in variation.traversal],
     )
 
 
-def _reason_section(reason: dict[str, Any], make_cards: MakeCards) -> ReasonSection:
+def _reason_section(reason: ClickReason, make_cards: MakeCards) -> ReasonSection:
     """The section of a dimension that changes the clicks predicted for a user."""
-    dimension = reason["dimension"]
-    unnamed = f"the {reason['end']} end of dimension {dimension}, which has no name"
-    liked = ", ".join(reason["likes"]) if reason["likes"] else unnamed
-    return ReasonSection(dimension, liked, reason["click_effect"], make_cards(reason["because_of"]))
+    unnamed = f"the {reason.end} end of dimension {reason.dimension}, which has no name"
+    liked = ", ".join(reason.likes) if reason.likes else unnamed
+    return ReasonSection(reason.dimension, liked, reason.click_effect, make_cards(reason.because_of))

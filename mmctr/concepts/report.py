@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
 
-from mmctr.concepts.click_effects import add_effects
+from mmctr.concepts.click_effects import with_click_effects
 from mmctr.concepts.disentanglement import active_dimensions, all_scores, chance_scores, dci, dependency, mig, udr
 from mmctr.concepts.latents import (
     STEPS,
@@ -22,6 +21,18 @@ from mmctr.concepts.latents import (
     traversal,
 )
 from mmctr.concepts.naming import Attribute, Name, name_dimensions, read_attributes
+from mmctr.concepts.page import write_page
+from mmctr.concepts.report_types import (
+    ConceptsReport,
+    Correlation,
+    Description,
+    Dimension,
+    Histogram,
+    RunScore,
+    Scores,
+    TraversalStep,
+    Variation,
+)
 from mmctr.data.catalog import Catalog
 from mmctr.files import write_json
 from mmctr.runs.content import item_content, open_data
@@ -30,6 +41,7 @@ from mmctr.runs.folder import data_config, weights_key
 
 MAX_SCORED = 10_000
 """items that scores are computed on, at most"""
+NUM_HISTOGRAM_BINS = 24
 
 
 def write_concepts(
@@ -41,8 +53,8 @@ def write_concepts(
     ranker: str | None = None,
     user: str | None = None,
     seed: int = 0,
-) -> dict[str, Any]:
-    """Write `concepts.json` and `concepts.html` of the best of several runs; returns the content of the JSON file.
+) -> ConceptsReport:
+    """Write `concepts.json` and `concepts.html` of the best of several runs; returns the report.
 
     The best run has the highest mean of MIG and DCI disentanglement against the catalog's columns; where no column can
     be an attribute, it has the highest UDR.
@@ -75,8 +87,8 @@ def write_concepts(
         content = item_content(dataset, run_config, task, accelerator)
         latents_of_runs.append(encode_latents(task, catalog, content, accelerator))
         tasks.append(task)
-    ranking = _score_runs(latents_of_runs, all_attributes, seed)
-    best = int(np.argmax([entry["score"] for entry in ranking]))
+    run_scores = _score_runs(runs, latents_of_runs, all_attributes, seed)
+    best = int(np.argmax([one.score for one in run_scores]))
     task, latents = tasks[best], latents_of_runs[best]
     attributes = [Attribute(a.name, a.codes[latents.rows], a.values) for a in all_attributes]
     texts = catalog.texts(config.text)
@@ -84,63 +96,69 @@ def write_concepts(
     if prompts and latents.images is not None:
         similarity = prompt_similarity(task, latents.images, prompts, accelerator), list(prompts)
     names = name_dimensions(latents.mu, attributes, [texts[row] for row in latents.rows], similarity, seed)
-    report: dict[str, Any] = {"run": str(runs[best]), "data": config.path, "weights": weights_key(Path(runs[best]))}
-    report |= describe_latents(latents, catalog, names, attributes, seed)
-    report["columns set aside"] = refused
-    report["spread"] = {"mean": latents.mu.mean(0).tolist(), "std": latents.mu.std(0).tolist()}
-    if len(runs) > 1:
-        report["runs"] = [{"run": str(run)} | entry for run, entry in zip(runs, ranking, strict=True)]
+    report = ConceptsReport(
+        run=str(runs[best]),
+        data=config.path,
+        weights=weights_key(Path(runs[best])),
+        description=describe_latents(latents, catalog, names, attributes, seed),
+        refused_columns=refused,
+        mean=latents.mu.mean(0).tolist(),
+        std=latents.mu.std(0).tolist(),
+        runs=run_scores if len(runs) > 1 else [],
+    )
     if ranker is not None:
-        add_effects(report, Path(ranker), latents, catalog.item_ids, user, accelerator)
+        report = with_click_effects(report, Path(ranker), latents, catalog.item_ids, user, accelerator)
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "concepts.json", report)
-    from mmctr.concepts.page import write_page
-
+    write_json(out / "concepts.json", report.to_json())
     write_page(report, catalog, out / "concepts.html")
     return report
 
 
-def concepts_text(report: dict[str, Any]) -> str:
+def concepts_text(report: ConceptsReport) -> str:
     """A report as lines of text: dimensions with names, scores, reasons."""
-    varying = f"{report['active']} of {len(report['dimensions'])} dimensions vary over {report['items']} items"
-    lines = [f"{report['run']}: {varying}"]
-    if report.get("warning"):
-        lines.append(f"warning: {report['warning']}")
-    for entry in report["dimensions"]:
-        if entry["active"]:
-            name, label, score = entry["name"], "no candidate", ""
-            if name is not None:
-                low, high = name["interval"]
-                label = name["text"] if name["verified"] else f"no name (not {name['text']})"
-                score = f"  AUC {name['auc']:.3f} [{low:.3f}, {high:.3f}]"
-            clicks = f"  clicks {entry['click_effect']:+.3f}" if "click_effect" in entry else ""
-            lines.append(f"{entry['dimension']:3}  {label}{score}{clicks}")
-    for name, value in report.get("scores", {}).items():
-        lines.append(f"{name:22} {value:.3f}   by chance {report['chance'][name]:.3f}")
-    for reason in report.get("user", {}).get("reasons", []):
-        likes = ", ".join(reason["likes"] or [f"dimension {reason['dimension']}, its {reason['end']} end"])
-        lines.append(f"because you like: {likes} ({reason['click_effect']:+.3f})")
+    description = report.description
+    num_active, num_dimensions = len(description.active), len(description.dimensions)
+    lines = [f"{report.run}: {num_active} of {num_dimensions} dimensions vary over {description.num_items} items"]
+    if description.warning:
+        lines.append(f"warning: {description.warning}")
+    for dimension in description.active:
+        name, label, score = dimension.name, "no candidate", ""
+        if name is not None:
+            low, high = name.interval
+            label = name.text if name.verified else f"no name (not {name.text})"
+            score = f"  AUC {name.auc:.3f} [{low:.3f}, {high:.3f}]"
+        clicks = "" if dimension.click_effect is None else f"  clicks {dimension.click_effect:+.3f}"
+        lines.append(f"{dimension.number:3}  {label}{score}{clicks}")
+    if description.scores is not None:
+        chance = description.scores.chance
+        for name, value in description.scores.scores.items():
+            lines.append(f"{name:22} {value:.3f}   by chance {chance[name]:.3f}")
+    for reason in report.user.reasons if report.user else []:
+        likes = ", ".join(reason.likes or [f"dimension {reason.dimension}, its {reason.end} end"])
+        lines.append(f"because you like: {likes} ({reason.click_effect:+.3f})")
     return "\n".join(lines)
 
 
-def _score_runs(latents_of_runs: Sequence[Latents], attributes: Sequence[Attribute], seed: int) -> list[dict[str, Any]]:
-    """{"score", and the scores that "score" is computed from} of each run; 0 for a single run."""
-    if len(latents_of_runs) == 1:
-        return [{"score": 0.0}]
+def _score_runs(
+    runs: Sequence[str], latents_of_runs: Sequence[Latents], attributes: Sequence[Attribute], seed: int
+) -> list[RunScore]:
+    """The score of each run; 0 for a single run."""
+    if len(runs) == 1:
+        return [RunScore(str(runs[0]), 0.0, {})]
     if attributes:
         result = []
-        for latents in latents_of_runs:
+        for run, latents in zip(runs, latents_of_runs, strict=True):
             sample = sample_rows(len(latents.mu), MAX_SCORED, seed)
             codes = np.stack([a.codes[latents.rows] for a in attributes], 1)[sample]
             mu = latents.mu[sample]
             parts = {"mig": mig(mu, codes), "dci_disentanglement": dci(mu, codes, seed)["disentanglement"]}
-            result.append({"score": float(np.mean(list(parts.values()))), **parts})
+            result.append(RunScore(str(run), float(np.mean(list(parts.values()))), parts))
         return result
     shared = np.arange(max(int(latents.rows.max()) for latents in latents_of_runs) + 1)
     for latents in latents_of_runs:
         shared = np.intersect1d(shared, latents.rows)
     scores = udr([latents.mu[np.searchsorted(latents.rows, shared)] for latents in latents_of_runs])
-    return [{"score": score, "udr": score} for score in scores]
+    return [RunScore(str(run), score, {"udr": score}) for run, score in zip(runs, scores, strict=True)]
 
 
 def describe_latents(
@@ -149,51 +167,53 @@ def describe_latents(
     names: Sequence[Name | None],
     attributes: Sequence[Attribute],
     seed: int = 0,
-) -> dict[str, Any]:
-    """Dimensions with names and traversals, scores with scores by chance, and the dependency of attributes, for JSON.
+) -> Description:
+    """Dimensions with names and traversals, scores with scores by chance, and the dependency of attributes.
 
     Args:
         names: of the Z dimensions, as `name_dimensions` returns them.
         attributes: of the n items of the latents.
     """
-    mu, ids = latents.mu, catalog.item_ids
+    mu = latents.mu
     active = active_dimensions(mu)
     z = standardize(mu)
     correlation = z.T @ z / len(z)
     dimensions = []
     for j, name in enumerate(names):
-        entry: dict[str, Any] = {
-            "dimension": j,
-            "active": bool(active[j]),
-            "variance": float(mu[:, j].var()),
-            "name": name.to_json() if name is not None else None,
-        }
+        variation = None
         if active[j]:
-            counts, edges = np.histogram(mu[:, j], 24)
             others = np.flatnonzero(active & (np.arange(len(active)) != j))
-            nearest = others[np.argmax(np.abs(correlation[j, others]))] if len(others) else None
-            entry |= {
-                "histogram": {"counts": counts.tolist(), "from": float(edges[0]), "to": float(edges[-1])},
-                "traversal": [
-                    {"quantile": q, "items": [ids[int(latents.rows[r])].as_py() for r in rows]}
-                    for q, rows in zip(STEPS, traversal(mu, j, latents.has_image), strict=True)
-                ],
-                "correlates": None
-                if nearest is None
-                else {"dimension": int(nearest), "r": float(correlation[j, nearest])},
-            }
-            if name is not None:
-                entry["prevalence"] = prevalence(mu[:, j])
-        dimensions.append(entry)
-    result: dict[str, Any] = {"items": len(mu), "active": int(active.sum()), "dimensions": dimensions}
-    if not active.any():
-        result["warning"] = (
-            "posterior collapse: no dimension varies over items. Lower beta (or gamma), or raise the capacity"
-        )
+            nearest = int(others[np.argmax(np.abs(correlation[j, others]))]) if len(others) else None
+            variation = Variation(
+                histogram=_histogram(mu[:, j]),
+                traversal=_traversal_steps(latents, catalog, j),
+                most_correlated=None if nearest is None else Correlation(nearest, float(correlation[j, nearest])),
+                prevalence=None if name is None else prevalence(mu[:, j]),
+            )
+        dimensions.append(Dimension(j, float(mu[:, j].var()), name, variation))
+    scores = None
     if attributes and active.any():
         sample = sample_rows(len(mu), MAX_SCORED, seed)
         codes = np.stack([a.codes for a in attributes], 1)[sample]
-        result["scores"] = all_scores(mu[sample], codes, seed)
-        result["chance"] = chance_scores(all_scores, mu[sample], codes)
-        result["dependency"] = {"columns": [a.name for a in attributes], "matrix": dependency(codes).round(4).tolist()}
-    return result
+        scores = Scores(
+            scores=all_scores(mu[sample], codes, seed),
+            chance=chance_scores(all_scores, mu[sample], codes),
+            columns=[a.name for a in attributes],
+            dependency=dependency(codes).round(4).tolist(),
+        )
+    return Description(len(mu), dimensions, scores)
+
+
+def _histogram(values: np.ndarray) -> Histogram:
+    """The histogram of (n,) values in `NUM_HISTOGRAM_BINS` bins."""
+    counts, edges = np.histogram(values, NUM_HISTOGRAM_BINS)
+    return Histogram(counts.tolist(), float(edges[0]), float(edges[-1]))
+
+
+def _traversal_steps(latents: Latents, catalog: Catalog, dimension: int) -> list[TraversalStep]:
+    """The items along a dimension by raw id."""
+    steps = traversal(latents.mu, dimension, latents.has_image)
+    return [
+        TraversalStep(quantile, [catalog.item_ids[int(latents.rows[row])].as_py() for row in rows])
+        for quantile, rows in zip(STEPS, steps, strict=True)
+    ]
