@@ -15,7 +15,7 @@ from mmctr.concepts.page import render_concepts, write_page
 from mmctr.concepts.report_types import ClickReason, RankerEffects, RunScore, UserReasons
 from tests.concepts.test_naming import N
 from tests.concepts.test_report import described
-from tests.reports.test_compare import Page
+from tests.helpers.pages import Page
 
 HOSTILE = "</title><script>alert('x')</script>\"' onload='y"
 

@@ -7,7 +7,7 @@ from jinja2 import StrictUndefined, UndefinedError
 from markupsafe import Markup
 
 from mmctr.reports.page import ItemCard, NeighbourRow, number_text, render_page, template_environment
-from tests.reports.test_compare import PNG, Page
+from tests.helpers.pages import PNG, Page
 
 HOSTILE = "</title><script>alert('x')</script>\"' onload='y"
 

@@ -13,8 +13,8 @@ from mmctr.studies.result_types import FailedCell, ProtocolResults, StudyResults
 from mmctr.studies.results import study_results
 from mmctr.studies.runner import Outcome, study_cells
 from mmctr.studies.table import study_table
+from tests.helpers.pages import Page
 from tests.helpers.studies import method_results, study_config
-from tests.reports.test_compare import Page
 
 
 @pytest.mark.slow

@@ -31,8 +31,8 @@ from mmctr.studies.table import study_table
 from mmctr.tasks import RankingTask, RankingTaskConfig
 from mmctr.training.fit import step_seed
 from mmctr.training.stages import StagesConfig, warm_up, with_rows
+from tests.helpers.pages import Page
 from tests.helpers.tiny import finetune_values, start, write_config
-from tests.reports.test_compare import Page
 
 SPLIT = {"name": "staged", "new": 0.3, "rows": 2, "test_rows": 2}
 
