@@ -25,13 +25,13 @@ from sklearn.decomposition import PCA, FastICA
 from mmctr.concepts.disentanglement import (
     active_dimensions,
     all_scores,
-    bins_of,
+    chance_scores,
     entropy,
+    equal_width_bins,
     mutual_information,
-    shuffled,
 )
-from mmctr.concepts.latents import latents_of
-from mmctr.concepts.naming import attributes_of, name_dimensions, words_of
+from mmctr.concepts.latents import encode_latents
+from mmctr.concepts.naming import frequent_words, name_dimensions, read_attributes
 from mmctr.evaluation.predict import embed_rows
 from mmctr.runs.config import PretrainConfig
 from mmctr.runs.content import item_content, open_data
@@ -63,9 +63,9 @@ def judged(mu: np.ndarray, codes: np.ndarray, columns: list[str], texts: list[st
     def column_of(values: np.ndarray) -> int:
         return int(np.argmax([mutual_information(values, codes[:, k]) / h for k, h in enumerate(entropies)]))
 
-    has, words = words_of(texts)
+    has, words = frequent_words(texts)
     place = {word: number for number, word in enumerate(words)}
-    binned, named = bins_of(mu), []
+    binned, named = equal_width_bins(mu), []
     for j, name in enumerate(name_dimensions(mu, texts=texts, seed=seed)):
         if name is None or not name.verified:
             continue
@@ -105,9 +105,9 @@ def main() -> None:
                 config = data_config(run, None)
                 dataset = open_data(config, accelerator)
                 content = item_content(dataset, config, task, accelerator)
-                latents = latents_of(task, dataset.catalog, content, accelerator)
+                latents = encode_latents(task, dataset.catalog, content, accelerator)
                 if attributes is None:
-                    attributes, _ = attributes_of(dataset.catalog.table, options.columns)
+                    attributes, _ = read_attributes(dataset.catalog.table, options.columns)
                     rows, every = latents.rows, dataset.catalog.texts(config.text)
                     texts = [every[row] for row in rows]
                     codes = np.stack([a.codes for a in attributes], 1)[rows]
@@ -129,7 +129,7 @@ def main() -> None:
                                     other,
                                 ),
                             )
-                    chance = shuffled(
+                    chance = chance_scores(
                         lambda mu, c: all_scores(mu, c), linear("pca", features, latents.mu.shape[1], 0), codes
                     )
                     print_line("chance", 0, {n: round(v, 4) for n, v in chance.items()})

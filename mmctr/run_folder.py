@@ -125,7 +125,7 @@ class RunFolder:
         try:
             values = yaml.safe_load(self.config.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{self.config}: not a YAML file ({str(error).splitlines()[0]}); train again") from None
+            raise ValueError(f"{self.config}: not valid YAML ({str(error).splitlines()[0]}); train again") from None
         if not isinstance(values, dict):
             raise ValueError(f"{self.config}: holds no config; train again")
         return values

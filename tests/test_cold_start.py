@@ -74,7 +74,8 @@ def protocol(tmp_path_factory):
         main(FinetuneConfig.load(arguments[0], arguments[1:]))
         return 0
 
-    (found,) = study_results(study, run_study(study, folder / "out", launch=here))["protocols"].values()
+    results = study_results(study, run_study(study, folder / "out", launch=here))
+    (found,) = results.to_json()["protocols"].values()
     assert found["rows"]["cold"] > 500
     return found
 

@@ -298,7 +298,7 @@ def _search(arguments: argparse.Namespace) -> None:
 
 
 def _concepts(arguments: argparse.Namespace) -> None:
-    from mmctr.concepts.report import concepts, summary
+    from mmctr.concepts.report import concepts_text, write_concepts
 
     if arguments.user is not None and arguments.ranker is None:
         raise ValueError("--user needs --ranker: only a ranker knows what a user likes")
@@ -309,8 +309,10 @@ def _concepts(arguments: argparse.Namespace) -> None:
         lines = Path(arguments.prompts).read_text(encoding="utf-8").splitlines()
         prompts = [line.strip() for line in lines if line.strip()]
     out = Path(arguments.out or arguments.runs[0])
-    report = concepts(arguments.runs, out, arguments.data, arguments.columns, prompts, arguments.ranker, arguments.user)
-    print(json.dumps(report, ensure_ascii=False) if arguments.json else summary(report))
+    report = write_concepts(
+        arguments.runs, out, arguments.data, arguments.columns, prompts, arguments.ranker, arguments.user
+    )
+    print(json.dumps(report.to_json(), ensure_ascii=False) if arguments.json else concepts_text(report))
     print(f"page: {out / 'concepts.html'}", file=sys.stderr if arguments.json else sys.stdout)
 
 
@@ -354,18 +356,21 @@ def _coldstart(arguments: argparse.Namespace) -> None:
     out = Path(arguments.out or study.out)
     page = Path(arguments.html or out / "report.html")
 
-    def tell(line: str) -> None:
+    def print_line(line: str) -> None:
         print(line, file=sys.stderr if arguments.json else sys.stdout, flush=True)
 
-    results = study_results(study, run_study(study, out, arguments.study, tell=tell, jobs=arguments.jobs))
-    write_json(out / "results.json", results)
+    results = study_results(study, run_study(study, out, arguments.study, print_line=print_line, jobs=arguments.jobs))
+    write_json(out / "results.json", results.to_json())
     write_study_page(results, page)
     if arguments.figures:
         write_figures(results, arguments.figures)
-    print(json.dumps(results, indent=2, ensure_ascii=False) if arguments.json else f"\n{study_table(results)}")
-    tell(f"results: {out / 'results.json'}   report: {page}")
-    if results["failed"]:
-        raise ValueError(f"{len(results['failed'])} runs failed; mend what their logs say and start the study again")
+    if arguments.json:
+        print(json.dumps(results.to_json(), indent=2, ensure_ascii=False))
+    else:
+        print(f"\n{study_table(results)}")
+    print_line(f"results: {out / 'results.json'}   report: {page}")
+    if results.failed:
+        raise ValueError(f"{len(results.failed)} runs failed; mend what their logs say and start the study again")
 
 
 def _serve(arguments: argparse.Namespace) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import csv, parquet
 
-from mmctr.concepts.steering import steering
+from mmctr.concepts.steering import steering_vector
 from mmctr.data.embeddings import EmbeddingTable
 from mmctr.data.prepare import open_dataset
 from mmctr.files import replace_file
@@ -123,7 +123,7 @@ def _shift(arguments: argparse.Namespace, index: ItemIndex) -> np.ndarray | None
         return None
     identity = index.identity
     named = Path(arguments.concepts or RunFolder(Path(str(identity.run))).concepts)
-    shift = steering(named, arguments.more, arguments.less, arguments.strength, identity.weights)
+    shift = steering_vector(named, arguments.more, arguments.less, arguments.strength, identity.weights)
     if len(shift) != index.dim:
         raise ValueError(f"{named}: of {len(shift)} dimensions, the vectors have {index.dim}: not of one run")
     return shift

@@ -1,8 +1,8 @@
-"""How latent dimensions of a target change the click probability that a ranker predicts."""
+"""How a change of an item's latent dimensions changes the click probability that a ranker predicts for the item."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,11 +16,12 @@ from torch import Tensor
 
 from mmctr.concepts.disentanglement import active_dimensions
 from mmctr.concepts.latents import (
-    PER_STEP,
+    ITEMS_PER_STEP,
     Latents,
-    sampled_rows,
-    standardised,
+    sample_rows,
+    standardize,
 )
+from mmctr.concepts.report_types import ClickReason, ConceptsReport, Dimension, RankerEffects, UserReasons
 from mmctr.data.batches import BehaviorBatch, ItemBatch, Jagged
 from mmctr.data.tables import rows_of
 from mmctr.embedders.similarity import PairCosines
@@ -40,12 +41,15 @@ def click_effects(
     offset: int,
     accelerator: Accelerator,
 ) -> np.ndarray:
-    """(Z,) how the predicted chance of a click changes, on average over impressions, when a target moves on a dimension
-    from a standard deviation below to one above, its history staying as it is.
+    """(Z,) change of the predicted click probability, on average over impressions, for each latent dimension.
+
+    The target item's latent is moved from a standard deviation below its value to a standard deviation above; the
+    items of the history keep their values.
 
     Args:
-        sizes: (Z,) standard deviations of the latents; 0 leaves one out.
-        offset: where they begin in the ranker's content vectors.
+        collator: makes batches of the impressions.
+        sizes: (Z,) standard deviations of the latents; a dimension of size 0 gets the effect 0.
+        offset: first column of the latents in the ranker's content vectors.
     """
     ranker.eval()
     width, count = ranker.embedder.content_table.shape[1], len(collator.impressions)
@@ -101,81 +105,94 @@ def _repeated(values: Tensor | Jagged) -> Tensor | Jagged:
     return torch.cat([values, values])
 
 
-def add_effects(
-    report: dict[str, Any],
+def with_click_effects(
+    report: ConceptsReport,
     run: Path,
     latents: Latents,
     item_ids: pa.Array,
     user: str | None,
     accelerator: Accelerator,
-) -> None:
-    """Put into a report what each dimension does to the clicks a ranker predicts, overall and for one user.
+) -> ConceptsReport:
+    """The report with the effect of each dimension on predicted clicks, over test impressions and for one user.
+
+    Args:
+        report: a report on the latents.
+        run: folder of a ranker run on the latents.
+        item_ids: raw ids of the catalog.
+        user: raw id of the user, None for no user.
 
     Raises:
         ValueError: the ranker does not read these latents, or does not know the user.
     """
     ranker = RankingTask.load(run)
-    offset = _where(ranker, latents, item_ids, run)
+    offset = _latent_offset(ranker, latents, item_ids, run)
     dataset, part, collate = ranked_impressions(run, ranker)
     ranker.to(accelerator.device)
-    picked = sampled_rows(len(part), MAX_IMPRESSIONS, 0)
+    sample = sample_rows(len(part), MAX_IMPRESSIONS, 0)
     sizes = np.where(active_dimensions(latents.mu), latents.mu.std(0), 0.0)
-    effects = click_effects(ranker, collate(part.take(picked)), sizes, offset, accelerator)
-    for entry, effect in zip(report["dimensions"], effects, strict=True):
-        entry["click_effect"] = float(effect)
-    report["ranker"] = {"run": str(run), "impressions": len(picked)}
+    effects = click_effects(ranker, collate(part.take(sample)), sizes, offset, accelerator)
+    dimensions = [
+        replace(dimension, click_effect=float(effect))
+        for dimension, effect in zip(report.description.dimensions, effects, strict=True)
+    ]
+    report = replace(
+        report,
+        description=replace(report.description, dimensions=dimensions),
+        ranker=RankerEffects(str(run), len(sample)),
+    )
     if user is None:
-        return
+        return report
     row = dataset.user_row(user)
     rows = np.flatnonzero(np.asarray(part.user) == row)
     if not len(rows):
         raise ValueError(f"user {user!r} has no test impressions in {dataset.report['source']}; name another --user")
-    own = part.take(rows)
-    effects = click_effects(ranker, collate(own), sizes, offset, accelerator)
-    latest = own.history[own.history_start[-1] : own.history_end[-1]]
+    impressions = part.take(rows)
+    effects = click_effects(ranker, collate(impressions), sizes, offset, accelerator)
+    latest = impressions.history[impressions.history_start[-1] : impressions.history_end[-1]]
     history = [dataset.catalog.item_ids[int(item)].as_py() for item in latest]
-    report["user"] = {
-        "user_id": dataset.users["user_id"][row].as_py(),
-        "reasons": reasons(report, effects, latents, item_ids, history),
-    }
+    reasons = click_reasons(dimensions, effects, latents, item_ids, history)
+    return replace(report, user=UserReasons(dataset.users["user_id"][row].as_py(), reasons))
 
 
-def reasons(
-    report: dict[str, Any],
+def click_reasons(
+    dimensions: Sequence[Dimension],
     effects: np.ndarray,
     latents: Latents,
     item_ids: pa.Array,
     history: list[Any],
     count: int = 3,
-) -> list[dict[str, Any]]:
-    """What moves a user most: the end of a dimension, what it is called, and what of the history stands there."""
-    place = {item_ids[int(row)].as_py(): position for position, row in enumerate(latents.rows)}
-    seen = [item for item in history if item in place]
-    z = standardised(latents.mu)
-    found = []
+) -> list[ClickReason]:
+    """The dimensions with the greatest effects (Z,) on a user's predicted clicks, at most `count`, greatest first.
+
+    Args:
+        item_ids: raw ids of the catalog.
+        history: raw ids of items of the user's history.
+    """
+    position_of = {item_ids[int(row)].as_py(): position for position, row in enumerate(latents.rows)}
+    known = [item for item in history if item in position_of]
+    z = standardize(latents.mu)
+    reasons = []
     for j in np.argsort(-np.abs(effects))[:count].tolist():
         if effects[j] == 0:
             break
-        sign, name = (1 if effects[j] > 0 else -1), report["dimensions"][j]["name"]
-        likes = None if name is None or not name["verified"] else name["high" if sign > 0 else "low"]
-        ordered = sorted(seen, key=lambda item: -sign * z[place[item], j])
-        because = [item for item in ordered if sign * z[place[item], j] > 0.5][:PER_STEP]
-        end = "high" if sign > 0 else "low"
-        found.append(
-            {"dimension": j, "end": end, "likes": likes, "click_effect": float(effects[j]), "because_of": because}
-        )
-    return found
+        sign, end = (1, "high") if effects[j] > 0 else (-1, "low")
+        name = dimensions[j].verified_name
+        likes = name and (name.high if end == "high" else name.low)
+        ordered = sorted(known, key=lambda item: -sign * z[position_of[item], j])
+        because = [item for item in ordered if sign * z[position_of[item], j] > 0.5][:ITEMS_PER_STEP]
+        reasons.append(ClickReason(j, end, likes, float(effects[j]), because))
+    return reasons
 
 
-def _where(ranker: RankingTask, latents: Latents, item_ids: pa.Array, run: Path) -> int:
-    """The first of the columns of the ranker's content vectors that are these latents."""
+def _latent_offset(ranker: RankingTask, latents: Latents, item_ids: pa.Array, run: Path) -> int:
+    """The first column of the latents in the ranker's content vectors; ValueError where there is none."""
     width = latents.mu.shape[1]
     if ranker.embedder.adapter is not None and ranker.catalog_ids is not None:
         rows = rows_of(item_ids.take(pa.array(latents.rows)), ranker.catalog_ids, "the run's catalog and the ranker's")
-        there = rows >= 0
-        table = ranker.embedder.content_table[torch.from_numpy(rows[there])].numpy()
-        for offset in range(table.shape[1] - width + 1) if there.any() else ():
-            if np.allclose(table[:, offset : offset + width], latents.mu[there], atol=1e-3):
+        known = rows >= 0
+        table = ranker.embedder.content_table[torch.from_numpy(rows[known])].numpy()
+        for offset in range(table.shape[1] - width + 1) if known.any() else ():
+            if np.allclose(table[:, offset : offset + width], latents.mu[known], atol=1e-3):
                 return offset
     raise ValueError(
         f"{run}: this ranker does not read the latents of the run; embed it (`mmctr embed RUN --out EMB`), and train a "

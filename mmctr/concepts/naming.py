@@ -1,8 +1,8 @@
-"""Names of latent dimensions: found on half of the items, verified on the other half, and shown with their score.
+"""Names of latent dimensions: chosen on the naming half of the items, verified on the verification half.
 
-A dimension has two ends, so a name has two: "dark ↔ bright". Candidates are values of the catalog's columns, words of
-its texts, and prompts that the encoder compares with pictures; the one that tells most of a dimension is its name, if
-held-out items agree.
+A dimension has two ends, so a name has two parts: "dark ↔ bright". Candidates are values of a catalog column, words of
+the item texts, and prompts that the encoder compares with pictures. The candidate that explains most of a dimension's
+variance becomes the name, and the name is verified where it separates items of the verification half.
 """
 
 from __future__ import annotations
@@ -23,74 +23,79 @@ from mmctr.data.tables import one_array, value_codes
 from mmctr.evaluation.metrics import auc
 
 MIN_ITEMS = 20
-"""items that must have a value, or a word, for it to be part of a name"""
+"""a value or a word takes part in names when at least so many items have it"""
 MAX_WORDS = 2000
-"""commonest words of the texts that are looked at"""
-SHOWN = 3
-"""values or words named at each end, at most"""
-VERIFIED = 0.6
-"""a name holds when the lower end of its interval is above this AUC"""
+"""most frequent words of the texts that take part in names"""
+MAX_NAMES_PER_END = 3
+"""values or words of one end of a name"""
+VERIFIED_AUC = 0.6
+"""a name is verified when the lower end of the AUC's interval is above this value"""
 
 Source = Literal["column", "word", "prompt"]
 
 
 @dataclass(frozen=True)
 class Attribute:
-    """A column whose values may name a dimension, or be what scores are measured by."""
+    """A catalog column with few values, which may name dimensions and which scores are computed against."""
 
     name: str
     codes: np.ndarray
-    """(n,) number of each item's value, -1 for none"""
+    """(n,) position of each item's value in `values`, -1 for an item without a value"""
     values: list[str]
 
 
 @dataclass(frozen=True)
 class Name:
-    """What an end of a dimension means, and how sure that is."""
+    """The meaning of the two ends of a latent dimension, with the score on the verification items."""
 
     low: list[str]
+    """values, words or prompt of the low end"""
     high: list[str]
+    """values, words or prompt of the high end"""
     source: Source
     column: str | None
-    """of the catalog, where the name is of its values"""
+    """catalog column that the values are of, None for words and prompts"""
     auc: float
-    """the chance, on held-out items, that an item of the high end has a greater latent than one of the low end"""
+    """probability that a verification item of the high end has a greater latent than one of the low end"""
     interval: tuple[float, float]
-    """95 % of it"""
+    """95 % interval of the AUC"""
     num_items: tuple[int, int]
-    """held-out items of the low end and of the high one"""
+    """numbers of verification items of the low end and of the high end"""
 
     @property
     def verified(self) -> bool:
-        return self.interval[0] > VERIFIED
+        """Whether the AUC is above `VERIFIED_AUC` beyond doubt."""
+        return self.interval[0] > VERIFIED_AUC
 
     @property
     def text(self) -> str:
+        """The name for the reader: "column: low, lower ↔ high, higher"."""
         ends = " ↔ ".join(", ".join(end) for end in (self.low, self.high))
         return f"{self.column}: {ends}" if self.column else ends
 
-    def as_dict(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
+        """All fields with "text" and "verified"."""
         return {**vars(self), "text": self.text, "verified": self.verified}
 
 
-def attributes_of(table: pa.Table, columns: Sequence[str] | None = None) -> tuple[list[Attribute], dict[str, str]]:
-    """Columns as attributes, and of those that cannot be the reason.
+def read_attributes(table: pa.Table, columns: Sequence[str] | None = None) -> tuple[list[Attribute], dict[str, str]]:
+    """(attributes of an items table, {column that cannot be an attribute: reason}).
 
-    Numbers of many values are cut into fifths. Values of fewer than 20 items count as none.
+    Columns of numbers with many values are cut into fifths. Values of fewer than `MIN_ITEMS` items count as missing.
 
     Args:
-        columns: which; None: all but ids, pictures and texts.
+        columns: names of columns; None for all but identifier and picture.
 
     Raises:
-        ValueError: a column that is not there, or that was asked for and cannot be used.
+        ValueError: a name in `columns` is no column of the table, or a column that cannot be an attribute.
     """
-    found, refused = [], {}
+    attributes, refused = [], {}
     for name in columns if columns is not None else [c for c in table.column_names if c not in ("item_id", "image")]:
         if name not in table.column_names:
             raise ValueError(f"items table: column {name!r} is missing; it has {', '.join(table.column_names)}")
         column = table.column(name)
-        numbers = pt.is_integer(column.type) or pt.is_floating(column.type)
-        codes, values = _numbers(column) if numbers else (None, [])
+        is_numeric = pt.is_integer(column.type) or pt.is_floating(column.type)
+        codes, values = _quintiles(column) if is_numeric else (None, [])
         if codes is None:
             codes, values = value_codes(table, name, "items table")
         counts = np.bincount(codes[codes >= 0], minlength=len(values))
@@ -101,52 +106,55 @@ def attributes_of(table: pa.Table, columns: Sequence[str] | None = None) -> tupl
         elif columns is None and kept < 0.5 * (codes >= 0).sum():
             refused[name] = f"{len(values)} values, half of the items with ones of fewer than {MIN_ITEMS} items"
         else:
-            place = np.full(len(values) + 1, -1)
-            place[common] = np.arange(len(common))
-            found.append(Attribute(name, place[codes], [values[c] for c in common]))
+            position_of = np.full(len(values) + 1, -1)
+            position_of[common] = np.arange(len(common))
+            attributes.append(Attribute(name, position_of[codes], [values[c] for c in common]))
     if columns is not None and refused:
         name, reason = next(iter(refused.items()))
         raise ValueError(f"items table: column {name!r} cannot name anything: {reason}; leave it out of --columns")
-    return found, refused
+    return attributes, refused
 
 
-def _numbers(column: pa.ChunkedArray) -> tuple[np.ndarray | None, list[str]]:
-    """Fifths of a column of numbers, None when it has few values, which are then taken as they are."""
+def _quintiles(column: pa.ChunkedArray) -> tuple[np.ndarray | None, list[str]]:
+    """(codes, values) of the fifths of a column of numbers; codes are None for a column of 20 values or fewer."""
     values = one_array(column).to_numpy(zero_copy_only=False).astype(np.float64)
-    there = np.isfinite(values)
-    if len(np.unique(values[there])) <= 20:
+    finite = np.isfinite(values)
+    if len(np.unique(values[finite])) <= 20:
         return None, []
-    cuts = np.unique(np.quantile(values[there], [0.2, 0.4, 0.6, 0.8]))
-    codes = np.where(there, np.searchsorted(cuts, np.where(there, values, 0.0), side="right"), -1)
+    cuts = np.unique(np.quantile(values[finite], [0.2, 0.4, 0.6, 0.8]))
+    codes = np.where(finite, np.searchsorted(cuts, np.where(finite, values, 0.0), side="right"), -1)
     edges = [f"{cut:g}" for cut in cuts]
     middle = [f"{a} to {b}" for a, b in itertools.pairwise(edges)]
     return codes.astype(np.int64), [f"below {edges[0]}", *middle, f"{edges[-1]} and more"]
 
 
-def words_of(texts: Sequence[str]) -> tuple[np.ndarray, list[str]]:
-    """The commonest words of texts that are in neither too few nor nearly all of them: (n, W) bool and the words."""
-    split = [set(re.findall(r"[^\W\d_][\w-]+", text.lower())) for text in texts]
-    counts = Counter(word for words in split for word in words)
+def frequent_words(texts: Sequence[str]) -> tuple[np.ndarray, list[str]]:
+    """(which of n texts has which word, (n, W) bool; the W words): frequent words that are not in nearly all texts."""
+    words_of_texts = [set(re.findall(r"[^\W\d_][\w-]+", text.lower())) for text in texts]
+    counts = Counter(word for words in words_of_texts for word in words)
     usable = [(word, n) for word, n in counts.items() if MIN_ITEMS <= n <= 0.9 * len(texts)]
     words = [word for word, _ in sorted(usable, key=lambda pair: (-pair[1], pair[0]))[:MAX_WORDS]]
-    place = {word: number for number, word in enumerate(words)}
-    has = np.zeros((len(texts), len(words)), bool)
-    for row, found in enumerate(split):
-        has[row, [place[word] for word in found if word in place]] = True
-    return has, words
+    position_of = {word: position for position, word in enumerate(words)}
+    has_word = np.zeros((len(texts), len(words)), bool)
+    for row, text_words in enumerate(words_of_texts):
+        has_word[row, [position_of[word] for word in text_words if word in position_of]] = True
+    return has_word, words
 
 
 @dataclass(frozen=True)
 class _Candidate:
-    """Items of the low and of the high end of a dimension, (n,) bool each, and what it tells of it on naming items."""
+    """A possible name of a dimension: the n items of both ends, and the explained variance on the naming items."""
 
     low: list[str]
     high: list[str]
     source: Source
     column: str | None
     is_low: np.ndarray
+    """(n,) bool"""
     is_high: np.ndarray
+    """(n,) bool"""
     explained: float
+    """fraction of the variance of the dimension that the candidate explains"""
 
 
 def name_dimensions(
@@ -159,83 +167,94 @@ def name_dimensions(
     """The best name of each of Z dimensions, verified or not; None for one that does not vary or has no candidate.
 
     Args:
-        mu: (n, Z).
-        texts: of the n items, for words.
-        prompts: (n, P) how much each picture looks like each of P prompts, and the prompts.
-        seed: which half of the items names are found on.
+        mu: (n, Z) latents.
+        attributes: columns of the n items.
+        texts: texts of the n items, whose words may be names.
+        prompts: similarities (n, P) of each picture to each of P prompts, and the prompts.
+        seed: chooses the naming half of the items.
     """
     naming = np.zeros(len(mu), bool)
     naming[np.random.default_rng(seed).permutation(len(mu))[: len(mu) // 2]] = True
-    words = words_of(texts) if texts is not None else None
+    words = frequent_words(texts) if texts is not None else None
     names: list[Name | None] = []
     for latent, active in zip(mu.T, active_dimensions(mu), strict=True):
         candidates = []
         if active:
-            candidates += [_of_attribute(latent, attribute, naming) for attribute in attributes]
+            candidates += [_attribute_candidate(latent, attribute, naming) for attribute in attributes]
             if words is not None:
-                candidates.append(_of_words(latent, *words, naming))
+                candidates.append(_word_candidate(latent, *words, naming))
             if prompts is not None:
-                candidates.append(_of_prompts(latent, *prompts, naming))
+                candidates.append(_prompt_candidate(latent, *prompts, naming))
         usable = [c for c in candidates if c is not None]
         best = max(usable, key=lambda c: c.explained, default=None)
-        names.append(None if best is None else _verified(latent, best, ~naming))
+        names.append(None if best is None else _verify(latent, best, ~naming))
     return names
 
 
-def _of_attribute(latent: np.ndarray, attribute: Attribute, naming: np.ndarray) -> _Candidate | None:
-    """Values whose items lie above the mean of all are the high end. What they explain is the variance between values,
-    less what as many random groups would."""
+def _attribute_candidate(latent: np.ndarray, attribute: Attribute, naming: np.ndarray) -> _Candidate | None:
+    """The candidate of a column: values whose items have a mean above the mean of all items are the high end.
+
+    The explained variance is that between values, adjusted for the number of values (adjusted R squared).
+    """
     rows = naming & (attribute.codes >= 0)
     codes, z = attribute.codes[rows], latent[rows]
     counts = np.bincount(codes, minlength=len(attribute.values))
-    there = np.flatnonzero(counts >= MIN_ITEMS // 4)
-    if len(there) < 2 or not z.var():
+    usable = np.flatnonzero(counts >= MIN_ITEMS // 4)
+    if len(usable) < 2 or not z.var():
         return None
     means = np.bincount(codes, z, len(attribute.values)) / np.maximum(counts, 1)
-    centre = float((means[there] * counts[there]).sum() / counts[there].sum())
-    between = float((counts[there] * (means[there] - centre) ** 2).sum() / counts[there].sum() / z.var())
-    num_rows, num_values = int(counts[there].sum()), len(there)
+    centre = float((means[usable] * counts[usable]).sum() / counts[usable].sum())
+    between = float((counts[usable] * (means[usable] - centre) ** 2).sum() / counts[usable].sum() / z.var())
+    num_rows, num_values = int(counts[usable].sum()), len(usable)
     explained = 1 - (1 - between) * (num_rows - 1) / max(num_rows - num_values, 1)
-    # those that say most of the dimension first: far out, and of many items
-    ordered = there[np.argsort(-counts[there] * (means[there] - centre) ** 2)]
+    # first the values that explain most: far from the mean, and of many items
+    ordered = usable[np.argsort(-counts[usable] * (means[usable] - centre) ** 2)]
     low = [v for v in ordered if means[v] < centre]
     high = [v for v in ordered if means[v] >= centre]
     if not low or not high:
         return None
-    names = [[attribute.values[v] for v in end[:SHOWN]] for end in (low, high)]
+    names = [[attribute.values[v] for v in end[:MAX_NAMES_PER_END]] for end in (low, high)]
     ends = (np.isin(attribute.codes, low), np.isin(attribute.codes, high))
     return _Candidate(names[0], names[1], "column", attribute.name, *ends, explained)
 
 
-def _of_words(latent: np.ndarray, has: np.ndarray, words: list[str], naming: np.ndarray) -> _Candidate | None:
-    """The words that go with either end: each end's are added while they tell more together than without."""
+def _word_candidate(
+    latent: np.ndarray, has_word: np.ndarray, words: list[str], naming: np.ndarray
+) -> _Candidate | None:
+    """The candidate of words: those most correlated with either end, as many as explain more together."""
     z = latent[naming] - latent[naming].mean()
-    shown = has[naming].astype(np.float64)
-    counts = shown.sum(0)
+    indicators = has_word[naming].astype(np.float64)
+    counts = indicators.sum(0)
     usable = (counts >= MIN_ITEMS // 4) & (counts <= len(z) - MIN_ITEMS // 4)
     if not usable.any() or not z.var():
         return None
-    centred = shown - shown.mean(0)
+    centred = indicators - indicators.mean(0)
     r = (z @ centred) / np.sqrt((centred**2).sum(0).clip(min=1e-12) * (z**2).sum())
     r[~usable] = 0
-    low, high = (_grown(z * sign, has[naming], sign * r) for sign in (-1, 1))
+    low, high = (_select_words(z * sign, has_word[naming], sign * r) for sign in (-1, 1))
     if not low or not high:
         return None
-    some_low, some_high = np.any(has[:, low], axis=1), np.any(has[:, high], axis=1)
+    some_low, some_high = np.any(has_word[:, low], axis=1), np.any(has_word[:, high], axis=1)
     is_low, is_high = np.asarray(some_low & ~some_high), np.asarray(some_high & ~some_low)
     explained = _explained(z, is_high[naming].astype(float) - is_low[naming])
     return _Candidate(
-        [words[w] for w in low[:SHOWN]], [words[w] for w in high[:SHOWN]], "word", None, is_low, is_high, explained
+        [words[w] for w in low[:MAX_NAMES_PER_END]],
+        [words[w] for w in high[:MAX_NAMES_PER_END]],
+        "word",
+        None,
+        is_low,
+        is_high,
+        explained,
     )
 
 
-def _grown(z: np.ndarray, has: np.ndarray, r: np.ndarray) -> list[int]:
-    """Words of one end, the best first: the next best is added while items with any of them explain more."""
+def _select_words(z: np.ndarray, has_word: np.ndarray, r: np.ndarray) -> list[int]:
+    """Words of one end, by correlation r: a word is added where items with any chosen word then explain more."""
     best, chosen, items = 0.0, [], np.zeros(len(z), bool)
     for word in np.argsort(-r)[:12]:
         if r[word] <= 0:
             break
-        more = items | has[:, word]
+        more = items | has_word[:, word]
         explained = _explained(z, more.astype(float))
         if explained > best:
             best, items = explained, more
@@ -243,12 +262,14 @@ def _grown(z: np.ndarray, has: np.ndarray, r: np.ndarray) -> list[int]:
     return chosen
 
 
-def _of_prompts(latent: np.ndarray, alike: np.ndarray, prompts: list[str], naming: np.ndarray) -> _Candidate | None:
-    """The two prompts whose difference, as the encoder sees pictures, goes most with the latent."""
+def _prompt_candidate(
+    latent: np.ndarray, similarity: np.ndarray, prompts: list[str], naming: np.ndarray
+) -> _Candidate | None:
+    """The candidate of prompts: the two whose similarities to pictures correlate most, negatively and positively."""
     z = latent[naming]
     if not z.var() or len(prompts) < 2:
         return None
-    scaled = (alike - alike[naming].mean(0)) / alike[naming].std(0).clip(min=1e-12)
+    scaled = (similarity - similarity[naming].mean(0)) / similarity[naming].std(0).clip(min=1e-12)
     r = (z - z.mean()) @ scaled[naming] / len(z) / z.std()
     low, high = int(np.argmin(r)), int(np.argmax(r))
     difference = scaled[:, high] - scaled[:, low]
@@ -259,20 +280,21 @@ def _of_prompts(latent: np.ndarray, alike: np.ndarray, prompts: list[str], namin
 
 
 def _explained(z: np.ndarray, x: np.ndarray) -> float:
-    """The fraction of the variance of a centred z that x explains linearly."""
+    """The fraction of the variance of a centred z (n,) that x (n,) explains linearly."""
     x = x - x.mean()
     return float((z @ x) ** 2 / max((z @ z) * (x @ x), 1e-12))
 
 
-def _verified(latent: np.ndarray, candidate: _Candidate, held_out: np.ndarray) -> Name:
-    low, high = candidate.is_low & held_out, candidate.is_high & held_out
-    value, interval = auc_of(latent[low], latent[high])
+def _verify(latent: np.ndarray, candidate: _Candidate, verification: np.ndarray) -> Name:
+    """The name of a candidate with its AUC on the verification items, (n,) bool."""
+    low, high = candidate.is_low & verification, candidate.is_high & verification
+    value, interval = auc_with_interval(latent[low], latent[high])
     counts = int(low.sum()), int(high.sum())
     return Name(candidate.low, candidate.high, candidate.source, candidate.column, value, interval, counts)
 
 
-def auc_of(low: np.ndarray, high: np.ndarray) -> tuple[float, tuple[float, float]]:
-    """The chance that one of `high` is greater than one of `low`, and a 95 % interval (Hanley & McNeil 1982)."""
+def auc_with_interval(low: np.ndarray, high: np.ndarray) -> tuple[float, tuple[float, float]]:
+    """The probability that a value of `high` is above one of `low`, with a 95 % interval (Hanley & McNeil 1982)."""
     if len(low) < 2 or len(high) < 2:
         return 0.5, (0.0, 1.0)
     labels = np.concatenate([np.zeros(len(low)), np.ones(len(high))])

@@ -1,4 +1,4 @@
-"""Search with concepts: directions in the space of item embeddings that strengthen a named latent dimension."""
+"""Search by named latent dimensions: vectors that move a query towards some words and away from others."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ import numpy as np
 from mmctr.files import read_json
 
 
-def steering(path: Path, more: Sequence[str], less: Sequence[str], strength: float, weights: str | None) -> np.ndarray:
-    """(Z,) what to add to a latent vector to go towards some words and away from others.
+def steering_vector(
+    path: Path, more: Sequence[str], less: Sequence[str], strength: float, weights: str | None
+) -> np.ndarray:
+    """The vector (Z,) to add to a latent vector so that it moves towards some words and away from others.
 
     Args:
-        path: what `mmctr concepts` wrote.
-        more, less: words that stand in a verified name.
-        strength: in standard deviations of the dimension.
-        weights: of the run the vectors are of; None: not known.
+        path: the concepts.json of `mmctr concepts`.
+        more, less: words of the verified names to move towards and away from.
+        strength: length of a move, in standard deviations of the dimension.
+        weights: key of the weights that the latent vectors were computed with; None where it is not known.
 
     Raises:
-        ValueError: no such file, one of another run, or a word that names nothing.
+        ValueError: the file does not exist or names dimensions of other weights, or a word is in no verified name.
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file; `mmctr concepts RUN` writes it, and --more and --less need its names")
@@ -31,15 +33,15 @@ def steering(path: Path, more: Sequence[str], less: Sequence[str], strength: flo
             f"{path}: names of other weights than the vectors; run `mmctr concepts` and `mmctr embed` anew"
         )
     ends: dict[str, tuple[int, int]] = {}
-    best: dict[str, float] = {}
+    best_auc: dict[str, float] = {}
     for entry in report["dimensions"]:
         name = entry["name"]
         if not entry["active"] or name is None or not name["verified"]:
             continue
         for end, sign in (("low", -1), ("high", 1)):
             for word in name[end]:
-                if name["auc"] > best.get(word.lower(), 0.0):  # of two dimensions the one that is surer
-                    best[word.lower()], ends[word.lower()] = name["auc"], (entry["dimension"], sign)
+                if name["auc"] > best_auc.get(word.lower(), 0.0):  # of two dimensions the one with the higher AUC
+                    best_auc[word.lower()], ends[word.lower()] = name["auc"], (entry["dimension"], sign)
     std = np.array(report["spread"]["std"])
     shift = np.zeros(len(std), np.float32)
     for words, direction in ((more, 1), (less, -1)):

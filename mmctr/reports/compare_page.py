@@ -1,166 +1,192 @@
-"""The HTML page of `mmctr.reports.compare`: one file, inline SVG, no script, no resource from elsewhere."""
+"""The HTML page of a comparison of ranker runs: the values of the template `compare.html`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
 
 import numpy as np
 import yaml
 
-from mmctr.reports.page import (
-    NeighbourRow,
-    document,
-    is_number,
-    neighbour_row,
-    number,
-    scrolling,
-    short,
-    spread,
-    text,
-)
-from mmctr.reports.plots import Series, figure, line_label, line_plot, nice_ticks
-from mmctr.reports.run import finite_interval
-
-if TYPE_CHECKING:
-    from mmctr.reports.run import Run
+from mmctr.reports.page import NeighbourRow, number_text, render_page
+from mmctr.reports.plots import Plot, Series, line_offset, line_plot, nice_ticks, short_number
+from mmctr.reports.run import Estimate, Run
 
 METRIC_NAMES = {"auc": "AUC", "gauc": "gAUC"}
 SPLIT_NAMES = {"all": "All items", "warm": "Warm items (seen in training)", "cold": "Cold items (not in training)"}
 MAX_CURVE_POINTS = 200
+"""points of a loss curve: a log may have a million lines, a screen has not"""
 
 
-def render_page(runs: Sequence[Run], neighbours: Sequence[NeighbourRow], reading: Sequence[str]) -> str:
-    """The page as text. `reading` are the sentences of its opening paragraph; missing values are dashes."""
-    sections = [
-        f"<h1>Ranker comparison</h1>\n<p class='lead'>{text(' '.join(reading))}</p>",
-        "<h2>Test metrics</h2>\n" + _metrics_table(runs),
-        "<h2>By clicks of the item in training</h2>\n" + _bucket_plots(runs),
-        "<h2>Training</h2>\n" + "".join(_curves(run, position, runs) for position, run in enumerate(runs)),
+@dataclass(frozen=True)
+class MetricsRow:
+    """Test metrics of one run on one split of the test rows."""
+
+    style: int
+    name: str
+    auc: Estimate
+    gauc: Estimate
+    gauc_difference: Estimate
+    """gAUC minus the gAUC of the first run; without a value for the first run."""
+    log_loss: float | None
+    calibration: float | None
+    num_impressions: float | None
+    num_clicks: float | None
+    has_highest_gauc: bool
+    """Whether no other of several runs has a higher gAUC."""
+
+
+@dataclass(frozen=True)
+class MetricsTable:
+    """Test metrics of all runs on one split of the test rows."""
+
+    heading: str
+    rows: list[MetricsRow]
+
+
+@dataclass(frozen=True)
+class BucketRow:
+    """A metric of one run in each click bucket."""
+
+    name: str
+    estimates: list[Estimate]
+
+
+@dataclass(frozen=True)
+class BucketMetric:
+    """A metric of all runs by training clicks of the target item: the plot and the numbers."""
+
+    plot: Plot
+    rows: list[BucketRow]
+
+
+def render_comparison(runs: Sequence[Run], neighbours: Sequence[NeighbourRow], sentences: Sequence[str]) -> str:
+    """The HTML page that compares runs with the first run.
+
+    Args:
+        neighbours: sample items with the nearest items, none to leave the section out.
+        sentences: text of the opening paragraph.
+    """
+    bucket_names, bucket_metrics = _bucket_metrics(runs)
+    return render_page(
+        "compare.html",
+        runs=runs,
+        sentences=sentences,
+        metrics_tables=[_metrics_table(runs, split) for split in SPLIT_NAMES],
+        bucket_names=bucket_names,
+        bucket_metrics=bucket_metrics,
+        training_plots=[_training_plots(run, style, runs) for style, run in enumerate(runs)],
+        neighbours=neighbours,
+        configs=[(run.name, yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True)) for run in runs],
+    )
+
+
+def _metrics_table(runs: Sequence[Run], split: str) -> MetricsTable:
+    """The table of one split of the test rows."""
+    values = [value for run in runs if (value := run.metric(split, "gauc")) is not None]
+    highest = max(values) if values and len(runs) > 1 else None
+    rows = [
+        MetricsRow(
+            style=style,
+            name=run.name,
+            auc=run.estimate(split, "auc"),
+            gauc=run.estimate(split, "gauc"),
+            gauc_difference=run.difference_from(runs[0], split, "gauc") if style else Estimate(None),
+            log_loss=run.metric(split, "log_loss"),
+            calibration=run.metric(split, "calibration"),
+            num_impressions=run.metric(split, "num_impressions"),
+            num_clicks=run.metric(split, "num_positives"),
+            has_highest_gauc=highest is not None and run.metric(split, "gauc") == highest,
+        )
+        for style, run in enumerate(runs)
     ]
-    if neighbours:
-        rows = "".join(neighbour_row(row) for row in neighbours)
-        sections.append(f"<h2>Nearest neighbours</h2>\n<p>The framed item and the items nearest to it.</p>\n{rows}")
-    configs = "".join(
-        f"<details><summary>{text(run.name)}</summary><pre tabindex='0'>"
-        f"{text(yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True))}</pre></details>\n"
-        for run in runs
-    )
-    sections.append(f"<h2>Configs</h2>\n{configs}")
-    return document(f"Ranker comparison: {', '.join(run.name for run in runs)}", sections)
+    return MetricsTable(SPLIT_NAMES[split], rows)
 
 
-def _metrics_table(runs: Sequence[Run]) -> str:
-    names = ["Run", "AUC", "gAUC", "gAUC vs. first", "Log loss", "Calibration", "Impressions", "Clicks"]
-    head = "".join(f"<th scope='col'>{name}</th>" for name in names)
-    bodies = []
-    for split, heading in SPLIT_NAMES.items():
-        rows = [f"<tr class='split'><th scope='rowgroup' colspan='{len(names)}'><span>{heading}</span></th></tr>"]
-        values = [run.metric(split, "gauc") for run in runs]
-        best = max((value for value in values if value is not None), default=None)
-        for position, run in enumerate(runs):
-            cells = []
-            for metric in ("auc", "gauc"):
-                value = run.metric(split, metric)
-                shown = number(value)
-                if metric == "gauc" and value == best is not None and len(runs) > 1:
-                    shown = f"<strong>{shown}</strong>"
-                cells.append(shown + spread(run.interval(split, metric)))
-            difference, interval = run.difference_from(runs[0], split, "gauc") if position else (None, None)
-            cells.append(number(difference, "+.4f") + spread(interval, "+.4f"))
-            cells += [number(run.metric(split, "log_loss")), number(run.metric(split, "calibration"), ".3f")]
-            cells += [number(run.metric(split, count), ",.0f") for count in ("num_impressions", "num_positives")]
-            columns = "".join(f"<td>{cell}</td>" for cell in cells)
-            rows.append(f"<tr><th scope='row'>{line_label(position, run.name)}</th>{columns}</tr>")
-        bodies.append(f"<tbody>{''.join(rows)}</tbody>")
-    table = f"<table><thead><tr>{head}</tr></thead>{''.join(bodies)}</table>"
-    note = (
-        "<p class='note'>In brackets: 95% intervals from resampled test users. They do not hold the spread between "
-        "training seeds. gAUC is the AUC inside each user, weighted by impressions; 0.5 is a random order. Calibration "
-        "is predicted over observed clicks; 1 is right. Bold: the highest gAUC. A dash: not defined or not known.</p>"
-    )
-    return scrolling("Test metrics", table) + note
-
-
-def _bucket_plots(runs: Sequence[Run]) -> str:
-    tables = [{str(bucket.get("clicks")): bucket for bucket in run.test.get("buckets") or []} for run in runs]
-    names = list(dict.fromkeys(name for table in tables for name in table))
+def _bucket_metrics(runs: Sequence[Run]) -> tuple[list[str], list[BucketMetric]]:
+    """Names of all click buckets of the runs, and gAUC and AUC of the runs in these buckets; both empty without any."""
+    buckets_of_runs = [{bucket.clicks: bucket for bucket in run.click_buckets()} for run in runs]
+    names = list(dict.fromkeys(name for buckets in buckets_of_runs for name in buckets))
     if not names:
-        return "<p>The runs hold no metrics by clicks.</p>"
+        return [], []
     ticks = []
     for position, name in enumerate(names):
-        counts = {table[name].get("num_impressions") for table in tables if name in table}
+        counts = {buckets[name].num_impressions for buckets in buckets_of_runs if name in buckets}
         count = counts.pop() if len(counts) == 1 else None
-        ticks.append((float(position), name, f"n = {short(count)}" if is_number(count) else "n differs"))
-    figures, details = [], []
+        ticks.append((float(position), name, "n differs" if count is None else f"n = {short_number(count)}"))
+    metrics = []
     for metric in ("gauc", "auc"):
-        series = []
-        for run_position, table in enumerate(tables):
-            # runs stand beside each other in a bucket, or their whiskers would hide one another
-            shift = (run_position - (len(runs) - 1) / 2) * min(0.14, 0.7 / len(runs))
-            points = []
-            for position, name in enumerate(names):
-                value = table.get(name, {}).get(metric)
-                interval = finite_interval(table.get(name, {}).get(f"{metric}_ci"))
-                points.append((position + shift, value if is_number(value) else None, interval))
-            series.append(Series(runs[run_position].name, run_position, points))
+        series, rows = [], []
+        for style, (run, buckets) in enumerate(zip(runs, buckets_of_runs, strict=True)):
+            row = [buckets[name].estimate(metric) if name in buckets else Estimate(None) for name in names]
+            offset = line_offset(style, len(runs))
+            points = [(at + offset, one.value, one.interval) for at, one in enumerate(row)]
+            series.append(Series(run.name, style, points))
+            rows.append(BucketRow(run.name, row))
         title = METRIC_NAMES[metric]
-        told = "; ".join(
-            f"{line.name}: " + ", ".join(f"{name} {number(p[1])}" for name, p in zip(names, line.points, strict=True))
-            for line in series
+        description = "; ".join(
+            f"{row.name}: "
+            + ", ".join(f"{name} {number_text(one.value)}" for name, one in zip(names, row.estimates, strict=True))
+            for row in rows
         )
-        about, x_range = f"{title} by clicks of the item in training", (-0.5, len(names) - 0.5)
-        x_name = "clicks of the item in training (n: impressions)"
-        plot = line_plot(f"bucket-{metric}", about, told, series, ticks, x_range, x_name, reference=0.5)
-        figures.append(figure(f"<b>{title}</b> with 95% intervals; the dashed line is a random order.", plot))
-        head = "".join(f"<th scope='col'>{text(name)}</th>" for name in (title, *names))
-        rows = "".join(
-            f"<tr><th scope='row'>{text(line.name)}</th>"
-            + "".join(f"<td>{number(value)}{spread(interval)}</td>" for _, value, interval in line.points)
-            + "</tr>"
-            for line in series
+        svg = line_plot(
+            f"bucket-{metric}",
+            f"{title} by clicks of the item in training",
+            description,
+            series,
+            ticks,
+            x_range=(-0.5, len(names) - 0.5),
+            x_name="clicks of the item in training (n: impressions)",
+            reference=0.5,
         )
-        details.append(f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>")
-    legend = "".join(f"<li>{line_label(position, run.name)}</li>" for position, run in enumerate(runs))
-    plots = f"<ul class='legend'>{legend}</ul>\n<div class='pair'>{''.join(figures)}</div>\n"
-    numbers = scrolling("AUC and gAUC by clicks", "".join(details))
-    return f"{plots}<details><summary>The numbers of the plots</summary>{numbers}</details>"
+        caption = " with 95% intervals; the dashed line is a random order."
+        metrics.append(BucketMetric(Plot(f"clicks_{metric}", title, caption, svg), rows))
+    return names, metrics
 
 
-def _curves(run: Run, style: int, runs: Sequence[Run]) -> str:
+def _training_plots(run: Run, style: int, runs: Sequence[Run]) -> list[Plot]:
     """Loss and validation gAUC of one run; the axes of steps and of gAUC are those of all runs, to be compared."""
-    heading = f"<h3>{line_label(style, run.name)}</h3>\n"
-    losses = _binned([(line["step"], line["loss"]) for line in run.training if is_number(line["loss"])])
-    checks = _validation_points(run)
-    if not losses and not checks:
-        return heading + "<p>No log of the training.</p>\n"
-    last = max([1, *(line["step"] for other in runs for line in (*other.training, *other.evaluations))])
-    ticks = [(tick, short(tick), "") for tick in nice_ticks(0, last) if tick.is_integer()]
-    figures = []
+    last = max([1, *(point.step for other in runs for point in (*other.training, *other.evaluations))])
+    ticks = [(tick, short_number(tick), "") for tick in nice_ticks(0, last) if tick.is_integer()]
+    plots = []
+    losses = _averaged([(float(point.step), point.loss) for point in run.training])
     if losses:
-        told = f"loss {losses[0][1]:.4f} at step {losses[0][0]:.0f}, {losses[-1][1]:.4f} at step {losses[-1][0]:.0f}"
-        series = Series(run.name, style, [(x, y, None) for x, y in losses], marks=len(losses) == 1)
-        plot = line_plot(f"loss-{style}", f"Training loss of {run.name}", told, [series], ticks, (0, last), "step")
-        figures.append(figure("<b>Training loss</b>, on its own scale.", plot))
-    if checks:
-        step, highest, epoch = max(checks, key=lambda point: point[1])
-        told = f"highest {highest:.4f} at step {step:,}" + (f", epoch {epoch:g}" if is_number(epoch) else "")
-        series = Series(run.name, style, [(x, y, None) for x, y, _ in checks])
-        every = [y for other in runs for _, y, _ in _validation_points(other)]
-        title = f"Validation gAUC of {run.name}"
-        span = (min(every), max(every))
-        plot = line_plot(f"validation-{style}", title, told, [series], ticks, (0, last), "step", y_range=span)
-        figures.append(figure(f"<b>Validation gAUC</b>, {told}.", plot))
-    return f"{heading}<div class='pair'>{''.join(figures)}</div>\n"
+        (first_step, first_loss), (last_step, last_loss) = losses[0], losses[-1]
+        description = f"loss {first_loss:.4f} at step {first_step:.0f}, {last_loss:.4f} at step {last_step:.0f}"
+        series = Series(run.name, style, [(step, loss, None) for step, loss in losses], marks=len(losses) == 1)
+        svg = line_plot(
+            f"loss-{style}", f"Training loss of {run.name}", description, [series], ticks, (0, last), "step"
+        )
+        plots.append(Plot("loss", "Training loss", ", on its own scale.", svg))
+    validation = _validation_gauc(run)
+    if validation:
+        step, highest, epoch = max(validation, key=lambda point: point[1])
+        description = f"highest {highest:.4f} at step {step:,}" + ("" if epoch is None else f", epoch {epoch:g}")
+        series = Series(run.name, style, [(step, gauc, None) for step, gauc, _ in validation])
+        values = [gauc for other in runs for _, gauc, _ in _validation_gauc(other)]
+        svg = line_plot(
+            f"validation-{style}",
+            f"Validation gAUC of {run.name}",
+            description,
+            [series],
+            ticks,
+            (0, last),
+            "step",
+            y_range=(min(values), max(values)),
+        )
+        plots.append(Plot("validation", "Validation gAUC", f", {description}.", svg))
+    return plots
 
 
-def _validation_points(run: Run) -> list[tuple[int, float, Any]]:
-    lines = [(line["step"], line["validation"].get("gauc"), line.get("epoch")) for line in run.evaluations]
-    return [line for line in lines if is_number(line[1])]
+def _validation_gauc(run: Run) -> list[tuple[int, float, float | None]]:
+    """(step, gAUC, epoch) of the validation points that have a gAUC."""
+    points = [(point.step, point.metric("gauc"), point.epoch) for point in run.evaluations]
+    return [(step, gauc, epoch) for step, gauc, epoch in points if gauc is not None]
 
 
-def _binned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """At most MAX_CURVE_POINTS means of neighbouring points: a log may have a million lines, a screen has not."""
+def _averaged(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """At most `MAX_CURVE_POINTS` means of successive points."""
     if len(points) <= MAX_CURVE_POINTS:
         return points
-    return [tuple(part.mean(axis=0).tolist()) for part in np.array_split(np.array(points, float), MAX_CURVE_POINTS)]
+    parts = np.array_split(np.array(points, float), MAX_CURVE_POINTS)
+    return [(float(part[:, 0].mean()), float(part[:, 1].mean())) for part in parts]

@@ -1,29 +1,90 @@
-"""Finished ranking runs as reports read them: config, metrics, log and predictions."""
+"""Finished ranker runs as reports read them: config, metrics, training log and predictions of a run folder."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet
-import yaml
 
 from mmctr.evaluation.metrics import paired_difference
-from mmctr.files import read_json
-from mmctr.reports.page import (
-    is_number,
-)
-
-if TYPE_CHECKING:
-    from mmctr.reports.run import Run
-
+from mmctr.run_folder import RunFolder
 
 SPLITS = ("all", "warm", "cold")
+"""splits of the test impressions: all, those of items seen in training, those of items unseen in training"""
+
+Interval = tuple[float, float]
+"""(low, high) of a 95% interval"""
+
+
+class Estimate(NamedTuple):
+    """A metric, or a difference of metrics, with its 95% interval over resampled users."""
+
+    value: float | None
+    """None where the metric is missing or not defined."""
+    interval: Interval | None = None
+    """None where the interval is not known."""
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """How much better one run ranks than another on the same rows: see `evaluation.metrics.paired_difference`."""
+
+    auc: float
+    auc_ci: list[float]
+    gauc: float
+    gauc_ci: list[float]
+
+    def estimate(self, metric: str) -> Estimate:
+        """The difference of "auc" or "gauc"; the value is None where the difference is not defined."""
+        value = getattr(self, metric)
+        return Estimate(value if math.isfinite(value) else None, finite_interval(getattr(self, f"{metric}_ci")))
+
+
+@dataclass(frozen=True)
+class TrainingPoint:
+    """A line of the training log with a loss."""
+
+    step: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class ValidationPoint:
+    """A line of the training log with metrics of the validation period."""
+
+    step: int
+    epoch: float | None
+    metrics: Mapping[str, float | None]
+
+    def metric(self, name: str) -> float | None:
+        """A metric ("gauc"), None where it is missing or not finite."""
+        return finite(self.metrics.get(name))
+
+
+@dataclass(frozen=True)
+class ClickBucket:
+    """Test impressions whose target items have a number of training clicks in one range, with their metrics."""
+
+    clicks: str
+    """The range: "0", "1-5", ">100"."""
+    metrics: Mapping[str, Any]
+    """The dictionary of `evaluation.metrics.impression_metrics`."""
+
+    @property
+    def num_impressions(self) -> int | None:
+        """Number of impressions, None where it is missing."""
+        return self.metrics.get("num_impressions")
+
+    def estimate(self, metric: str) -> Estimate:
+        """A metric ("gauc") with its interval."""
+        return Estimate(finite(self.metrics.get(metric)), finite_interval(self.metrics.get(f"{metric}_ci")))
 
 
 @dataclass(frozen=True)
@@ -31,50 +92,90 @@ class Run:
     """A finished ranker run, as read from its folder."""
 
     name: str
-    """Name of the folder, with as many of its parents as tell it from the other runs."""
+    """Name of the folder, with as many parent folders as tell the run from the other runs."""
     folder: Path
-    config: dict[str, Any]
-    test: dict[str, Any]
-    """{"all": M, "warm": M, "cold": M, "buckets": [{"clicks": "1-5", **M}, ...]} of the test period."""
-    validation: dict[str, Any]
-    training: list[dict[str, Any]] = field(default_factory=list)
-    """Lines of the log with a loss, by step: {"step", "epoch", "loss", ...}."""
-    evaluations: list[dict[str, Any]] = field(default_factory=list)
-    """Lines of the log with validation metrics, by step: {"step", "epoch", "validation": {"gauc", ...}}."""
-    difference: dict[str, dict[str, Any] | None] | None = None
-    """{"all" | "warm" | "cold": `paired_difference` to the first run, None without rows}; None where rows differ."""
+    config: Mapping[str, Any]
+    """Content of config.yaml."""
+    test: Mapping[str, Any]
+    """`test` of metrics.json: {"all": M, "warm": M, "cold": M, "buckets": [{"clicks": "1-5", **M}, ...]}, where M is
+    the dictionary of `evaluation.metrics.impression_metrics`."""
+    validation: Mapping[str, Any]
+    """`validation` of metrics.json."""
+    training: list[TrainingPoint] = field(default_factory=list)
+    """Training losses, by step."""
+    evaluations: list[ValidationPoint] = field(default_factory=list)
+    """Validation metrics, by step."""
+    difference: dict[str, PairedDifference | None] | None = None
+    """By split, the paired difference to the first run of a comparison, None for a split without rows; None instead of
+    the dictionary for the first run and for runs on other rows."""
 
     def metric(self, split: str, name: str) -> float | None:
         """A metric ("gauc") of a split of the test rows, None where it is missing or undefined."""
-        value = (self.test.get(split) or {}).get(name)
-        return value if isinstance(value, int | float) and math.isfinite(value) else None
+        return finite((self.test.get(split) or {}).get(name))
 
-    def interval(self, split: str, name: str) -> tuple[float, float] | None:
-        """The 95% interval of a metric, (low, high), None where it is missing or undefined."""
-        return finite_interval((self.test.get(split) or {}).get(f"{name}_ci"))
+    def estimate(self, split: str, name: str) -> Estimate:
+        """A metric ("gauc") of a split of the test rows, with its interval."""
+        return Estimate(self.metric(split, name), finite_interval((self.test.get(split) or {}).get(f"{name}_ci")))
 
-    def difference_from(self, first: Run, split: str, name: str) -> tuple[float | None, tuple[float, float] | None]:
-        """(this run minus the first run, its paired 95% interval); no interval where the rows of the two differ."""
+    def click_buckets(self) -> list[ClickBucket]:
+        """The test metrics by training clicks of the target item."""
+        return [ClickBucket(str(bucket.get("clicks")), bucket) for bucket in self.test.get("buckets") or []]
+
+    def difference_from(self, first: Run, split: str, name: str) -> Estimate:
+        """This run's metric minus the metric of the first run; no interval where the rows of the two runs differ."""
         paired = (self.difference or {}).get(split)
-        if paired is not None and math.isfinite(paired[name]):
-            return paired[name], finite_interval(paired[f"{name}_ci"])
-        ours, theirs = self.metric(split, name), first.metric(split, name)
-        return (None if ours is None or theirs is None else ours - theirs), None
+        if paired is not None and paired.estimate(name).value is not None:
+            return paired.estimate(name)
+        value, first_value = self.metric(split, name), first.metric(split, name)
+        return Estimate(None if value is None or first_value is None else value - first_value)
+
+    def to_json(self) -> dict[str, Any]:
+        """Name, folder, metrics and difference for `json.dumps`; numbers that are not finite become None."""
+        difference = self.difference and {split: paired and asdict(paired) for split, paired in self.difference.items()}
+        return {
+            "name": self.name,
+            "folder": str(self.folder),
+            "test": _finite_json(self.test),
+            "validation": _finite_json(self.validation),
+            "difference": _finite_json(difference),
+        }
+
+
+def finite(value: Any) -> float | None:
+    """A number as it is, None for a value that is no number or not finite; bool does not count as a number."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return value
+    return None
+
+
+def finite_interval(ends: Sequence[float | None] | None) -> Interval | None:
+    """[low, high] as a tuple, None where the interval or one of its ends is missing or not finite."""
+    low, high = (finite(end) for end in ends) if ends else (None, None)
+    return None if low is None or high is None else (low, high)
+
+
+def _finite_json(value: Any) -> Any:
+    """A JSON value with None for numbers that are not finite, which JSON lacks."""
+    if isinstance(value, Mapping):
+        return {str(key): _finite_json(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite_json(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def load_runs(paths: Sequence[str | Path], num_bootstrap: int = 200) -> list[Run]:
     """Read finished ranker runs; the first one is what the others are compared with.
 
     Runs whose `predictions.parquet` has the same user, item and label columns as the first run's get the intervals
-    of their difference to it, from `num_bootstrap` resamples of users. Raises ValueError, naming the folder, what it
-    lacks and the command that makes it, for a folder that is not a finished ranker run.
+    of their difference to the first run, from `num_bootstrap` resamples of users. Raises ValueError, naming the folder,
+    what the folder lacks and the command that makes it, for a folder that is not a finished ranker run.
     """
     if not paths:
         raise ValueError("no run folders: name at least one, for example runs/toy_din_id")
     folders = [Path(path) for path in paths]
     runs = [load_run(folder, name) for folder, name in zip(folders, _short_names(folders), strict=True)]
     differences = _differences(folders, num_bootstrap)
-    return [replace(run, difference=found) for run, found in zip(runs, differences, strict=True)]
+    return [replace(run, difference=difference) for run, difference in zip(runs, differences, strict=True)]
 
 
 def load_run(folder: Path, name: str) -> Run:
@@ -82,15 +183,16 @@ def load_run(folder: Path, name: str) -> Run:
     make = f"accelerate launch -m finetune.train CONFIG run_dir={folder}"
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; a ranker run is made by `{make}`")
-    if not (folder / "config.yaml").is_file():
+    run = RunFolder(folder)
+    if not run.is_begun:
         raise ValueError(f"{folder}: not a run folder, it has no config.yaml; a ranker run is made by `{make}`")
-    if not (folder / "metrics.json").is_file():
+    if not run.metrics.is_file():
         raise ValueError(
             f"{folder}: not finished, it has no metrics.json; finish it with `{make}`, or measure what it has saved "
             f"with `mmctr evaluate {folder}`"
         )
-    found = read_json(folder / "metrics.json")
-    test = found.get("test") if isinstance(found, dict) else None
+    metrics = run.read_metrics()
+    test = metrics.get("test") if isinstance(metrics, dict) else None
     test = test if isinstance(test, dict) else {}
     missing = [key for key in (*SPLITS, "buckets") if key not in test]
     if missing:
@@ -98,18 +200,14 @@ def load_run(folder: Path, name: str) -> Run:
             f"{folder}: not a ranker run, its metrics.json has no test.{missing[0]} (pretraining runs have none); "
             f"a ranker run is made by `{make}`"
         )
-    try:
-        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{folder / 'config.yaml'}: not valid YAML: {error}; make the run again: `{make}`") from None
-    training, evaluations = _read_log(folder / "log.jsonl")
-    return Run(name, folder, config or {}, test, found.get("validation") or {}, training, evaluations)
+    training, evaluations = _read_log(run.log)
+    return Run(name, folder, run.read_config(), test, metrics.get("validation") or {}, training, evaluations)
 
 
-def _read_log(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Training and evaluation lines by step. A run may come without its log: the curves are then left out."""
-    training: dict[int, dict[str, Any]] = {}
-    evaluations: dict[int, dict[str, Any]] = {}
+def _read_log(path: Path) -> tuple[list[TrainingPoint], list[ValidationPoint]]:
+    """Training losses and validation metrics by step; none of either for a run without a log file."""
+    training: dict[int, TrainingPoint] = {}
+    evaluations: dict[int, ValidationPoint] = {}
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
     for line in lines:
         try:
@@ -118,66 +216,63 @@ def _read_log(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
             continue  # a run that was killed leaves half a line, then goes on after it
         if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
             continue
+        step, loss = entry["step"], finite(entry.get("loss"))
         # a resumed run logs the steps since its checkpoint again: the later line counts
         if isinstance(entry.get("validation"), dict):
-            evaluations[entry["step"]] = entry
-        elif isinstance(entry.get("loss"), int | float):
-            training[entry["step"]] = entry
+            evaluations[step] = ValidationPoint(step, finite(entry.get("epoch")), entry["validation"])
+        elif loss is not None:
+            training[step] = TrainingPoint(step, loss)
     return [training[step] for step in sorted(training)], [evaluations[step] for step in sorted(evaluations)]
 
 
 def _short_names(folders: Sequence[Path]) -> list[str]:
     """Folder names, with as many parents as needed to tell them apart; a folder given twice gets a number."""
-    parts = [folder.resolve().parts for folder in folders]
+    all_parts = [folder.resolve().parts for folder in folders]
     names = []
-    for position, own in enumerate(parts):
+    for position, parts in enumerate(all_parts):
         depth = 1
-        while depth < len(own) and any(other != own and other[-depth:] == own[-depth:] for other in parts):
+        while depth < len(parts) and any(other != parts and other[-depth:] == parts[-depth:] for other in all_parts):
             depth += 1
-        again = parts[:position].count(own)
-        names.append("/".join(own[-depth:]) + (f" ({again + 1})" if again else ""))
+        earlier = all_parts[:position].count(parts)
+        names.append("/".join(parts[-depth:]) + (f" ({earlier + 1})" if earlier else ""))
     return names
 
 
-def _differences(folders: Sequence[Path], num_bootstrap: int) -> list[dict[str, dict[str, Any] | None] | None]:
-    """Paired differences to the first run: None for itself and for runs with other rows or without predictions."""
+def _differences(folders: Sequence[Path], num_bootstrap: int) -> list[dict[str, PairedDifference | None] | None]:
+    """`Run.difference` of each run: paired differences to the first run by split."""
     first = read_predictions(folders[0]) if len(folders) > 1 else None
-    result: list[dict[str, dict[str, Any] | None] | None] = [None]
+    result: list[dict[str, PairedDifference | None] | None] = [None]
     for folder in folders[1:]:
-        own = read_predictions(folder) if first is not None else None
-        if first is None or own is None or not all(own[key].equals(first[key]) for key in ("user", "item", "label")):
+        table = read_predictions(folder) if first is not None else None
+        if first is None or table is None or not all(table[k].equals(first[k]) for k in ("user", "item", "label")):
             result.append(None)
             continue
         labels, users = first["label"].to_numpy(), first["user"].to_numpy()
-        scores = [table["score"].to_numpy() for table in (first, own)]
+        first_scores, scores = first["score"].to_numpy(), table["score"].to_numpy()
         cold = first["cold"].to_numpy().astype(bool)
-        found: dict[str, dict[str, Any] | None] = {}
+        differences: dict[str, PairedDifference | None] = {}
         for split, rows in (("all", np.ones_like(cold)), ("warm", ~cold), ("cold", cold)):
-            pair = (labels[rows], scores[0][rows], scores[1][rows], users[rows])
-            found[split] = paired_difference(*pair, num_samples=num_bootstrap) if rows.any() else None
-        result.append(found)
+            columns = (labels[rows], first_scores[rows], scores[rows], users[rows])
+            differences[split] = (
+                PairedDifference(**paired_difference(*columns, num_samples=num_bootstrap)) if rows.any() else None
+            )
+        result.append(differences)
     return result
 
 
-def read_predictions(folder: Path) -> Any | None:
-    """The `predictions.parquet` of a run (user, item, label, score, cold) as a pyarrow Table, None where there is none.
+def read_predictions(folder: Path) -> pa.Table | None:
+    """The `predictions.parquet` of a run, columns user, item, label, score and cold; None for a run without the file.
 
     Raises ValueError naming the file when it cannot be read or lacks a column.
     """
-    path = folder / "predictions.parquet"
+    path = RunFolder(folder).predictions
     if not path.is_file():
         return None
     columns = ["user", "item", "label", "score", "cold"]
     try:
         return pyarrow.parquet.ParquetFile(path).read(columns).select(columns)
-    except (pyarrow.ArrowException, KeyError) as error:
+    except (pa.ArrowException, KeyError) as error:
         raise ValueError(
             f"{path}: cannot read the columns {', '.join(columns)}: {error}; write it again with "
             f"`mmctr evaluate {folder}`"
         ) from None
-
-
-def finite_interval(ends: Sequence[float | None] | None) -> tuple[float, float] | None:
-    """[low, high] as a tuple, None where it or one of its ends is missing or not finite."""
-    low, high = ends if ends else (None, None)
-    return (low, high) if is_number(low) and is_number(high) else None

@@ -1,8 +1,8 @@
-"""Item tables that bound a comparison: the true factors of a ToyWorld (a ceiling), vectors of other items (a floor).
+"""Item tables that bound a comparison: the true factors of a ToyWorld (upper bound), vectors of other items (control).
 
-A ranker that reads `factor_table` knows what a perfect encoder could say of a drawn item. One that reads
-`shuffled_table` sees vectors with the same distribution that say nothing of the item they stand beside: whatever it
-gains on cold items over IDs alone has leaked from somewhere.
+A ranker on `factor_table` reads what a perfect encoder could tell of a ToyWorld item. A ranker on `shuffled_table`
+reads vectors with the same distribution that tell nothing of their items: any gain on cold items over IDs alone is a
+leak.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from mmctr.data.arrow import pc
 from mmctr.data.embeddings import EmbeddingTable, read_tables
 from mmctr.data.prepare import open_dataset
 from mmctr.data.tables import as_text
@@ -21,10 +20,10 @@ PREFIX = "factor_"
 
 
 def factor_table(dataset: str | Path) -> EmbeddingTable:
-    """The columns `factor_*` of a dataset's items, one-hot side by side: vectors (N, sum of values), all items.
+    """The columns `factor_*` of all N items of a dataset, one-hot and concatenated: vectors (N, sum of values).
 
-    A missing factor is a block of zeros. These columns are the truth behind the clicks of a ToyWorld: a ranker on them
-    is an oracle, not a result. Raises ValueError for a dataset without such columns.
+    A missing factor is a block of zeros. The clicks of a ToyWorld are drawn from these columns, so a ranker on the
+    table is an oracle, not a result. Raises ValueError for a dataset without such columns.
     """
     catalog = open_dataset(dataset).catalog
     names = [name for name in catalog.table.column_names if name.startswith(PREFIX)]
@@ -36,26 +35,26 @@ def factor_table(dataset: str | Path) -> EmbeddingTable:
     blocks = []
     for name in names:
         column = as_text(catalog.table.column(name))
-        values = sorted(value for value in pc.unique(column).to_pylist() if value is not None)
-        codes = pc.index_in(column, pa.array(values, pa.string()))
-        codes = np.asarray(pc.fill_null(codes, len(values)))
+        values = sorted(value for value in column.unique().to_pylist() if value is not None)
+        position = {value: number for number, value in enumerate(values)}
+        codes = [position.get(value, len(values)) for value in column.to_pylist()]
         blocks.append(np.eye(len(values) + 1, dtype=np.float32)[codes, :-1])
     return EmbeddingTable(catalog.item_ids, np.concatenate(blocks, axis=1))
 
 
 def shuffled_table(dataset: str | Path, paths: str | list[str], seed: int = 0) -> EmbeddingTable:
-    """Vectors (n, D) of the items of a dataset, each given to an item drawn at random; same ids, same vectors.
+    """The vectors (n, D) of n items of a dataset, permuted at random so that no item keeps its vector.
 
-    `paths` are one or several tables side by side, as `content.path` takes them. Raises ValueError as
-    `EmbeddingTable.read` does, and where fewer than two items have a vector: nothing can be exchanged then.
+    `paths` names one table, or several tables whose vectors are concatenated, as `content.path` does. Raises ValueError
+    as `EmbeddingTable.read` does, and where fewer than two items have a vector, as nothing can be exchanged then.
     """
     item_ids = open_dataset(dataset).catalog.item_ids
-    vectors, has = (part.numpy() for part in read_tables(paths, item_ids))
-    rows = np.flatnonzero(has)
+    vectors, has_vector = (part.numpy() for part in read_tables(paths, item_ids))
+    rows = np.flatnonzero(has_vector)
     if len(rows) < 2:
         raise ValueError(f"{paths}: vectors of {len(rows)} items of {dataset}; shuffling takes two or more")
-    # along a cycle through all items, so that no item keeps its own vector
+    # along a cycle through all items: no item keeps its vector
     order = np.random.default_rng(seed).permutation(len(rows))
-    taken = np.empty_like(rows)
-    taken[order] = rows[np.roll(order, 1)]
-    return EmbeddingTable(item_ids.take(pa.array(rows)), vectors[taken])
+    source = np.empty_like(rows)
+    source[order] = rows[np.roll(order, 1)]
+    return EmbeddingTable(item_ids.take(pa.array(rows)), vectors[source])

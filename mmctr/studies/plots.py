@@ -1,126 +1,132 @@
-"""The plots of a study: gAUC by clicks of the item, validation by epoch, warm-up by stage."""
+"""The plots of a study: gAUC by training clicks of the item, validation by epoch, test metrics by warm-up stage."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from markupsafe import Markup
 
 from mmctr.files import write_text
-from mmctr.reports.page import is_number, number, short
-from mmctr.reports.plots import Series, line_plot, nice_ticks, standalone
+from mmctr.reports.page import number_text
+from mmctr.reports.plots import Plot, Point, Series, line_offset, line_plot, nice_ticks, short_number, standalone
+from mmctr.reports.run import Estimate
+from mmctr.studies.result_types import ProtocolResults, SeedSummary, StudyResults
 
 STAGE_METRICS = {"gauc": "gAUC", "auc": "AUC"}
-"""what is shown by stage"""
+"""metrics shown by stage"""
 EPOCH_METRICS = {"gauc": "Validation gAUC", "auc": "Validation AUC", "log_loss": "Validation log loss"}
-"""what is shown by epoch"""
+"""metrics shown by epoch"""
 
 
-@dataclass(frozen=True)
-class Plot:
-    name: str
-    """of its file: `clicks`, `epochs_auc`, `stages_gauc`, ..."""
-    caption: str
-    """HTML"""
-    svg: str
-    """as `line_plot` gives it: a paragraph instead where there is nothing to draw"""
-
-
-def write_figures(results: dict[str, Any], folder: str | Path) -> list[Path]:
-    """Write each plot of a study as FOLDER/PROTOCOL_NAME.svg, with its legend; where nothing is drawn there is none."""
+def write_figures(results: StudyResults, folder: str | Path) -> list[Path]:
+    """Write each plot of a study as FOLDER/PROTOCOL_NAME.svg with a legend; a plot without any value is left out."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     written = []
-    for protocol, found in results["protocols"].items():
-        if not found["methods"]:
-            continue
-        for plot in [*stage_plots(found["methods"]), *plots(found)]:
-            if plot.svg.startswith("<svg"):
-                written.append(Path(folder) / f"{protocol}_{plot.name}.svg")
-                write_text(written[-1], standalone(plot.svg, list(found["methods"])))
+    for name, protocol in results.protocols.items():
+        for plot in [*stage_plots(protocol), *protocol_plots(protocol)]:
+            if plot.svg is not None:
+                written.append(Path(folder) / f"{name}_{plot.name}.svg")
+                write_text(written[-1], standalone(plot.svg, list(protocol.methods)))
     return written
 
 
-def plots(protocol: dict[str, Any], place: int = 0) -> list[Plot]:
-    """A line a method, whiskers from seed to seed. `place` keeps the ids of two protocols on one page apart."""
-    methods = protocol["methods"]
-    names = [bucket["clicks"] for bucket in next(iter(methods.values()))["buckets"]]
-    counts = [bucket["num_impressions"] for bucket in next(iter(methods.values()))["buckets"]]
-    lines = []
-    for style, (name, found) in enumerate(methods.items()):
-        values = [bucket["gauc"] for bucket in found["buckets"]]
-        shift = _beside(style, len(methods))
-        lines.append(Series(name, style, [_point(at + shift, value) for at, value in enumerate(values)]))
-    ticks = [
-        (float(at), str(name), f"n = {short(n or 0)}") for at, (name, n) in enumerate(zip(names, counts, strict=True))
+def protocol_plots(protocol: ProtocolResults, position: int = 0) -> list[Plot]:
+    """gAUC by training clicks and validation by epoch: a line a method, whiskers from the lowest seed to the highest.
+
+    Args:
+        position: number of the protocol in the study, which keeps the ids of two protocols on one page apart.
+    """
+    if not protocol.methods:
+        return []
+    return [
+        _bucket_plot(protocol, position),
+        *(
+            Plot(
+                f"epochs_{metric}",
+                title,
+                " after each epoch that all seeds reached.",
+                _epoch_svg(f"{metric}-{position}", title, metric, protocol),
+            )
+            for metric, title in EPOCH_METRICS.items()
+        ),
     ]
-    title, x_range = "gAUC by clicks of the item in training", (-0.5, len(names) - 0.5)
-    x_name = "clicks of the item in training (n: impressions)"
-    svg = line_plot(f"clicks-{place}", title, _told(lines), lines, ticks, x_range, x_name, reference=0.5)
-    drawn = [Plot("clicks", "<b>gAUC</b> on the test rows; the dashed line is a random order.", svg)]
-    for metric, name in EPOCH_METRICS.items():
-        caption = f"<b>{name}</b> after each epoch that all seeds reached."
-        drawn.append(Plot(f"epochs_{metric}", caption, _epoch_plot(f"{metric}-{place}", name, metric, methods)))
-    return drawn
 
 
-def stage_plots(methods: dict[str, Any], place: int = 0) -> list[Plot]:
-    """Of a `staged` protocol, else none; whiskers are intervals over users."""
-    stages = stage_names(methods)
+def stage_plots(protocol: ProtocolResults, position: int = 0) -> list[Plot]:
+    """Test metrics by stage of a `staged` protocol, none for other protocols; whiskers are intervals over users."""
+    stages = protocol.stage_names
+    if not stages:
+        return []
     ticks = [(float(at), stage, "") for at, stage in enumerate(stages)]
-    drawn = []
-    for metric, shown in (STAGE_METRICS if stages else {}).items():
+    plots = []
+    for metric, metric_name in STAGE_METRICS.items():
         lines = []
-        for style, (name, found) in enumerate(methods.items()):
-            shift = _beside(style, len(methods))
-            lines.append(Series(name, style, [(at + shift, *both) for at, both in enumerate(by_stage(found, metric))]))
-        x_range = (-0.5, len(stages) - 0.5)
-        uid, title = f"stages-{metric}-{place}", f"{shown} by stage"
-        svg = line_plot(uid, title, _told(lines), lines, ticks, x_range, "stage")
-        drawn.append(
-            Plot(f"stages_{metric}", f"<b>{shown}</b> of the same test rows before and after each stage.", svg)
+        for style, (name, method) in enumerate(protocol.methods.items()):
+            offset = line_offset(style, len(protocol.methods))
+            estimates = [stage.estimate(metric) for stage in method.stages.values()]
+            lines.append(Series(name, style, _points(estimates, offset)))
+        svg = line_plot(
+            f"stages-{metric}-{position}",
+            f"{metric_name} by stage",
+            _values_text(lines),
+            lines,
+            ticks,
+            (-0.5, len(stages) - 0.5),
+            "stage",
         )
-    return drawn
+        caption = " of the same test rows before and after each stage."
+        plots.append(Plot(f"stages_{metric}", metric_name, caption, svg))
+    return plots
 
 
-def stage_names(methods: dict[str, Any]) -> list[str]:
-    """Of a `staged` protocol, in order."""
-    return list(next(iter(methods.values()))["stages"])
-
-
-def by_stage(found: dict[str, Any], metric: str) -> list[tuple[float | None, tuple[float, float] | None]]:
-    """A method's mean over seeds, and its interval, for each stage."""
-    return [((one[metric] or {}).get("mean"), pair(one[f"{metric}_ci"])) for one in found["stages"].values()]
-
-
-def epochs_of(methods: dict[str, Any]) -> list[float]:
-    return sorted({point["epoch"] for found in methods.values() for point in found["validation"]})
-
-
-def pair(ends: Sequence[float] | None) -> tuple[float, float] | None:
-    return (ends[0], ends[1]) if ends else None
-
-
-def _epoch_plot(uid: str, title: str, metric: str, methods: dict[str, Any]) -> str:
+def _bucket_plot(protocol: ProtocolResults, position: int) -> Plot:
+    """gAUC by training clicks of the item."""
+    buckets = next(iter(protocol.methods.values())).buckets
     lines = []
-    for style, (name, found) in enumerate(methods.items()):
-        lines.append(Series(name, style, [_point(point["epoch"], point[metric]) for point in found["validation"]]))
-    epochs = epochs_of(methods)
-    ends = (min([0.5, *epochs]), max([1.0, *epochs]) + 0.5)
-    ticks = [(tick, short(tick), "") for tick in nice_ticks(*ends) if tick.is_integer()]
-    return line_plot(uid, f"{title} by epoch", _told(lines), lines, ticks, ends, "epoch")
+    for style, (name, method) in enumerate(protocol.methods.items()):
+        offset = line_offset(style, len(protocol.methods))
+        estimates = [_seed_estimate(bucket.gauc) for bucket in method.buckets]
+        lines.append(Series(name, style, _points(estimates, offset)))
+    ticks = [
+        (float(at), bucket.clicks, f"n = {short_number(bucket.num_impressions or 0)}")
+        for at, bucket in enumerate(buckets)
+    ]
+    svg = line_plot(
+        f"clicks-{position}",
+        "gAUC by clicks of the item in training",
+        _values_text(lines),
+        lines,
+        ticks,
+        (-0.5, len(buckets) - 0.5),
+        "clicks of the item in training (n: impressions)",
+        reference=0.5,
+    )
+    return Plot("clicks", "gAUC", " on the test rows; the dashed line is a random order.", svg)
 
 
-def _beside(style: int, count: int) -> float:
-    """Methods stand beside each other, or their whiskers would hide one another."""
-    return (style - (count - 1) / 2) * min(0.14, 0.7 / count)
+def _epoch_svg(uid: str, title: str, metric: str, protocol: ProtocolResults) -> Markup | None:
+    """The plot of a validation metric by epoch."""
+    lines = []
+    for style, (name, method) in enumerate(protocol.methods.items()):
+        estimates = [(point.epoch, _seed_estimate(point.metrics[metric])) for point in method.validation]
+        points = [(epoch, one.value, one.interval) for epoch, one in estimates]
+        lines.append(Series(name, style, points))
+    ends = (min([0.5, *protocol.epochs]), max([1.0, *protocol.epochs]) + 0.5)
+    ticks = [(tick, short_number(tick), "") for tick in nice_ticks(*ends) if tick.is_integer()]
+    return line_plot(uid, f"{title} by epoch", _values_text(lines), lines, ticks, ends, "epoch")
 
 
-def _told(lines: Sequence[Series]) -> str:
-    return "; ".join(f"{line.name}: {', '.join(number(y) for _, y, _ in line.points)}" for line in lines)
+def _points(estimates: Sequence[Estimate], offset: float) -> list[Point]:
+    """Points of a line over categories: estimates at 0, 1, 2, ... plus an offset."""
+    return [(at + offset, one.value, one.interval) for at, one in enumerate(estimates)]
 
 
-def _point(x: float, found: dict[str, Any] | None) -> tuple[float, float | None, tuple[float, float] | None]:
-    if found is None or not is_number(found["mean"]):
-        return x, None, None
-    return x, found["mean"], (found["low"], found["high"]) if len(found["seeds"]) > 1 else None
+def _seed_estimate(summary: SeedSummary | None) -> Estimate:
+    """The mean over seeds, with the range of several seeds as the interval."""
+    return Estimate(None) if summary is None else Estimate(summary.mean, summary.range)
+
+
+def _values_text(lines: Sequence[Series]) -> str:
+    """The values of all lines, as the description of a plot."""
+    return "; ".join(f"{line.name}: {', '.join(number_text(y) for _, y, _ in line.points)}" for line in lines)

@@ -1,7 +1,7 @@
 """A study of cold items: methods x protocols x seeds, each cell an ordinary run of `finetune.train`.
 
-`StudyConfig` says what is compared, `study_cells` lays out the runs, `run_study` makes those that are not there yet.
-What is then read off them is in `mmctr.studies.results`.
+`StudyConfig` names what is compared, `study_cells` lists the runs, `run_study` makes the runs that are not finished.
+`mmctr.studies.results` computes the results of the runs.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from mmctr.data.embeddings import EmbeddingTable, read_tables, write_npz
 from mmctr.data.tables import one_array
 from mmctr.embedders.item_embedder import ContentTable
 from mmctr.files import claimed, clone_folder
+from mmctr.run_folder import RunFolder
 from mmctr.runs.folder import first_difference
 from mmctr.studies.config import FactorsConfig, StudyConfig
 from mmctr.studies.controls import factor_table, shuffled_table
@@ -39,57 +40,62 @@ Launch = Callable[[Sequence[str], Path], int]
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a study."""
+    """One run of a study: a method under a protocol with a seed."""
 
     protocol: str
     method: str
     seed: int
     folder: Path
     arguments: list[str]
-    """of `finetune.train`"""
+    """arguments of `finetune.train`"""
     config: Config
-    """what they come to, a FinetuneConfig"""
+    """the FinetuneConfig that the arguments result in"""
+    content_paths: tuple[str, ...]
+    """tables of item vectors that the ranker reads, empty for a ranker without"""
     after: Path | None = None
-    """folder of the cell whose run it reads"""
+    """folder of another cell, whose run is the expert of this run; None without an expert"""
 
     @property
     def name(self) -> str:
+        """Protocol, method and seed for the reader."""
         return f"{self.protocol} / {self.method} / seed {self.seed}"
 
     @property
     def log(self) -> Path:
+        """The file of the run's output, beside the run folder."""
         return self.folder.with_name(f"{self.folder.name}.log")
 
     def is_finished(self) -> bool:
-        """Whether its numbers are there. Raises ValueError where the folder holds a run of another config."""
-        path = self.folder / "config.yaml"
-        if path.is_file():
-            there = type(self.config).load(path).model_dump(mode="json")
-            differing = first_difference(there, self.config.model_dump(mode="json"))
-            if differing:
-                key, before, now = differing
+        """Whether the run has a config and metrics; ValueError where the folder holds a run of another config."""
+        run = RunFolder(self.folder)
+        if run.is_begun:
+            saved = type(self.config).load(run.config).model_dump(mode="json")
+            difference = first_difference(saved, self.config.model_dump(mode="json"))
+            if difference:
+                key, before, now = difference
                 raise ValueError(
                     f"{self.folder}: holds a run of another config ({key}: {before!r} there, {now!r} in the study); "
                     f"delete that folder, or give the study another `out`"
                 )
-        return path.is_file() and (self.folder / "metrics.json").is_file()
+        return run.is_finished
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a cell in this call."""
+    """The state of a cell after a call of `run_study`."""
 
     cell: Cell
     state: Literal["kept", "made", "failed"]
-    said: str = ""
-    """last lines of the log of a failed one"""
+    reason: str = ""
+    """Why the cell failed: the last lines of its log, or the failed run that the cell reads."""
 
 
 def study_cells(study: StudyConfig, out: Path, source: str = "study") -> list[Cell]:
-    """The runs of a study, protocol by protocol, seed by seed, method by method; their configs are checked.
+    """The runs of a study, protocol by protocol, seed by seed, method by method, with checked configs.
 
     The first seed of all methods comes before the second of any, so that a study stopped halfway compares something.
-    Raises ValueError naming the study and the method for a config that does not load, or is not of a clone.
+    Raises ValueError naming the study and the method for a config that does not load, and without a clone of the
+    repository, which holds the recipe.
     """
     clone = str(clone_folder("mmctr coldstart"))
     if clone not in sys.path:  # the console script knows the library alone
@@ -104,27 +110,29 @@ def study_cells(study: StudyConfig, out: Path, source: str = "study") -> list[Ce
                 after = None if method.after is None else _cell_folder(out, protocol, method.after, seed)
                 changes = [*study.set, *method.set]
                 if after is not None:
-                    changes.append(f"task.make.run={_quoted(str(after))}")
+                    changes.append(f"task.make.run={_yaml_value(str(after))}")
                 if method.table is not None:
-                    changes.append(f"task.embedder.content.path={_quoted(str(_table_file(out, method.table)))}")
+                    changes.append(f"task.embedder.content.path={_yaml_value(str(_table_file(out, method.table)))}")
                 changes += [
-                    f"data.path={_quoted(study.data)}",
-                    f"split={_quoted(split.model_dump(mode='json'))}",
+                    f"data.path={_yaml_value(study.data)}",
+                    f"split={_yaml_value(split.model_dump(mode='json'))}",
                     f"seed={seed}",
-                    f"run_dir={_quoted(str(folder))}",
+                    f"run_dir={_yaml_value(str(folder))}",
                 ]
                 try:
                     config = FinetuneConfig.load(method.config, changes)
                 except ValueError as error:
                     raise ValueError(f"{source}: methods.{name}: {error}") from None
-                cells.append(Cell(protocol, name, seed, folder, [method.config, *changes], config, after))
+                content = config.task.embedder.content
+                paths = tuple(content.paths) if isinstance(content, ContentTable) else ()
+                cells.append(Cell(protocol, name, seed, folder, [method.config, *changes], config, paths, after))
     return cells
 
 
 def make_tables(study: StudyConfig, out: Path) -> None:
-    """Write the study's own tables to OUT/tables/NAME.npz.
+    """Write the tables of `study.tables` to OUT/tables/NAME.npz.
 
-    Raises ValueError where one is there and would come out otherwise today: runs may have been made with it.
+    Raises ValueError where a table of that name exists with other content: runs may have been made with that table.
     """
     for name, config in study.tables.items():
         path = _table_file(out, name)
@@ -144,26 +152,23 @@ def make_tables(study: StudyConfig, out: Path) -> None:
 
 
 def check_contents(cells: Sequence[Cell]) -> None:
-    """Raises ValueError where a finished cell read other vectors than its `content.path` holds today: those made from
-    now on would read the new ones, and be compared with it as if both were the same method.
+    """Raises ValueError where a finished cell was trained on other vectors than its `content.path` holds now.
 
-    Vectors that were deleted since are nothing that could be read.
+    Further cells of the method would be trained on the new vectors, and the means over seeds would mix two methods.
+    Files of vectors that no longer exist are not checked, as no further cell can be trained on them.
     """
-    now: dict[tuple[str, ...], tuple[torch.Tensor, torch.Tensor]] = {}
+    current: dict[tuple[str, ...], tuple[torch.Tensor, torch.Tensor]] = {}
     for cell in cells:
-        content = cell.config.task.embedder.content  # type: ignore[attr-defined]
-        if not isinstance(content, ContentTable):
+        key = cell.content_paths
+        if not key or not all(Path(path).exists() for path in key):
             continue
-        key = tuple(content.paths)
-        if not all(Path(path).exists() for path in key):
-            continue
-        if key not in now:
-            ids = pyarrow.parquet.read_table(cell.folder / "catalog.parquet")["item_id"]
-            now[key] = read_tables(content.paths, one_array(ids))
-        kept, (vectors, has) = load_file(cell.folder / "content.safetensors"), now[key]
-        same = kept["has_content"].equal(has) and kept["content_table"].shape == vectors.shape
+        if key not in current:
+            ids = pyarrow.parquet.read_table(RunFolder(cell.folder).catalog)["item_id"]
+            current[key] = read_tables(list(key), one_array(ids))
+        saved, (vectors, has_vector) = load_file(RunFolder(cell.folder).content), current[key]
+        same = saved["has_content"].equal(has_vector) and saved["content_table"].shape == vectors.shape
         # vectors of one encoder that were made twice may differ by rounding
-        if not same or not torch.allclose(kept["content_table"], vectors, rtol=1e-3, atol=1e-4):
+        if not same or not torch.allclose(saved["content_table"], vectors, rtol=1e-3, atol=1e-4):
             raise ValueError(
                 f"{cell.folder}: was made with other vectors than {', '.join(key)} holds now; delete that folder, or "
                 f"give the study another `out`"
@@ -175,15 +180,23 @@ def run_study(
     out: Path,
     source: str = "study",
     launch: Launch | None = None,
-    tell: Callable[[str], Any] = print,
+    print_line: Callable[[str], Any] = print,
     jobs: int = 1,
 ) -> list[Outcome]:
-    """Make the cells that are not finished, `jobs` at a time; each is a process of its own, its output in a log.
+    """Make the cells that are not finished, each in a process whose output goes to the cell's log.
 
-    Nothing starts before all configs are checked. A cell that was killed goes on; one that fails is an outcome
-    "failed", and the others are made all the same. Raises ValueError as `study_cells` and `make_tables` do, for a
-    dataset that is not there, for a folder that holds a run of another config or of other vectors and while `out` is
-    being written to.
+    All configs are checked before the first run starts. A cell that was killed is resumed. A cell that fails gets the
+    outcome "failed", and the other cells are made all the same.
+
+    Args:
+        source: name of the study in error messages.
+        launch: starts a run; default: `python -m finetune.train`.
+        print_line: called with each line of progress.
+        jobs: number of runs at a time.
+
+    Raises:
+        ValueError: as `study_cells`, `make_tables` and `check_contents`; for a dataset folder that does not exist, for
+            a run folder of another config, and while another process writes to `out`.
     """
     if not Path(study.data).is_dir():
         raise ValueError(
@@ -191,75 +204,88 @@ def run_study(
         )
     cells = study_cells(study, out, source)
     with claimed(out) as claims:
-        return _run_cells(study, out, cells, launch or partial(_launch, jobs, claims), tell, jobs)
+        return _run_cells(study, out, cells, launch or partial(_launch, jobs, claims), print_line, jobs)
 
 
 def _run_cells(
-    study: StudyConfig, out: Path, cells: list[Cell], launch: Launch, tell: Callable[[str], Any], jobs: int
+    study: StudyConfig, out: Path, cells: list[Cell], launch: Launch, print_line: Callable[[str], Any], jobs: int
 ) -> list[Outcome]:
+    """Check finished cells, make the tables, and run the other cells, `jobs` at a time."""
     finished = [cell.is_finished() for cell in cells]
     make_tables(study, out)
-    check_contents([cell for cell, there in zip(cells, finished, strict=True) if there])
-    made: dict[Path, Future[Outcome]] = {}
-    talking = threading.Lock()
+    check_contents([cell for cell, is_finished in zip(cells, finished, strict=True) if is_finished])
+    outcomes: dict[Path, Future[Outcome]] = {}
+    printing = threading.Lock()
 
-    def say(line: str) -> None:
-        with talking:  # print writes a line and its end one after the other
-            tell(line)
+    def print_locked(line: str) -> None:
+        with printing:  # print writes a line and its end one after the other
+            print_line(line)
 
     with ThreadPoolExecutor(jobs) as pool:
-        for number, (cell, there) in enumerate(zip(cells, finished, strict=True), 1):
-            place = f"[{number}/{len(cells)}] {cell.name}"
-            # a cell that is read begins before the one that reads it, so waiting for it cannot block
-            needs = None if cell.after is None else made[cell.after]
-            made[cell.folder] = pool.submit(_make, cell, there, needs, place, launch, say)
+        for number, (cell, is_finished) in enumerate(zip(cells, finished, strict=True), 1):
+            label = f"[{number}/{len(cells)}] {cell.name}"
+            # the run of an expert begins before the runs that read it, so waiting for an expert cannot block
+            expert = None if cell.after is None else outcomes[cell.after]
+            outcomes[cell.folder] = pool.submit(_run_cell, cell, is_finished, expert, label, launch, print_locked)
         try:
-            return [future.result() for future in made.values()]
+            return [future.result() for future in outcomes.values()]
         finally:
             pool.shutdown(wait=False, cancel_futures=True)  # whoever interrupts a study wants no further run
 
 
-def _make(
-    cell: Cell, there: bool, needs: Future[Outcome] | None, place: str, launch: Launch, tell: Callable[[str], Any]
+def _run_cell(
+    cell: Cell,
+    is_finished: bool,
+    expert: Future[Outcome] | None,
+    label: str,
+    launch: Launch,
+    print_line: Callable[[str], Any],
 ) -> Outcome:
-    if there:
-        tell(f"{place}: finished before")
+    """Run a cell that is not finished, after the cell of the expert, and print lines that begin with `label`."""
+    if is_finished:
+        print_line(f"{label}: finished before")
         return Outcome(cell, "kept")
-    if needs is not None and needs.result().state == "failed":
-        tell(f"{place}: not started: the run it reads, {cell.after}, has failed")
+    if expert is not None and expert.result().state == "failed":
+        print_line(f"{label}: not started: the run it reads, {cell.after}, has failed")
         return Outcome(cell, "failed", f"it reads the run {cell.after}, which has failed")
-    tell(f"{place}: output in {cell.log}")
+    print_line(f"{label}: output in {cell.log}")
     begun = time.perf_counter()
     cell.log.parent.mkdir(parents=True, exist_ok=True)
     code = launch(cell.arguments, cell.log)
-    if code == 0 and (cell.folder / "metrics.json").is_file():
-        tell(f"{place}: {time.perf_counter() - begun:.0f} s")
+    if code == 0 and RunFolder(cell.folder).metrics.is_file():
+        print_line(f"{label}: {time.perf_counter() - begun:.0f} s")
         return Outcome(cell, "made")
-    tell(f"{place}: FAILED with exit code {code}; its output is in {cell.log}")
+    print_line(f"{label}: FAILED with exit code {code}; its output is in {cell.log}")
     return Outcome(cell, "failed", _last_lines(cell.log))
 
 
-def _quoted(value: Any) -> str:
-    """As YAML reads it, whatever characters a path has."""
+def _yaml_value(value: Any) -> str:
+    """A value as YAML text, whatever characters a path has: JSON is YAML too."""
     return json.dumps(value, ensure_ascii=False)
 
 
 def _cell_folder(out: Path, protocol: str, method: str, seed: int) -> Path:
+    """The run folder of a cell."""
     return out / "runs" / protocol / method / f"seed{seed}"
 
 
 def _table_file(out: Path, name: str) -> Path:
+    """The file of a table of `study.tables`."""
     return out / "tables" / f"{name}.npz"
 
 
 def _launch(jobs: int, claims: tuple[int, ...], arguments: Sequence[str], log: Path) -> int:
-    """`claims` are handed on: a run that outlives a killed study is still writing to its folder."""
+    """Run `finetune.train` in a process, its output appended to a log; returns the exit code.
+
+    The process inherits the file descriptors `claims`, which hold the claim on the study's folder: a run that outlives
+    a killed study is still writing there.
+    """
     environment = dict(os.environ)
     clone = str(clone_folder("mmctr coldstart"))
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [clone, os.environ.get("PYTHONPATH")]))
     if jobs > 1:  # each run would take all cores for itself
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
-    with open(log, "ab") as output:  # a cell that goes on keeps what it said before
+    with open(log, "ab") as output:  # a resumed cell keeps the output of earlier starts
         command = [sys.executable, "-m", "finetune.train", *arguments]
         run = subprocess.run(
             command, env=environment, stdout=output, stderr=subprocess.STDOUT, check=False, pass_fds=claims
@@ -268,5 +294,6 @@ def _launch(jobs: int, claims: tuple[int, ...], arguments: Sequence[str], log: P
 
 
 def _last_lines(log: Path, count: int = 5) -> str:
+    """The last lines of a log that are not blank."""
     text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
     return "\n".join([line for line in text.splitlines() if line.strip()][-count:])

@@ -1,83 +1,92 @@
-"""The results of a study as a table in the terminal."""
+"""The results of a study as text tables for the terminal."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mmctr.reports.page import number
+from mmctr.reports.compare import plain_text
+from mmctr.reports.page import number_text
 from mmctr.reports.run import SPLITS
-from mmctr.studies.plots import STAGE_METRICS, epochs_of, pair, stage_names
-from mmctr.studies.results import MIN_USERS
+from mmctr.studies.config import StudyConfig
+from mmctr.studies.plots import STAGE_METRICS
+from mmctr.studies.result_types import Difference, GapClosed, ProtocolResults, SeedSummary, StudyResults
 
-SHOWN = {"gAUC all": ("all", "gauc"), "gAUC warm": ("warm", "gauc"), "gAUC cold": ("cold", "gauc")} | {
+TEST_COLUMNS = {
+    "gAUC all": ("all", "gauc"),
+    "gAUC warm": ("warm", "gauc"),
+    "gAUC cold": ("cold", "gauc"),
     "AUC all": ("all", "auc"),
     "log loss": ("all", "log_loss"),
 }
-"""column -> (split, metric)"""
+"""column of the test metrics -> (split, metric)"""
+MAX_EPOCHS = 8
+"""epochs that fit the width of a table"""
 
 
-def study_table(results: dict[str, Any]) -> str:
+def study_table(results: StudyResults) -> str:
     """The results as plain text, 100 columns wide: per protocol the metrics, the differences, validation by epoch."""
-    console = Console(width=100, file=io.StringIO(), color_system=None, highlight=False)
-    for name, protocol in results["protocols"].items():
-        for title, table in _tables(name, protocol, results["study"]):
-            console.print(Text(title))
-            console.print(table)
-    console.print(Text(results["rule"]))
-    for cell in results["failed"]:
-        console.print(Text(f"\nFAILED: {cell_name(cell)}; {cell['log']} ends with\n{cell['said']}"))
-    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
-    return "\n".join(line.rstrip() for line in lines).strip("\n")
+    blocks: list[Table | Text] = []
+    for name, protocol in results.protocols.items():
+        for title, table in _protocol_tables(name, protocol, results.study):
+            blocks += [Text(title), table]
+    blocks.append(Text(results.rule))
+    blocks += [Text(f"\nFAILED: {cell.name}; {cell.log} ends with\n{cell.reason}") for cell in results.failed]
+    return plain_text(blocks)
 
 
-def _tables(name: str, protocol: dict[str, Any], study: dict[str, Any]) -> Iterator[tuple[str, Table | str]]:
-    """(title, table) one after another."""
-    methods, rows = protocol["methods"], protocol["rows"]
+def _protocol_tables(name: str, protocol: ProtocolResults, study: StudyConfig) -> Iterator[tuple[str, Table | Text]]:
+    """(title, table) of one protocol, one after another."""
+    methods, num_rows = protocol.methods, protocol.num_rows
     if not methods:
-        yield name, "no run is finished\n"
+        yield name, Text("no run is finished\n")
         return
-    counts = f"{rows['all']:,} test rows, {rows['cold']:,} of them of cold items"
-    table = _table([*SHOWN, "seeds"])
-    for method, found in methods.items():
-        cells = [_text_summary(found["test"][split][metric]) for split, metric in SHOWN.values()]
-        table.add_row(Text(method), *cells, str(len(found["seeds"])))
+    table = _table([*TEST_COLUMNS, "seeds"])
+    for method, results in methods.items():
+        cells = [_summary_text(results.test[split][metric]) for split, metric in TEST_COLUMNS.values()]
+        table.add_row(Text(method), *cells, str(len(results.seeds)))
+    counts = f"{num_rows['all']:,} test rows, {num_rows['cold']:,} of them of cold items"
     yield f"{name}: {counts}; mean over seeds, lowest–highest", table
-    compared = {method: found for method, found in methods.items() if found["difference"]}
+    compared = {method: results for method, results in methods.items() if results.difference}
     if compared:
-        columns = [*SPLITS, *(["gap closed"] if study["oracle"] else [])]
-        table = _table(columns)
-        for method, found in compared.items():
-            cells = [_text_difference(found["difference"][split]) for split in SPLITS]
-            table.add_row(Text(method), *cells, *([share_text(found["gap_closed"])] if study["oracle"] else []))
-        yield f"{name}: gAUC minus the gAUC of {study['baseline']} (95% interval)", table
-    for metric, shown in (STAGE_METRICS if (stages := stage_names(methods)) else {}).items():
-        table = _table(stages)
-        for method, found in methods.items():
-            table.add_row(Text(method), *(_text_summary(found["stages"][stage][metric]) for stage in stages))
-        yield f"{name}: {shown} of the test rows before and after each stage", table
-        table = _table(stages)
-        for method, found in compared.items():
-            table.add_row(Text(method), *(_text_difference(found["stages"][s]["difference"], metric) for s in stages))
-        if compared:
-            yield f"{name}: {shown} minus the {shown} of {study['baseline']}, by stage (95% interval)", table
-    epochs = epochs_of(methods)
+        table = _table([*SPLITS, *(["gap closed"] if study.oracle else [])])
+        for method, results in compared.items():
+            cells = [_difference_text(results.split_difference(split)) for split in SPLITS]
+            table.add_row(Text(method), *cells, *([share_text(results.gap_closed)] if study.oracle else []))
+        yield f"{name}: gAUC minus the gAUC of {study.baseline} (95% interval)", table
+    yield from _stage_tables(name, protocol, study)
+    epochs = protocol.epochs[:MAX_EPOCHS]
     if epochs:
-        part = ", the first eight" if len(epochs) > 8 else ""
-        table = _table([f"{epoch:g}" for epoch in epochs[:8]])
-        for method, found in methods.items():
-            curve = {point["epoch"]: point["gauc"] for point in found["validation"]}
-            table.add_row(Text(method), *(mean_text(curve.get(epoch)) for epoch in epochs[:8]))
+        part = ", the first eight" if len(protocol.epochs) > MAX_EPOCHS else ""
+        table = _table([f"{epoch:g}" for epoch in epochs])
+        for method, results in methods.items():
+            curve = {point.epoch: point.metrics["gauc"] for point in results.validation}
+            table.add_row(Text(method), *(mean_text(curve.get(epoch)) for epoch in epochs))
         yield f"{name}: validation gAUC by epoch{part}", table
 
 
+def _stage_tables(name: str, protocol: ProtocolResults, study: StudyConfig) -> Iterator[tuple[str, Table]]:
+    """(title, table) of the warm-up stages of a `staged` protocol, none for other protocols."""
+    stages = protocol.stage_names
+    compared = {method: results for method, results in protocol.methods.items() if results.difference}
+    for metric, metric_name in (STAGE_METRICS if stages else {}).items():
+        table = _table(stages)
+        for method, results in protocol.methods.items():
+            table.add_row(Text(method), *(_summary_text(results.stages[stage].metrics[metric]) for stage in stages))
+        yield f"{name}: {metric_name} of the test rows before and after each stage", table
+        table = _table(stages)
+        for method, results in compared.items():
+            cells = [_difference_text(results.stages[stage].difference, metric) for stage in stages]
+            table.add_row(Text(method), *cells)
+        if compared:
+            yield f"{name}: {metric_name} minus the {metric_name} of {study.baseline}, by stage (95% interval)", table
+
+
 def _table(columns: Sequence[str]) -> Table:
+    """An empty table with a column of methods and columns of numbers."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("method", overflow="fold")
     for column in columns:
@@ -85,40 +94,34 @@ def _table(columns: Sequence[str]) -> Table:
     return table
 
 
-def _text_summary(found: dict[str, Any] | None) -> str:
-    if found is None:
+def _summary_text(summary: SeedSummary | None) -> str:
+    """The mean over seeds, and the range of several seeds on a second line."""
+    if summary is None:
         return "–"
-    both = "" if len(found["seeds"]) == 1 else f"\n{_bare(found['low'], '')}–{_bare(found['high'], '')}"
-    return f"{found['mean']:.4f}{both}"
+    ends = summary.range
+    return f"{summary.mean:.4f}" + (f"\n{_short(ends[0], '')}–{_short(ends[1], '')}" if ends else "")
 
 
-def _text_difference(found: dict[str, Any] | None, metric: str = "gauc") -> Text:
-    if found is None or found[metric] is None:
+def _difference_text(difference: Difference | None, metric: str = "gauc") -> Text:
+    """A difference with a star where it is marked, and the interval on a second line."""
+    value, interval = difference.estimate(metric) if difference else (None, None)
+    if difference is None or value is None:
         return Text("–")
-    ends = found[f"{metric}_ci"]
-    star = " *" if marked(found, metric) else "  "
-    return Text(_bare(found[metric]) + star + (f"\n[{_bare(ends[0])}, {_bare(ends[1])}]" if ends else ""))
+    star = " *" if difference.is_marked(metric) else "  "
+    return Text(_short(value) + star + (f"\n[{_short(interval[0])}, {_short(interval[1])}]" if interval else ""))
 
 
-def _bare(value: float, sign: str = "+") -> str:
+def _short(value: float, sign: str = "+") -> str:
     """+.1234: without the leading zero, so that the columns fit."""
-    shown = f"{value:{sign}.4f}"
-    return shown.replace("+0.", "+.").replace("-0.", "-.") if sign else shown.removeprefix("0")
+    digits = f"{value:{sign}.4f}"
+    return digits.replace("+0.", "+.").replace("-0.", "-.") if sign else digits.removeprefix("0")
 
 
-def marked(found: dict[str, Any] | None, metric: str = "gauc") -> bool:
-    """Whether the interval of a difference holds no zero, and is of users enough to say so."""
-    ends = pair(found[f"{metric}_ci"]) if found and found["num_users"] >= MIN_USERS else None
-    return ends is not None and not ends[0] <= 0 <= ends[1]
+def mean_text(summary: SeedSummary | None) -> str:
+    """The mean over seeds with four decimals, a dash without any value."""
+    return number_text(summary.mean if summary else None)
 
 
-def mean_text(found: dict[str, Any] | None) -> str:
-    return number(found and found["mean"])
-
-
-def share_text(found: dict[str, Any] | None) -> str:
-    return "–" if found is None else number(found["share"], ".0%")
-
-
-def cell_name(cell: dict[str, Any]) -> str:
-    return f"{cell['protocol']} / {cell['method']} / seed {cell['seed']}"
+def share_text(gap_closed: GapClosed | None) -> str:
+    """The share of the gap that is closed in percent, a dash where it is not defined."""
+    return number_text(gap_closed.share if gap_closed else None, ".0%")

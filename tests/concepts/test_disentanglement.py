@@ -8,18 +8,18 @@ import pytest
 from mmctr.concepts.disentanglement import (
     active_dimensions,
     all_scores,
-    bins_of,
+    chance_scores,
     dci,
     dependency,
     disentanglement_and_completeness,
     entropy,
+    equal_width_bins,
     factor_vae_score,
-    information,
+    information_matrix,
     mig,
     mig_sup,
     mutual_information,
     sap,
-    shuffled,
 )
 
 RNG = np.random.default_rng(0)
@@ -49,7 +49,7 @@ def test_information_by_hand():
 
 def test_bins_are_of_equal_width():
     mu = np.array([[0.0, 5.0], [0.24, 5.0], [0.26, 5.0], [1.0, 5.0]])
-    assert bins_of(mu, 4).tolist() == [[0, 0], [0, 0], [1, 0], [3, 0]]
+    assert equal_width_bins(mu, 4).tolist() == [[0, 0], [0, 0], [1, 0], [3, 0]]
 
 
 def test_a_perfect_code_scores_one():
@@ -71,7 +71,7 @@ def test_a_rotated_code_knows_all_and_scores_low():
 
 
 def test_shuffled_attributes_score_nothing():
-    found = shuffled(all_scores, CENTRED + np.random.default_rng(2).normal(size=(N, 3)) * 0.1, CODES)
+    found = chance_scores(all_scores, CENTRED + np.random.default_rng(2).normal(size=(N, 3)) * 0.1, CODES)
     assert found["mig"] < 0.01 and found["mig_sup"] < 0.01 and found["sap"] < 0.05
     assert found["dci_disentanglement"] < 0.1 and found["dci_informativeness"] < 0.45
 
@@ -109,7 +109,7 @@ def test_items_without_a_value_are_left_out():
     codes[:1000, 0] = -1
     mu = CENTRED.copy()
     mu[:1000, 0] = np.random.default_rng(3).normal(size=1000)
-    assert information(mu, codes)[0, 0] > 0.8 * math.log(4)
+    assert information_matrix(mu, codes)[0, 0] > 0.8 * math.log(4)
     assert factor_vae_score(mu, codes) > 0.95 and dci(mu, codes)["informativeness"] == 1 and sap(mu, codes) > 0.5
 
 

@@ -5,7 +5,7 @@ import pyarrow as pa
 import pytest
 
 from mmctr.concepts.disentanglement import udr
-from mmctr.concepts.naming import Attribute, attributes_of, auc_of, name_dimensions, words_of
+from mmctr.concepts.naming import Attribute, auc_with_interval, frequent_words, name_dimensions, read_attributes
 
 N = 1200
 RNG = np.random.default_rng(0)
@@ -49,7 +49,7 @@ def test_words_name_dimensions():
     assert name.source == "word" and name.column is None and name.verified and name.auc > 0.95
     assert name.low[0] in ("dark", "black") and set(name.low) <= {"dark", "black", "navy"}
     assert set(name.high) <= {"bright", "white", "yellow"} and "thing" not in name.text
-    has, words = words_of([*titles, "Ärmel-los x2", *["zwölf"] * 20])
+    has, words = frequent_words([*titles, "Ärmel-los x2", *["zwölf"] * 20])
     assert "zwölf" in words and has[-20:, words.index("zwölf")].all() and "ärmel-los" not in words
 
 
@@ -73,7 +73,7 @@ def test_columns_as_attributes():
             "empty": pa.nulls(N, pa.string()),
         }
     )
-    found, refused = attributes_of(table)
+    found, refused = read_attributes(table)
     assert [a.name for a in found] == ["colour", "rare", "price", "stars"]
     assert refused == {
         "constant": "the same for all items",
@@ -86,11 +86,11 @@ def test_columns_as_attributes():
     assert price.values[0] == "below 20.8" and price.values[-1] == "80.2 and more" and len(price.values) == 5
     assert np.bincount(price.codes).tolist() == [240] * 5 and (np.diff(price.codes) >= 0).all()
     assert sorted(stars.values) == ["1", "2", "3", "4", "5"]
-    assert [a.name for a in attributes_of(table, ["rare"])[0]] == ["rare"]
+    assert [a.name for a in read_attributes(table, ["rare"])[0]] == ["rare"]
     with pytest.raises(ValueError, match="column 'constant' cannot name anything: the same for all items"):
-        attributes_of(table, ["constant"])
+        read_attributes(table, ["constant"])
     with pytest.raises(ValueError, match="column 'size' is missing"):
-        attributes_of(table, ["size"])
+        read_attributes(table, ["size"])
 
 
 def test_intervals_hold_what_they_say():
@@ -98,10 +98,10 @@ def test_intervals_hold_what_they_say():
     rng, covered = np.random.default_rng(1), 0
     truth = 0.760  # of two normals a standard deviation apart
     for _ in range(400):
-        low, high = auc_of(rng.normal(size=40), rng.normal(size=60) + 1)[1]
+        low, high = auc_with_interval(rng.normal(size=40), rng.normal(size=60) + 1)[1]
         covered += low < truth < high
     assert 0.91 < covered / 400 < 0.99
-    assert auc_of(np.zeros(1), np.ones(9)) == (0.5, (0.0, 1.0))
+    assert auc_with_interval(np.zeros(1), np.ones(9)) == (0.5, (0.0, 1.0))
 
 
 def test_udr_prefers_the_run_that_others_agree_with():

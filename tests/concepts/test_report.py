@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
 from mmctr.cli.main import main
-from mmctr.concepts.click_effects import reasons
+from mmctr.concepts.click_effects import click_reasons
 from mmctr.concepts.latents import Latents, traversal
 from mmctr.concepts.naming import name_dimensions
-from mmctr.concepts.report import describe, summary
-from mmctr.concepts.steering import steering
+from mmctr.concepts.report import concepts_text, describe_latents
+from mmctr.concepts.report_types import ConceptsReport
+from mmctr.concepts.steering import steering_vector
 from mmctr.data.embeddings import EmbeddingTable
 from mmctr.retrieval.index import ItemIndex
 from tests.cli.test_main import output, refused
@@ -29,14 +31,15 @@ def latents(mu: np.ndarray = MU) -> Latents:
     return Latents(np.arange(N), mu, np.ones(N, bool), None)
 
 
-def described(mu: np.ndarray = MU) -> dict:
-    catalog = SimpleNamespace(item_ids=pa.array([f"item {row}" for row in range(N)]))
-    report = {"run": "r", "weights": "w", "spread": {"mean": mu.mean(0).tolist(), "std": mu.std(0).tolist()}}
-    return report | describe(latents(mu), catalog, name_dimensions(mu, ATTRIBUTES), ATTRIBUTES)  # type: ignore[arg-type]
+def described(mu: np.ndarray = MU) -> ConceptsReport:
+    catalog: Any = SimpleNamespace(item_ids=pa.array([f"item {row}" for row in range(N)]))
+    description = describe_latents(latents(mu), catalog, name_dimensions(mu, ATTRIBUTES), ATTRIBUTES)
+    spread = {"mean": mu.mean(0).tolist(), "std": mu.std(0).tolist()}
+    return ConceptsReport("r", "d", "w", description, refused_columns={"brand": "why"}, **spread, runs=[])
 
 
 def test_a_report_says_what_there_is():
-    report = json.loads(json.dumps(described()))
+    report = json.loads(json.dumps(described().to_json()))
     bright, _, noise, nothing = report["dimensions"]
     assert report["active"] == 3 and "warning" not in report
     assert bright["name"]["text"] == "colour: black, navy ↔ yellow, white" and bright["name"]["verified"]
@@ -44,15 +47,16 @@ def test_a_report_says_what_there_is():
     assert not noise["name"]["verified"] and nothing == {"dimension": 3, "active": False, "variance": 0.0, "name": None}
     assert report["scores"]["mig"] > 0.5 > report["chance"]["mig"] + 0.4
     assert report["dependency"]["columns"] == ["colour", "shape"]
-    said = summary(report)
+    said = concepts_text(described())
     assert "3 of 4 dimensions vary" in said and "colour: black, navy ↔ yellow, white  AUC 0.9" in said
     assert "no name (not" in said
 
 
 def test_a_collapsed_head_is_said():
-    report = described(np.full((N, 2), 0.5))
+    collapsed = described(np.full((N, 2), 0.5))
+    report = collapsed.to_json()
     assert report["active"] == 0 and "posterior collapse" in report["warning"] and "scores" not in report
-    assert "warning: posterior collapse" in summary(report)
+    assert "warning: posterior collapse" in concepts_text(collapsed)
 
 
 def test_a_traversal_goes_along_one_dimension():
@@ -67,28 +71,28 @@ def test_a_traversal_goes_along_one_dimension():
 
 
 def test_reasons_name_the_end_a_user_likes():
-    report = described()
+    dimensions = described().description.dimensions
     items = pa.array([f"item {row}" for row in range(N)])
     dark = [int(row) for row in np.argsort(MU[:, 0])[:4]]
     history = ["gone", *(f"item {row}" for row in dark), f"item {int(MU[:, 0].argmax())}"]
-    first, second = reasons(report, np.array([-0.3, 0.1, 0.0, 0.0]), latents(), items, history)
-    assert first["likes"] == ["black", "navy"] and first["end"] == "low" and first["click_effect"] == -0.3
-    assert first["because_of"] == [f"item {row}" for row in dark[:2]]
-    assert second["dimension"] == 1 and second["likes"] == ["square"]
+    first, second = click_reasons(dimensions, np.array([-0.3, 0.1, 0.0, 0.0]), latents(), items, history)
+    assert first.likes == ["black", "navy"] and first.end == "low" and first.click_effect == -0.3
+    assert first.because_of == [f"item {row}" for row in dark[:2]]
+    assert second.dimension == 1 and second.likes == ["square"]
 
 
 def test_steering_by_names(tmp_path):
     path = tmp_path / "concepts.json"
-    path.write_text(json.dumps(described()))
+    path.write_text(json.dumps(described().to_json()))
     std = MU.std(0)
-    assert steering(path, ["Yellow"], [], 2.0, "w") == pytest.approx([2 * std[0], 0, 0, 0])
-    assert steering(path, ["black"], ["square"], 1.0, None) == pytest.approx([-std[0], -std[1], 0, 0])
+    assert steering_vector(path, ["Yellow"], [], 2.0, "w") == pytest.approx([2 * std[0], 0, 0, 0])
+    assert steering_vector(path, ["black"], ["square"], 1.0, None) == pytest.approx([-std[0], -std[1], 0, 0])
     with pytest.raises(ValueError, match="'yelow' names no dimension here; did you mean 'yellow'"):
-        steering(path, ["yelow"], [], 1.0, "w")
+        steering_vector(path, ["yelow"], [], 1.0, "w")
     with pytest.raises(ValueError, match="names of other weights than the vectors"):
-        steering(path, ["yellow"], [], 1.0, "v")
+        steering_vector(path, ["yellow"], [], 1.0, "v")
     with pytest.raises(ValueError, match="no such file; `mmctr concepts RUN` writes it"):
-        steering(tmp_path / "none.json", ["yellow"], [], 1.0, None)
+        steering_vector(tmp_path / "none.json", ["yellow"], [], 1.0, None)
 
     ids = pa.array(range(N))
     index = ItemIndex.build(EmbeddingTable(ids, MU.astype(np.float32)))
@@ -97,7 +101,9 @@ def test_steering_by_names(tmp_path):
     np.testing.assert_allclose(index.vector(7), MU[7], atol=1e-5)
     start_at = int(np.argsort(MU[:, 0])[50])
     plain = [MU[n.item_id, 0] for n in index.search_item(start_at, 20)]
-    bright = [MU[n.item_id, 0] for n in index.search_item(start_at, 20, steering(path, ["yellow"], [], 2.0, "w"))]
+    bright = [
+        MU[n.item_id, 0] for n in index.search_item(start_at, 20, steering_vector(path, ["yellow"], [], 2.0, "w"))
+    ]
     assert np.mean(bright) > np.mean(plain) + 1
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from mmctr.studies.config import StudyConfig
 from mmctr.studies.runner import run_study
-from tests.studies.test_runner import Launcher, write_study
+from tests.helpers.studies import Launcher, write_study
 
 
 @pytest.mark.parametrize(

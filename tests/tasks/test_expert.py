@@ -22,8 +22,8 @@ from mmctr.studies.config import StudyConfig
 from mmctr.studies.runner import run_study
 from mmctr.tasks import RankingTask, RankingTaskConfig
 from tests.helpers.serving import FEATURES, MAX_HISTORY, ServingWorld, look_trained, make_world, ranking_data, save_run
+from tests.helpers.studies import Launcher
 from tests.helpers.tiny import finetune_values, start, write_config
-from tests.studies.test_runner import Launcher
 
 TABLE = {"name": "table", "path": "/nowhere/e", "dim": 3, "hidden": [4]}
 DIN = {"name": "din", "attention": [4], "mlp": [6, 5]}
@@ -275,7 +275,7 @@ def test_a_study_makes_the_expert_first_and_its_run_is_all_that_is_needed(toy_fo
     folder = tmp_path / "out" / "runs" / "cold"
 
     (failed, waits), launch = run_study(study, tmp_path / "out", launch=lambda *_: 1), Launcher()
-    assert (failed.state, waits.state) == ("failed", "failed") and str(folder / "content" / "seed0") in waits.said
+    assert (failed.state, waits.state) == ("failed", "failed") and str(folder / "content" / "seed0") in waits.reason
     assert [one.state for one in run_study(study, tmp_path / "out", launch=launch)] == ["made", "made"]
     assert launch.calls == ["cold/content/seed0", "cold/make/seed0"]
     run = folder / "make" / "seed0"

@@ -33,8 +33,8 @@ from mmctr.tasks import RankingTask, RankingTaskConfig
 from mmctr.training.context import RunContext
 from mmctr.training.fit import step_seed
 from mmctr.training.stages import StagesConfig, train_stages, with_rows
+from tests.helpers.pages import Page
 from tests.helpers.tiny import finetune_values, start, write_config
-from tests.reports.test_compare import Page
 
 SPLIT = {"name": "staged", "new": 0.3, "rows": 2, "test_rows": 2}
 
@@ -218,7 +218,8 @@ def study(toy_folder, runs, tmp_path_factory):
 def test_a_staged_study_shows_warm_up_curves(study, tmp_path):
     config, out = study
     results = study_results(config, [Outcome(cell, "kept") for cell in study_cells(config, out)])
-    protocol = results["protocols"]["warming"]
+    written = results.to_json()
+    protocol = written["protocols"]["warming"]
     assert protocol["rows"]["warm"] == 0 < protocol["rows"]["cold"]
     tables = {
         name: pq.read_table(out / "runs" / "warming" / name / "seed0" / "stages.parquet") for name in ("ids", "mwuf")
@@ -251,4 +252,4 @@ def test_a_staged_study_shows_warm_up_curves(study, tmp_path):
         value = protocol["methods"]["mwuf"]["stages"]["warm_c"][metric]["mean"]
         assert f"{value:.4f}" in page.text and f"{value:.4f}" in table
         assert f"{difference[metric]:+.4f}" in page.text
-    assert "Warm-up by stage" in page.text and json.loads(json.dumps(results, allow_nan=False)) == results
+    assert "Warm-up by stage" in page.text and json.loads(json.dumps(written, allow_nan=False)) == written
