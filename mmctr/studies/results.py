@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mmctr.reports.run import SPLITS, Run, finite, load_run
+import numpy as np
+
+from mmctr.reports.run import SPLITS, Interval, Run, finite, load_run
 from mmctr.run_folder import RunFolder
 from mmctr.studies.config import StudyConfig
 from mmctr.studies.paired_rows import PairedRows
