@@ -76,6 +76,7 @@ class StagedSplit(Config):
     rows: int = Field(default=20, ge=1)
     """rows of each new item in a stage"""
     stages: int = Field(default=3, ge=1, le=26)
+    """number of stages"""
     test_rows: int = Field(default=20, ge=1)
     """rows a new item has at least for the test; all that follow its stages are tested"""
     validation: float = Field(default=0.1, gt=0, lt=1)

@@ -59,17 +59,23 @@ class ToyWorldConfig(Config):
     """What the drawn catalog and its log look like."""
 
     num_items: int = Field(default=1200, ge=50, le=10_000_000)
+    """items of the catalog"""
     num_users: int = Field(default=1500, ge=1, le=10_000_000)
+    """users of the log"""
     impressions_per_user: int = Field(default=60, ge=1, le=10_000)
     """Mean over users; the spread is log-normal."""
     session_length: int = Field(default=6, ge=1, le=20)
     """Mean number of positions a session shows."""
     image_size: int = Field(default=48, ge=16, le=512)
+    """side of a picture in pixels"""
     seed: int = Field(default=0, ge=0)
+    """of everything random in the world"""
     title_noise: float = Field(default=0.05, ge=0, le=1)
     """Probability that a mentioned factor is the wrong one."""
     missing_picture: float = Field(default=0.03, ge=0, le=1)
+    """Probability that an item has no picture."""
     missing_title: float = Field(default=0.03, ge=0, le=1)
+    """Probability that an item has no title."""
     click_rate: float = Field(default=0.3, ge=0.01, le=0.99)
     """Mean of the label; the bias of the click model is solved for it."""
     taste_strength: float = Field(default=2.5, ge=0, le=20)

@@ -65,6 +65,7 @@ class EncoderOptions(Config):
     """How the towers of any encoder train, and how fast."""
 
     augment: AugmentConfig = AugmentConfig()
+    """random changes of training pictures"""
     lora: LoraConfig = LoraConfig()
     """of the towers whose mode is `lora`"""
     layer_decay: float = Field(default=1.0, gt=0, le=1)

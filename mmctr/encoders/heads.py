@@ -50,6 +50,7 @@ class BaseHeadConfig(Config):
     hidden: list[int] = [64]
     """hidden sizes of the inference networks, and in reverse of those that rebuild the features"""
     weight: float = Field(default=1.0, gt=0)
+    """factor on the terms of the head in the loss"""
     sigma: float | None = Field(default=None, gt=0)
     """standard deviation of the noise on rebuilt features, which vary by 1. None: learned, one of each modality
     (sigma-VAE). A given one acts as beta does: at 1, beta_norm of Higgins et al. is beta Z / F"""
@@ -206,8 +207,11 @@ def _mlp(sizes: list[int]) -> nn.Sequential:
 
 
 class BetaVAEConfig(BaseHeadConfig):
+    """Weighted KL: reconstruction + beta KL (Higgins et al. 2017)."""
+
     name: Literal["beta_vae"] = "beta_vae"
     beta: float = Field(default=4.0, ge=0)
+    """weight of the KL to the prior"""
 
     def build(self, image_dim: int, text_dim: int) -> BetaVAE:
         return BetaVAE(self, image_dim, text_dim)
@@ -221,8 +225,11 @@ class BetaVAE(VariationalHead):
 
 
 class AnnealedVAEConfig(BaseHeadConfig):
+    """KL held at a capacity that grows: reconstruction + gamma |KL - capacity| (Burgess et al. 2018)."""
+
     name: Literal["annealed_vae"] = "annealed_vae"
     gamma: float = Field(default=100.0, gt=0)
+    """weight of the distance between the KL and the capacity"""
     capacity: float = Field(default=15.0, gt=0)
     """nats the KL is held at in the end"""
     capacity_steps: int = Field(default=1000, ge=1)
@@ -251,6 +258,8 @@ class AnnealedVAE(VariationalHead):
 
 
 class BetaTCVAEConfig(BaseHeadConfig):
+    """KL taken apart into three weighted terms (beta-TCVAE: Chen et al. 2018)."""
+
     name: Literal["beta_tcvae"] = "beta_tcvae"
     alpha: float = Field(default=1.0, ge=0)
     """of the mutual information of items and latents"""
@@ -276,8 +285,11 @@ class BetaTCVAE(VariationalHead):
 
 
 class FactorVAEConfig(BaseHeadConfig):
+    """Total correlation estimated by a discriminator: reconstruction + KL + gamma TC (Kim and Mnih 2018)."""
+
     name: Literal["factor_vae"] = "factor_vae"
     gamma: float = Field(default=30.0, ge=0)
+    """weight of the total correlation"""
     discriminator: list[int] = [256, 256]
     """its hidden sizes; its learning rate is `fit.optimizer.groups.discriminator.lr`"""
 
@@ -312,12 +324,15 @@ class FactorVAE(VariationalHead):
 
 
 class DIPVAEConfig(BaseHeadConfig):
+    """Covariance of the latents pulled to the identity (DIP-VAE: Kumar et al. 2018)."""
+
     name: Literal["dip_vae"] = "dip_vae"
     kind: Literal["I", "II"] = "II"
     """the covariance is that of mu (I) or of z (II)"""
     off_diagonal: float = Field(default=10.0, ge=0)
+    """lambda_od: weight of the squared covariances of different dimensions"""
     diagonal: float = Field(default=10.0, ge=0)
-    """lambda_od and lambda_d"""
+    """lambda_d: weight of the squared distances of the variances from 1"""
 
     def build(self, image_dim: int, text_dim: int) -> DIPVAE:
         return DIPVAE(self, image_dim, text_dim)

@@ -73,7 +73,9 @@ class HFEncoderConfig(HFModelConfig, EncoderOptions):
     tokenizer: str | None = None
     """None: the model's own, or open_clip's BPE for a fresh architecture"""
     image: TowerMode = "full"
+    """how the image tower trains: `full`, `lora` (adapters alone) or `frozen`"""
     text: TowerMode = "full"
+    """how the text tower trains: `full`, `lora` (adapters alone) or `frozen`"""
 
     @property
     def modes(self) -> dict[str, TowerMode]:

@@ -18,7 +18,9 @@ class LoraConfig(Config):
     """Adapters W + alpha / rank B A of towers whose mode is `lora`. B starts at zero: so does what they change."""
 
     rank: int = Field(default=8, ge=1)
+    """rank of the matrices A and B"""
     alpha: float = Field(default=16.0, gt=0)
+    """the change B A is scaled by alpha / rank"""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """of what an adapter reads. Not for the fused attention of open_clip, which takes weights, not inputs"""
     targets: list[str] | None = Field(default=None, min_length=1)

@@ -18,6 +18,8 @@ CONFIG_NAME = "open_clip_config.json"
 
 
 class OpenClipEncoderConfig(EncoderOptions):
+    """A model of open_clip: pretrained weights by name, or a fresh architecture."""
+
     name: Literal["openclip"] = "openclip"
     model: str | None = None
     """open_clip's name ("ViT-B-32"), or "hf-hub:org/name", or "local-dir:path"; None when `architecture` is given"""
@@ -26,7 +28,9 @@ class OpenClipEncoderConfig(EncoderOptions):
     architecture: dict[str, Any] | str | None = None
     """an open_clip model config (embed_dim, vision_cfg, text_cfg), or a JSON file of one: a small model from scratch"""
     image: TowerMode = "full"
+    """how the image tower trains: `full`, `lora` (adapters alone) or `frozen`"""
     text: TowerMode = "full"
+    """how the text tower trains: `full`, `lora` (adapters alone) or `frozen`"""
 
     @property
     def modes(self) -> dict[str, TowerMode]:

@@ -20,6 +20,7 @@ class HFImageTower(HFModelConfig):
 
     name: Literal["hf"] = "hf"
     mode: TowerMode = "full"
+    """how the tower trains: `full`, `lora` (adapters alone) or `frozen`"""
 
 
 class EfficientNetLiteTower(Config):
@@ -27,8 +28,11 @@ class EfficientNetLiteTower(Config):
 
     name: Literal["efficientnet_lite0"] = "efficientnet_lite0"
     pretrained: bool = True
+    """start from the ImageNet weights; false: from random ones"""
     image_size: int = Field(default=224, ge=32)
+    """side of the pictures in pixels"""
     mode: TowerMode = "full"
+    """how the tower trains: `full`, `lora` (adapters alone) or `frozen`"""
 
 
 class HFTextTower(HFModelConfig):
@@ -38,9 +42,11 @@ class HFTextTower(HFModelConfig):
     pooling: Literal["mean", "cls"] = "mean"
     """`mean` over the real tokens (sentence encoders), or the first token (BERT)"""
     tokenizer: str | None = None
+    """name or folder of a transformers tokenizer; None: that of `model`, or open_clip's BPE without a `model`"""
     context_length: int = Field(default=64, ge=4)
     """longer texts are cut"""
     mode: TowerMode = "full"
+    """how the tower trains: `full`, `lora` (adapters alone) or `frozen`"""
 
 
 class TowersEncoderConfig(EncoderOptions):
@@ -48,7 +54,9 @@ class TowersEncoderConfig(EncoderOptions):
 
     name: Literal["towers"] = "towers"
     image: Annotated[HFImageTower | EfficientNetLiteTower, Field(discriminator="name")]
+    """backbone of pictures"""
     text: HFTextTower
+    """backbone of texts"""
 
     @property
     def modes(self) -> dict[str, TowerMode]:

@@ -39,7 +39,9 @@ class MultiValuedFeature(Config):
     separator: str = Field(default="|", min_length=1)
     """splits text; list columns need none. " " takes the words"""
     dim: int = Field(default=8, ge=1)
+    """embedding size"""
     min_count: int = Field(default=1, ge=1)
+    """values on fewer training rows are unknown"""
     pooling: Literal["mean", "sum"] = "mean"
     """of the vectors of the known values of a row; none give zeros"""
 

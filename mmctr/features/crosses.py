@@ -25,6 +25,7 @@ class CrossFeature(Config):
     """`user_id`, `item_id`, names of side features, and `history.item_id` or `history.` and the name of an item
     feature: the values of the behaviours read"""
     buckets: int = Field(default=1_000_000, ge=1)
+    """rows of the table that combinations are hashed to"""
     dim: int = Field(default=8, ge=1)
     """embedding size"""
 

@@ -26,13 +26,17 @@ LEAVES = "gbdt_leaves"
 
 
 class TreesConfig(Config):
+    """Gradient-boosted trees of LightGBM, whose leaves are a feature of the linear model."""
+
     share: float = Field(default=0.25, gt=0, lt=1)
     """of the training rows, drawn at random: trees learn on these, the linear model on the others. On rows the trees
     have learnt, leaves would promise more than they keep"""
     num_trees: int = Field(default=100, ge=1)
+    """trees, each with one leaf an impression"""
     num_leaves: int = Field(default=32, ge=2)
     """at most, of each tree"""
     learning_rate: float = Field(default=0.1, gt=0)
+    """factor on what each tree adds to the ones before"""
     min_rows: int = Field(default=50, ge=1)
     """of a leaf"""
     top_values: int = Field(default=16, ge=0)

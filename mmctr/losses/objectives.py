@@ -58,7 +58,10 @@ class QueuedViews:
 
 
 class ObjectiveConfig(Config):
+    """What all objectives have."""
+
     weight: float = Field(default=1.0, gt=0)
+    """factor on the term of the objective in the loss"""
 
 
 class Objective(nn.Module):
@@ -242,11 +245,17 @@ class ObjectivesConfig(Config):
     """One field an objective; those that are given are added up."""
 
     clip: ClipConfig | None = None
+    """contrast of picture and text of an item; null: the objective is not used"""
     siglip: SigLipConfig | None = None
+    """pairwise yes or no on picture and text; null: the objective is not used"""
     behavior: BehaviorConfig | None = None
+    """items one user clicked near each other; null: the objective is not used"""
     query: QueryConfig | None = None
+    """a search query and the item clicked for it; null: the objective is not used"""
     group: GroupConfig | None = None
+    """items with the same value of a column; null: the objective is not used"""
     distillation: DistillationConfig | None = None
+    """similarities of a table of vectors; null: the objective is not used"""
 
     @property
     def given(self) -> dict[str, ObjectiveConfig]:

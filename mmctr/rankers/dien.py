@@ -18,6 +18,8 @@ from mmctr.rankers.base import BaseRankerConfig, RankerInput, RankerOutput
 
 
 class DIENConfig(BaseRankerConfig):
+    """Deep Interest Evolution Network (Zhou et al. 2019): two recurrences over the behaviours."""
+
     name: Literal["dien"] = "dien"
     hidden_dim: int | None = Field(default=None, ge=1)
     """size of an interest state; None: that of the item vectors. Another size puts a learned linear map between states
@@ -27,8 +29,11 @@ class DIENConfig(BaseRankerConfig):
     auxiliary_weight: float = Field(default=1.0, ge=0)
     """of the auxiliary loss; 0: none"""
     mlp: list[int] = [200, 80]
+    """hidden sizes of the MLP on top"""
     activation: Activation = "dice"
+    """of the hidden layers of the MLP"""
     dropout: float = Field(default=0.0, ge=0, lt=1)
+    """of the hidden layers of the MLP"""
 
     @property
     def needs_negatives(self) -> bool:

@@ -17,11 +17,15 @@ from mmctr.rankers.base import BaseRankerConfig, RankerInput, RankerOutput
 
 
 class DINConfig(BaseRankerConfig):
+    """Deep Interest Network (Zhou et al. 2018): behaviours weighted by an activation unit."""
+
     name: Literal["din"] = "din"
     attention: list[int] = Field(default=[80, 40], min_length=1)
     """hidden sizes of the activation unit"""
     mlp: list[int] = [200, 80]
+    """hidden sizes of the MLP on top"""
     activation: Activation = "dice"
+    """of the hidden layers of the MLP and of the activation unit"""
     weights: Literal["intensity", "softmax"] = "intensity"
     """`intensity` keeps the unnormalised weights of the paper, whose sum says how strong the interest is"""
     content_attention: bool = False
@@ -29,6 +33,7 @@ class DINConfig(BaseRankerConfig):
     multi_query: bool = False
     """two attentions over the behaviours instead of one, by the target's content and by its ID; see `DIN`"""
     dropout: float = Field(default=0.0, ge=0, lt=1)
+    """of the hidden layers of the MLP"""
 
     @property
     def needs_columns(self) -> bool:

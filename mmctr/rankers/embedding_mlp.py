@@ -14,12 +14,17 @@ from mmctr.rankers.base import BaseRankerConfig, RankerInput, RankerOutput
 
 
 class EmbeddingMLPConfig(BaseRankerConfig):
+    """Embedding&MLP, the base model of Zhou et al. 2018: behaviours pooled alike for every target."""
+
     name: Literal["embedding_mlp"] = "embedding_mlp"
     pooling: Literal["sum", "mean"] = "mean"
     """of the behaviours; the paper names both"""
     mlp: list[int] = [200, 80]
+    """hidden sizes of the MLP on top"""
     activation: Activation = "prelu"
+    """of the hidden layers of the MLP"""
     dropout: float = Field(default=0.0, ge=0, lt=1)
+    """of the hidden layers of the MLP"""
 
     def build(self, dim: int, context_dim: int) -> EmbeddingMLP:
         return EmbeddingMLP(self, dim, context_dim)

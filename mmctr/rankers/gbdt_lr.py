@@ -15,6 +15,7 @@ class GBDTLRConfig(BaseRankerConfig):
 
     name: Literal["gbdt_lr"] = "gbdt_lr"
     trees: TreesConfig = TreesConfig()
+    """the trees that are fitted before the linear part"""
 
     @property
     def weight_dim(self) -> int:

@@ -31,6 +31,8 @@ class LRConfig(BaseRankerConfig):
 
 
 class LSPLMConfig(BaseRankerConfig):
+    """Piece-wise linear model LS-PLM, also called MLR (Gai et al. 2017)."""
+
     name: Literal["ls_plm"] = "ls_plm"
     pieces: int = Field(default=12, ge=1)
     """regions m that the gate divides the space into; 1 is logistic regression"""

@@ -27,6 +27,7 @@ class ShuffledConfig(Config):
     of: str | list[str]
     """path of a table of item vectors, or several paths whose vectors are concatenated, as for `content.path`"""
     seed: int = Field(default=0, ge=0)
+    """of the permutation of the vectors"""
 
 
 TableConfig = Annotated[FactorsConfig | ShuffledConfig, Field(discriminator="name")]
@@ -49,6 +50,7 @@ class MethodConfig(Config):
     """A method: a recipe config of `finetune.train` with overrides."""
 
     config: str
+    """path of a config of `finetune.train`, from where the study is started"""
     set: Overrides = []
     """`key=value` overrides of the recipe config"""
     table: str | None = None
@@ -65,6 +67,7 @@ class StudyConfig(Config):
     protocols: dict[str, SplitConfig] = Field(min_length=1)
     """split of the interactions into training, validation and test, by name"""
     methods: dict[str, MethodConfig] = Field(min_length=1)
+    """compared rankers, by name"""
     set: Overrides = []
     """`key=value` overrides of all methods; the overrides of a method come later"""
     baseline: str
@@ -74,6 +77,7 @@ class StudyConfig(Config):
     tables: dict[str, TableConfig] = {}
     """item tables that the study makes, for `methods.NAME.table`"""
     seeds: list[Annotated[int, Field(ge=0)]] = Field(default=[0, 1, 2], min_length=1)
+    """training seeds; every method runs once with each of them"""
     bootstrap: int = Field(default=200, ge=20)
     """bootstrap resamples of users for an interval"""
     out: str
