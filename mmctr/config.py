@@ -19,6 +19,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mmctr.files import write_text
+from mmctr.shipped import find_config, shipped_config
 
 
 class Config(BaseModel):
@@ -30,10 +31,13 @@ class Config(BaseModel):
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
         """Read a YAML file, apply `a.b=value` overrides, validate.
 
-        A top-level `base: other.yaml` (relative to the file) is read first and this file is merged over it.
+        A top-level `base: other.yaml` (relative to the file) is read first and this file is merged over it. A path
+        like `configs/finetune/toy_din_id.yaml` that does not exist, as `path` or as `base`, is the file of that name
+        that is shipped with the package.
+
         Raises ValueError naming the file, the key, the value and, for an unknown key, the nearest known one.
         """
-        values = _merged(Path(path), seen=())
+        values = read_config(find_config(path))
         _apply_overrides(values, overrides)
         return cls.parse(values, source=str(path))
 
@@ -63,7 +67,16 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _merged(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+def read_config(path: Path, with_base: bool = True) -> dict[str, Any]:
+    """The values of a YAML file, not validated: merged over those of its `base`, or those in its text alone.
+
+    Raises:
+        ValueError: no such file, no YAML, no mapping, a key that stands twice, or a `base` that names itself.
+    """
+    return _merged(path, (), with_base)
+
+
+def _merged(path: Path, seen: tuple[Path, ...], with_base: bool = True) -> dict[str, Any]:
     if path.resolve() in seen:
         raise ValueError(f"{path}: `base:` goes round in a circle")
     if not path.is_file():
@@ -75,8 +88,11 @@ def _merged(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path}: a config is a mapping of keys to values, found {type(values).__name__}")
     base = values.pop("base", None)
-    if base is not None:
-        values = _merge(_merged(path.parent / str(base), (*seen, path.resolve())), values)
+    if base is not None and with_base:
+        under = path.parent / str(base)
+        if not under.exists():
+            under = shipped_config(str(base)) or under
+        values = _merge(_merged(under, (*seen, path.resolve())), values)
     return values
 
 

@@ -170,16 +170,6 @@ def fingerprint(*parts: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def clone_folder(command: str) -> Path:
-    """The clone this package is of, whose recipes a command runs. Raises ValueError where it is installed alone."""
-    clone = Path(__file__).resolve().parents[1]
-    if not all((clone / recipe / "train.py").is_file() for recipe in ("pretrain", "finetune")):
-        raise ValueError(
-            f"{command} runs the recipes of a clone of the repository; clone it and `pip install -e .` there"
-        )
-    return clone
-
-
 def cache_folder() -> Path:
     """Where what can be made again is kept: `$MMCTR_CACHE`, else `~/.cache/mmctr`."""
     return Path(os.environ.get("MMCTR_CACHE") or Path.home() / ".cache" / "mmctr")

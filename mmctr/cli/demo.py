@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 
 from mmctr.datasets.toy_world import ToyWorld, ToyWorldConfig
-from mmctr.files import clone_folder, replace_folder
+from mmctr.files import replace_folder
+from mmctr.shipped import find_config, recipe_environment, recipe_module
 
 RANKERS = ("id", "table", "joint")
 
@@ -18,10 +19,9 @@ RANKERS = ("id", "table", "joint")
 def run_demo(out: Path, seed: int) -> None:
     """ToyWorld -> pretrain -> embed -> index -> search -> three rankers -> comparison and report.html.
 
-    Works from a clone, whose recipes and configs it runs. Every step can be resumed: started again it goes on where
-    it stopped. Raises ValueError when a step fails.
+    Runs the shipped recipes and configs, in a clone as in an installation. Every step can be resumed: started again
+    it goes on where it stopped. Raises ValueError when a step fails.
     """
-    clone = clone_folder("mmctr demo")
     started = time.perf_counter()
     out = out.resolve()
     data, pretrain, embeddings = out / "data", out / "pretrain", out / "embeddings"
@@ -37,22 +37,21 @@ def run_demo(out: Path, seed: int) -> None:
         print(f"\n$ {' '.join(shown)}", flush=True)
         threads = os.environ.get("OMP_NUM_THREADS") or str(os.cpu_count() or 1)  # unsaid, the launcher warns
         launch = ["-m", "accelerate.commands.launch", "--num_cpu_threads_per_process", threads]
-        launch += ["--config_file", str(clone / "configs" / "accelerate" / "cpu.yaml")]
+        launch += ["--config_file", str(find_config("configs/accelerate/cpu.yaml"))]
         command = [sys.executable]
         for part in arguments:
             command += launch if part == "LAUNCH" else ["-m", "mmctr"] if part == "MMCTR" else [part]
-        if subprocess.run(command, cwd=clone, check=False).returncode:
+        if subprocess.run(command, env=recipe_environment(), check=False).returncode:
             raise ValueError(
                 f"the step above failed; mend it and run `mmctr demo --out {out}` again, it goes on from there"
             )
 
-    configs = "configs"
     step(
         [
             "LAUNCH",
             "-m",
-            "pretrain.train",
-            f"{configs}/pretrain/toy.yaml",
+            recipe_module("pretrain"),
+            "configs/pretrain/toy.yaml",
             f"data.path={data}",
             f"run_dir={pretrain}",
             f"seed={seed}",
@@ -67,9 +66,9 @@ def run_demo(out: Path, seed: int) -> None:
         "joint": [f"task.embedder.content.run={pretrain}"],
     }
     for name in RANKERS:
-        config = f"{configs}/finetune/toy_din_{name}.yaml"
+        config = f"configs/finetune/toy_din_{name}.yaml"
         folders = [f"data.path={data}", f"run_dir={out / f'din_{name}'}", f"seed={seed}"]
-        step(["LAUNCH", "-m", "finetune.train", config, *folders, *content[name]])
+        step(["LAUNCH", "-m", recipe_module("finetune"), config, *folders, *content[name]])
     step(["MMCTR", "compare", *[str(out / f"din_{name}") for name in RANKERS], "--html", str(out / "report.html")])
     print(f"\n{time.perf_counter() - started:.0f} seconds in all. Open {out / 'report.html'}")
 

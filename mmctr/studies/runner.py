@@ -28,9 +28,11 @@ from mmctr.config import Config
 from mmctr.data.embeddings import EmbeddingTable, read_tables, write_npz
 from mmctr.data.tables import one_array
 from mmctr.embedders.item_embedder import ContentTable
-from mmctr.files import claimed, clone_folder
+from mmctr.files import claimed
 from mmctr.run_folder import RunFolder
+from mmctr.runs.config import FinetuneConfig
 from mmctr.runs.folder import first_difference
+from mmctr.shipped import recipe_environment, recipe_module
 from mmctr.studies.config import FactorsConfig, StudyConfig
 from mmctr.studies.controls import factor_table, shuffled_table
 
@@ -94,14 +96,8 @@ def study_cells(study: StudyConfig, out: Path, source: str = "study") -> list[Ce
     """The runs of a study, protocol by protocol, seed by seed, method by method, with checked configs.
 
     The first seed of all methods comes before the second of any, so that a study stopped halfway compares something.
-    Raises ValueError naming the study and the method for a config that does not load, and without a clone of the
-    repository, which holds the recipe.
+    Raises ValueError naming the study and the method for a config that does not load.
     """
-    clone = str(clone_folder("mmctr coldstart"))
-    if clone not in sys.path:  # the console script knows the library alone
-        sys.path.insert(0, clone)
-    from mmctr.runs.config import FinetuneConfig
-
     cells = []
     for protocol, split in study.protocols.items():
         for seed in study.seeds:
@@ -280,13 +276,11 @@ def _launch(jobs: int, claims: tuple[int, ...], arguments: Sequence[str], log: P
     The process inherits the file descriptors `claims`, which hold the claim on the study's folder: a run that outlives
     a killed study is still writing there.
     """
-    environment = dict(os.environ)
-    clone = str(clone_folder("mmctr coldstart"))
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [clone, os.environ.get("PYTHONPATH")]))
+    environment = recipe_environment()
     if jobs > 1:  # each run would take all cores for itself
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
     with open(log, "ab") as output:  # a resumed cell keeps the output of earlier starts
-        command = [sys.executable, "-m", "finetune.train", *arguments]
+        command = [sys.executable, "-m", recipe_module("finetune"), *arguments]
         run = subprocess.run(
             command, env=environment, stdout=output, stderr=subprocess.STDOUT, check=False, pass_fds=claims
         )
