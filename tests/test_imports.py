@@ -28,10 +28,11 @@ FLOORS = [
     {"data"},
     {"datasets"},
     {"layers"},
+    {"config_reference"},
     {"config"},
     {"run_folder"},
     {"distributed"},
-    {"files"},
+    {"files", "shipped"},
     {"errors"},
 ]
 """from the top down; packages of one floor do not import each other"""

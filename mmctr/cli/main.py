@@ -23,6 +23,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mmctr", description="Multimodal item embeddings for click-through-rate ranking."
     )
+    parser.add_argument("--version", action=_Version, help="print the versions of mmctr and of what it runs on")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run: Any, text: str) -> argparse.ArgumentParser:
@@ -189,6 +190,15 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("repo_id", metavar="REPO_ID", help="organisation/name; made when there is none")
     sub.add_argument("--private", action="store_true", help="a repository made now is private")
 
+    sub = command(
+        "config", _config, "explain config keys: meaning, type, default, bounds, the shipped configs with them"
+    )
+    sub.add_argument("key", metavar="KEY", nargs="?", help="like fit.epochs; all keys below it too (default: sections)")
+    sub.add_argument("--recipe", choices=["pretrain", "finetune", "study"], help="keys of this config alone")
+    sub.add_argument(
+        "--where", metavar="CONFIG", help="print the place of a shipped config file, like configs/accelerate/gpu.yaml"
+    )
+
     sub = command("demo", _demo, "the whole story on ToyWorld: pretrain, embed, search, three rankers, comparison")
     sub.add_argument("--out", default="demo", help="folder to work in (default: demo); started again it goes on")
     sub.add_argument("--seed", type=int, default=0)
@@ -205,9 +215,10 @@ def _prepare(arguments: argparse.Namespace) -> None:
         import yaml
 
         from mmctr.runs.config import DataConfig
+        from mmctr.shipped import find_config
         from mmctr.tasks import PretrainTask, PretrainTaskConfig
 
-        values = yaml.safe_load(Path(arguments.config).read_text(encoding="utf-8"))
+        values = yaml.safe_load(find_config(arguments.config).read_text(encoding="utf-8"))
         if not isinstance(values, dict) or not {"data", "task"} <= set(values):
             raise ValueError(f"{arguments.config}: not a pretraining config (it has no `data` and `task`)")
         data = DataConfig.parse(values["data"] | {"path": arguments.out}, arguments.config)
@@ -391,6 +402,36 @@ def _push(arguments: argparse.Namespace) -> None:
 
     for line in push_run(arguments.run_dir, arguments.repo_id, arguments.private):
         print(line)
+
+
+def _config(arguments: argparse.Namespace) -> None:
+    from mmctr.cli.config import config_command, shipped_path
+
+    if arguments.where:
+        print(shipped_path(arguments.where))
+        return
+    print(config_command(arguments.key, arguments.recipe))
+
+
+class _Version(argparse.Action):
+    """`--version`: what a bug report should name. Reads the metadata of the packages and imports none of them."""
+
+    def __init__(self, option_strings: Any, dest: str, **kwargs: Any) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, **kwargs)
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        import platform
+        from importlib.metadata import PackageNotFoundError, version
+
+        def known(package: str) -> str:
+            try:
+                return f"{package} {version(package)}"
+            except PackageNotFoundError:
+                return f"{package} (not installed)"
+
+        packages = ("mmctr", "torch", "transformers", "open-clip-torch", "accelerate", "faiss-cpu")
+        print(", ".join([*map(known, packages), f"Python {platform.python_version()}", platform.platform()]))
+        parser.exit()
 
 
 def _demo(arguments: argparse.Namespace) -> None:

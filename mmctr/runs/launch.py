@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
@@ -14,11 +16,13 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
 from mmctr.config import Config
+from mmctr.config_reference import compact_text, reference
 from mmctr.errors import exit_on_error
 from mmctr.run_folder import RunFolder
 from mmctr.runs.config import FinetuneConfig, PretrainConfig
 from mmctr.runs.folder import begin_folder
 from mmctr.training.context import RunContext
+from mmctr.shipped import RECIPES, recipe_module, shipped_configs
 from mmctr.training.fit import FitConfig
 from mmctr.training.sharding import set_up_sharding
 
@@ -74,6 +78,19 @@ def end_run(context: RunContext) -> None:
     context.accelerator.end_training()
 
 
+def recipe_help(module: ModuleType, config_class: type[Config]) -> str:
+    """The docstring of a recipe and the reference of all keys of the config."""
+    text = (module.__doc__ or "").strip()
+    recipe = Path(str(module.__file__)).parent.name
+    files: list[Path] = []
+    if recipe in RECIPES:
+        text = text.replace(f"-m {recipe}.train", f"-m {recipe_module(recipe)}")
+        files = shipped_configs(recipe)
+    width = min(shutil.get_terminal_size().columns, 120)
+    keys = compact_text(reference(config_class, files), width)
+    return f"{text}\n\nConfig keys; `mmctr config KEY` tells more of one.\n\n{keys}"
+
+
 ConfigT = TypeVar("ConfigT", bound=Config)
 
 
@@ -81,8 +98,7 @@ def run_recipe(main: Callable[[ConfigT], Any], config_class: type[ConfigT], argv
     """`python -m RECIPE CONFIG.yaml [key=value ...]`. A user's mistake is one line on stderr, not a traceback."""
     arguments = sys.argv[1:] if argv is None else argv
     if not arguments or arguments[0] in ("-h", "--help"):
-        module = sys.modules[main.__module__]
-        print((module.__doc__ or "").strip())
+        print(recipe_help(sys.modules[main.__module__], config_class))
         sys.exit(0 if arguments else 2)
     with exit_on_error():
         main(config_class.load(arguments[0], arguments[1:]))
