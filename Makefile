@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo docs test lint clean
 
 # pip runs again only when pyproject.toml has changed
 .venv/installed: pyproject.toml
@@ -13,6 +13,9 @@ BIN := .venv/bin
 
 demo: .venv/installed
 	$(BIN)/mmctr demo --out demo
+
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 test: .venv/installed
 	$(BIN)/ruff check .
@@ -25,4 +28,4 @@ lint: .venv/installed
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv demo runs
+	rm -rf .venv demo runs site
