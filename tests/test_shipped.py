@@ -107,6 +107,16 @@ def wheel_folder(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
+def test_an_editable_installation_is_the_clone_and_no_copy(tmp_path):
+    code = f"from hatchling.build import build_editable; build_editable({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", code], cwd=CLONE, check=True, capture_output=True, timeout=120)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        (link,) = [name for name in archive.namelist() if ".dist-info/" not in name]
+        assert link.endswith(".pth") and archive.read(link).decode() == str(CLONE)
+
+
+@pytest.mark.slow
 def test_a_wheel_runs_without_the_clone(wheel_folder, tmp_path):
     environment = os.environ | {"PYTHONPATH": str(wheel_folder)}
 
