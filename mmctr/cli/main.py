@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mmctr.cli.arguments import QueryPart, Version, parse_size
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command. A user's mistake is one line on stderr and exit code 1, not a traceback."""
@@ -23,7 +25,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mmctr", description="Multimodal item embeddings for click-through-rate ranking."
     )
-    parser.add_argument("--version", action=_Version, help="print the versions of mmctr and of what it runs on")
+    parser.add_argument("--version", action=Version, help="print the versions of mmctr and of what it runs on")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run: Any, text: str) -> argparse.ArgumentParser:
@@ -69,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--latency-ms", type=float, default=2.0, help="exact search is kept while a query takes no longer (default: 2)"
     )
-    sub.add_argument("--memory", type=_size, help="most the index may take, like 500MB or 4GB")
+    sub.add_argument("--memory", type=parse_size, help="most the index may take, like 500MB or 4GB")
     sub.add_argument("--factory", help="FAISS factory string, like Flat or HNSW32 or IVF1024,SQ8 (default: chosen)")
     sub.add_argument("--columns", nargs="*", help="catalog columns to filter by; none named: all that can be used")
     sub.add_argument("--data", help="dataset folder of these columns (default: the one embedded)")
@@ -106,10 +108,10 @@ def _parser() -> argparse.ArgumentParser:
         "search", _search, "nearest items to an item, a text, a picture, a user, or a mix; or to many queries"
     )
     sub.add_argument("index", metavar="EMB_OR_INDEX")
-    sub.add_argument("--item", action=_QueryPart, dest="parts", metavar="ID", help="item id")
-    sub.add_argument("--text", action=_QueryPart, dest="parts", metavar="WORDS", help="words")
-    sub.add_argument("--image", action=_QueryPart, dest="parts", metavar="FILE", help="picture file")
-    sub.add_argument("--user", action=_QueryPart, dest="parts", metavar="ID", help="what a user clicked")
+    sub.add_argument("--item", action=QueryPart, dest="parts", metavar="ID", help="item id")
+    sub.add_argument("--text", action=QueryPart, dest="parts", metavar="WORDS", help="words")
+    sub.add_argument("--image", action=QueryPart, dest="parts", metavar="FILE", help="picture file")
+    sub.add_argument("--user", action=QueryPart, dest="parts", metavar="ID", help="what a user clicked")
     sub.add_argument("--weights", type=float, nargs="+", help="of the above, in their order, where several are mixed")
     sub.add_argument(
         "--queries", metavar="FILE", help="a table of queries: item_id, text, image, user_id; query, weight"
@@ -248,25 +250,6 @@ def _index(arguments: argparse.Namespace) -> None:
     from mmctr.cli.retrieval import index_command
 
     print(index_command(arguments))
-
-
-class _QueryPart(argparse.Action):
-    """Collects the parts of a query in the order they are given: (kind, value)."""
-
-    KINDS = {"--item": "item_id", "--text": "text", "--image": "image", "--user": "user_id"}
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        parts = getattr(namespace, self.dest) or []
-        namespace.parts = [*parts, (self.KINDS[str(option_string)], values)]
-
-
-def _size(text: str) -> int:
-    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-    unit = units.get(text[-2:].upper())
-    try:
-        return int(float(text[:-2]) * unit) if unit else int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; write it like 500MB or 4GB") from None
 
 
 def _export(arguments: argparse.Namespace) -> None:
@@ -411,27 +394,6 @@ def _config(arguments: argparse.Namespace) -> None:
         print(shipped_path(arguments.where))
         return
     print(config_command(arguments.key, arguments.recipe))
-
-
-class _Version(argparse.Action):
-    """`--version`: what a bug report should name. Reads the metadata of the packages and imports none of them."""
-
-    def __init__(self, option_strings: Any, dest: str, **kwargs: Any) -> None:
-        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, **kwargs)
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        import platform
-        from importlib.metadata import PackageNotFoundError, version
-
-        def known(package: str) -> str:
-            try:
-                return f"{package} {version(package)}"
-            except PackageNotFoundError:
-                return f"{package} (not installed)"
-
-        packages = ("mmctr", "torch", "transformers", "open-clip-torch", "accelerate", "faiss-cpu")
-        print(", ".join([*map(known, packages), f"Python {platform.python_version()}", platform.platform()]))
-        parser.exit()
 
 
 def _demo(arguments: argparse.Namespace) -> None:
