@@ -194,7 +194,11 @@ def test_the_command(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     main(["config"])
     out = capsys.readouterr().out
-    assert "== finetune.train: " in out and "== pretrain.train: " in out and "  protocols    how the log is cut" in out
+    assert (
+        "== finetune.train: " in out
+        and "== pretrain.train: " in out
+        and "  protocols    split of the interactions" in out
+    )
     text = config_command("fit.epochs", None)
     assert text.startswith("== pretrain.train, finetune.train\n\nfit.epochs\n") and "pretrain/ml1m.yaml" in text
     assert config_command("task.ranker.attention", "finetune").count("with task.ranker.name: din") == 1

@@ -44,6 +44,7 @@ class ContentTable(Config):
     hidden: list[int] = [128]
     """hidden sizes of the adapter"""
     dropout: float = Field(default=0.0, ge=0, lt=1)
+    """of the hidden layers of the adapter"""
     residual: bool = False
     """the adapter adds to its layers a linear map of what they read, or that itself where sizes agree: vectors that are
     good as they are need not be learned again"""
@@ -73,10 +74,15 @@ class ContentEncoder(Config):
     frozen: bool = False
     """no gradient into the encoder: equals `table` with the vectors of the same run"""
     dim: int = Field(default=64, ge=1)
+    """size of the content vector after the adapter"""
     hidden: list[int] = [128]
+    """hidden sizes of the adapter"""
     dropout: float = Field(default=0.0, ge=0, lt=1)
+    """of the hidden layers of the adapter"""
     residual: bool = False
+    """the adapter adds a linear map of the encoder's vectors to its layers, or those vectors where sizes agree"""
     shown_in: Role = "both"
+    """where items show their content: as targets, in histories, or in both"""
 
     @property
     def encodes_history(self) -> bool:
@@ -104,6 +110,8 @@ class ItemEncoder(Protocol):
 
 
 class ItemEmbedderConfig(Config):
+    """How an item becomes one vector: ID, content and side features, and how they are fused."""
+
     id_dim: int = Field(default=32, ge=0)
     """size of the ID vector; 0: no IDs"""
     id_dropout: float = Field(default=0.1, ge=0, lt=1)
@@ -112,6 +120,7 @@ class ItemEmbedderConfig(Config):
     init_std: float = Field(default=0.01, gt=0)
     """spread of freshly made embeddings"""
     content: ContentConfig = ContentNone()
+    """vectors of pictures and texts: none, a frozen table, or an encoder that trains with the ranker"""
     fusion: Literal["concat", "sum", "project", "gate"] = "concat"
     """`concat`: side by side; `sum`: added, all of one size; `project`: side by side, then a linear layer to
     `fused_dim`, applied once a distinct item, so that attention over long histories works in fewer dimensions; `gate`:

@@ -55,14 +55,19 @@ class DataConfig(Config):
 
 
 class PretrainConfig(Config):
+    """The config of `pretrain.train`."""
+
     data: DataConfig
+    """dataset, and how pictures and texts are read"""
     split: SplitConfig = ColdItemsSplit()
     """objectives on behaviour see the training part of this split alone: give the one the ranker has"""
     task: PretrainTaskConfig
+    """model and objectives"""
     init_from: str | None = None
     """a run folder: its encoder and projections are what this run starts from. With both towers frozen a head or an
     objective on behaviour is then trained behind them, on features made once"""
     fit: FitConfig = FitConfig()
+    """training: length, batches, optimiser, evaluations"""
     validation: float = Field(default=0.1, gt=0, lt=1)
     """fraction of the items with picture and text held out for retrieval"""
     same: list[str] = ["text", "image"]
@@ -75,7 +80,9 @@ class PretrainConfig(Config):
     `mean_recall`; with `group` alone how often neighbours share its column, where that is one of `attributes`; where a
     head alone is trained its `head_elbo`"""
     run_dir: str
+    """the run folder to write"""
     seed: int = Field(default=0, ge=0)
+    """of initial weights, batches, partners and the held-out items"""
 
     @property
     def primary_metric(self) -> str:
@@ -93,10 +100,16 @@ class PretrainConfig(Config):
 
 
 class FinetuneConfig(Config):
+    """The config of `finetune.train`."""
+
     data: DataConfig
+    """dataset, and how pictures and texts are read"""
     split: SplitConfig = ColdItemsSplit()
+    """how the log is cut into training, validation and test rows"""
     task: RankingTaskConfig = RankingTaskConfig()
+    """features, embeddings and ranker"""
     fit: FitConfig = FitConfig()
+    """training: length, batches, optimiser, evaluations"""
     primary: Literal["gauc", "auc", "gauc_warm", "gauc_cold"] = "gauc"
     """what early stopping looks at, on the validation rows"""
     cold_fit: FitConfig = FitConfig()
@@ -104,7 +117,9 @@ class FinetuneConfig(Config):
     stages: StagesConfig = StagesConfig()
     """how new items of a `staged` split are warmed up, after that"""
     run_dir: str
+    """the run folder to write"""
     seed: int = Field(default=0, ge=0)
+    """of initial weights, batches and dropout; `split.seed` chooses the rows"""
 
     @model_validator(mode="after")
     def _one_accelerator(self) -> FinetuneConfig:

@@ -21,8 +21,8 @@ from mmctr.errors import exit_on_error
 from mmctr.run_folder import RunFolder
 from mmctr.runs.config import FinetuneConfig, PretrainConfig
 from mmctr.runs.folder import begin_folder
-from mmctr.training.context import RunContext
 from mmctr.shipped import RECIPES, recipe_module, shipped_configs
+from mmctr.training.context import RunContext
 from mmctr.training.fit import FitConfig
 from mmctr.training.sharding import set_up_sharding
 

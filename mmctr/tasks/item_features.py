@@ -23,6 +23,7 @@ class ProjectionConfig(Config):
     hidden: list[int] = []
     """hidden sizes; none: one linear layer"""
     dropout: float = Field(default=0.0, ge=0, lt=1)
+    """of the hidden layers"""
     residual: bool = False
     """instead of a space of `dim`: the layers give a change of the unit-norm features, none at first, and the features
     keep their size (CLIP-Adapter: Gao et al. 2021). Towers that share no space then still share none"""

@@ -31,7 +31,10 @@ from mmctr.tasks.sharing import Shareable
 
 
 class PretrainTaskConfig(Config):
+    """The model that is pretrained and the objectives it is trained with."""
+
     encoder: EncoderConfig
+    """towers of pictures and texts"""
     projection: ProjectionConfig | None = None
     """separate towers need one to be compared; others may have one, for example with both towers frozen"""
     objectives: ObjectivesConfig = ObjectivesConfig(clip=ClipConfig())
@@ -45,6 +48,7 @@ class PretrainTaskConfig(Config):
     """the objectives hold for the first so many dimensions of the features too (Kusupati et al. 2022), so that
     embeddings may be cut off there"""
     queue: QueueConfig | None = None
+    """features of earlier steps as further negatives; null: the batch alone"""
 
     @field_validator("matryoshka")
     @classmethod

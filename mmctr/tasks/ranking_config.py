@@ -25,9 +25,14 @@ class MAKEConfig(Config):
 
 
 class RankingTaskConfig(Config):
+    """The model that predicts clicks: item vectors, features and a ranker."""
+
     embedder: ItemEmbedderConfig = ItemEmbedderConfig()
+    """how an item becomes one vector"""
     features: FeatureConfigs = FeatureConfigs()
+    """side features of items, users and impressions, and crosses"""
     ranker: RankerConfig = DINConfig()
+    """the network on top of the vectors"""
     user_dim: int = Field(default=16, ge=0)
     """size of the user ID vector; 0: none"""
     user_dropout: float = Field(default=0.05, ge=0, lt=1)

@@ -28,6 +28,8 @@ from mmctr.training.task import ChunkedTask, Task
 
 
 class FitConfig(Config):
+    """The training loop: length, batches, learning rate, evaluations, checkpoints."""
+
     epochs: float = Field(default=1.0, ge=0)
     """0 trains nothing: the run folder then holds the model as it was loaded"""
     batch_size: int = Field(default=1024, ge=1)
@@ -40,15 +42,19 @@ class FitConfig(Config):
     decay: Literal["constant", "cosine", "linear"] = "cosine"
     """what the learning rate does after that"""
     optimizer: OptimizerConfig = OptimizerConfig()
+    """AdamW, and how large tables are trained"""
     max_grad_norm: float | None = Field(default=5.0, gt=0)
+    """gradients are scaled down to this norm; null: never"""
     evaluations: float = Field(default=1.0, gt=0)
     """evaluations on the validation rows an epoch"""
     patience: int | None = Field(default=None, ge=1)
     """stop after this many evaluations without a better one; None: run to the end"""
     log_every: int = Field(default=20, ge=1)
+    """steps between lines of log.jsonl"""
     checkpoint_every: int = Field(default=500, ge=1)
     """steps; every evaluation is followed by a checkpoint as well"""
     num_workers: int = Field(default=0, ge=0)
+    """processes of a process that prepare batches; 0: the training process does"""
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
     """None: what `accelerate launch` was told, else full precision"""
     tracker: str | None = None

@@ -23,7 +23,9 @@ class GroupConfig(Config):
     """Optimiser settings of one part of a task; None takes the common one."""
 
     lr: float | None = Field(default=None, ge=0)
+    """learning rate of the part; null: the common one"""
     weight_decay: float | None = Field(default=None, ge=0)
+    """weight decay of the part; null: the common one"""
     from_epoch: float = Field(default=0.0, ge=0)
     """the part trains when so many epochs have passed, and stays as it is before"""
     to_epoch: float | None = Field(default=None, gt=0)
@@ -47,9 +49,11 @@ class OptimizerConfig(Config):
     """AdamW, one setting for all parameters and exceptions by part."""
 
     lr: float = Field(default=1e-3, gt=0)
+    """learning rate at the top of the schedule"""
     weight_decay: float = Field(default=0.0, ge=0)
     """not applied to biases, norms and other vectors; of tables trained by rows, the rows of a batch decay"""
     betas: tuple[float, float] = (0.9, 0.999)
+    """decay rates of the two moments of Adam"""
     groups: dict[str, GroupConfig] = {}
     """by the names of the task's `parameter_parts()`: `encoder`, `projection`, `head` and more in pretraining; `id`,
     `content`, `encoder`, `expert`, `ranker` in ranking"""

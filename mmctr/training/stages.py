@@ -49,6 +49,7 @@ class StagesConfig(Config):
     passes: int = Field(default=1, ge=1)
     """how often the rows of a stage are gone through"""
     batch_size: int = Field(default=256, ge=1)
+    """rows of a step"""
     lr: float = Field(default=1e-2, gt=0)
     """of Adam, begun anew in each stage; no decay"""
 
