@@ -11,8 +11,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from mmctr.data.loaders import TrainBatches
 from mmctr.data.splits import require_both_labels, split_interactions
 from mmctr.evaluation.predict import predict, quick_metrics
@@ -55,7 +53,7 @@ def main(config: FinetuneConfig) -> dict[str, Any]:
     if task_config.make is not None:
         expert = load_expert(task_config.make, config.data, config.split, vocabulary, item_ids)
 
-    torch.manual_seed(config.seed)
+    run.seed_torch("weights")
     task = RankingTask(task_config, vocabulary, content.table, content.encoder, item_ids, expert)
     if task_config.mini_batch_l2:
         task.count_samples(*data.samples(train_rows))

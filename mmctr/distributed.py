@@ -38,7 +38,7 @@ def gather_rows(x: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def mean_over_processes(values: Tensor, valid: Tensor | None = None) -> Tensor:
+def masked_mean_over_processes(values: Tensor, valid: Tensor | None = None) -> Tensor:
     """The mean of (B,) values over the valid rows of all processes, 0 where there are none.
 
     Each process gets its own share times the number of processes, so that the average over them is the mean.
@@ -49,6 +49,23 @@ def mean_over_processes(values: Tensor, valid: Tensor | None = None) -> Tensor:
     if world_size() > 1:
         dist.all_reduce(count)
     return torch.where(valid, values, 0.0).sum() * world_size() / count.clamp(min=1)
+
+
+def sum_over_processes(x: Tensor) -> Tensor:
+    """The sum of `x` over all processes, in place and without gradient; `x` itself in a single process."""
+    if world_size() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def jagged_mean_over_processes(x: Tensor) -> Tensor:
+    """The mean of (n,) values over all processes, each with another n; 0 where there are none.
+
+    A process gets a share of the mean such that the average over processes, as data-parallel training averages
+    gradients, is the mean over all values.
+    """
+    count = sum_over_processes(x.new_tensor([float(len(x))])).clamp(min=1)
+    return x.sum() * (world_size() / count).squeeze()
 
 
 def own_columns(num_rows: int, device: torch.device) -> Tensor:

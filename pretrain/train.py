@@ -10,8 +10,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from mmctr.evaluation.pretraining import evaluate_pretraining
 from mmctr.runs.config import PretrainConfig
 from mmctr.runs.launch import end_run, run_recipe, start_run
@@ -24,7 +22,7 @@ def main(config: PretrainConfig) -> dict[str, Any]:
     run = start_run(config)
     accelerator = run.accelerator
 
-    torch.manual_seed(config.seed)
+    run.seed_torch("weights")
     task = PretrainTask(config.task)
     if config.init_from is not None:
         task.init_from(config.init_from)
@@ -40,7 +38,7 @@ def main(config: PretrainConfig) -> dict[str, Any]:
     task.to(run.device)  # the queue of earlier features is new
 
     def evaluate() -> dict[str, float]:
-        return evaluate_pretraining(task, data.held_out, accelerator)
+        return evaluate_pretraining(task, data.validation, accelerator)
 
     result = fit(task, batches, config.fit, run, evaluate=evaluate, primary=config.primary_metric, evaluate_first=True)
 
@@ -51,7 +49,7 @@ def main(config: PretrainConfig) -> dict[str, Any]:
             {"validation": metrics, "untrained": result.untrained, "training": result.to_json(), **data.counts}
         )
         for name, value in metrics.items():
-            print(f"held-out {name:28} {value:.4f}   untrained {result.untrained[name]:.4f}")
+            print(f"validation {name:28} {value:.4f}   untrained {result.untrained[name]:.4f}")
     end_run(run)
     return metrics
 

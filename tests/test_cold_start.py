@@ -118,7 +118,7 @@ def test_no_label_beyond_training_reaches_a_weight(split, toy_folder, tmp_path):
         "data": {"path": "unset"},
         "split": split,
         "task": {
-            "embedder": {"id_dim": 6, "cold_ids": {"name": "mwuf", "held_out": 0.3}},
+            "embedder": {"id_dim": 6, "cold_ids": {"name": "mwuf", "validation": 0.3}},
             "features": {"item": {"category": {"name": "categorical"}}},
             "ranker": {"name": "dien", "mlp": [8]},
             "user_dim": 4,

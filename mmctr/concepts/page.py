@@ -130,7 +130,7 @@ def _dimension_section(dimension: Dimension, variation: Variation, make_cards: M
         verdict = "holds" if name.verified else f"does not hold ({name.text} was the best candidate)"
         source = f"the column {name.column}" if name.column else f"a {name.source}"
         sentences.append(
-            f"The name {verdict}: AUC {name.auc:.3f} [{low:.3f}, {high:.3f}] on {sum(name.num_items)} held-out "
+            f"The name {verdict}: AUC {name.auc:.3f} [{low:.3f}, {high:.3f}] on {sum(name.num_items)} other "
             f"items, from {source}."
         )
     if variation.prevalence is not None:

@@ -156,7 +156,7 @@ class BehaviorBatch(Batch):
 
 
 @dataclass(frozen=True)
-class Partners(Batch):
+class PartnerBatch(Batch):
     """A partner for each anchor of a `PairBatch`."""
 
     item: Tensor
@@ -177,7 +177,7 @@ class PairBatch(Batch):
     """(B,) positions in `items`, each another one"""
     keys: Tensor
     """(U, K) what tells items apart, see `mmctr.losses.contrastive`"""
-    partners: dict[str, Partners] = field(default_factory=dict)
+    partners: dict[str, PartnerBatch] = field(default_factory=dict)
     query_ids: Tensor | None = None
     """(B, T) tokens of a query for which the anchor was clicked"""
     has_query: Tensor | None = None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mmctr.data.batches import Features, ItemBatch
-from mmctr.data.hashing import hashed_uniform
+from mmctr.data.hashing import hashed_uniform, stream_seed
 from mmctr.data.picture_cache import Pictures
 
 
@@ -94,10 +94,11 @@ class ItemContent:
                 weighted sum over the pictures and texts.
         """
         picked = rows if encode is None else rows[encode]
-        image, has_image, image_item, image_weight = _shown(self.pictures, picked, draw)
-        text, has_text, text_item, text_weight = _shown(
-            self.texts, picked, None if draw is None else (draw[0] + 1, draw[1])
+        of_picture, of_text = (
+            None if draw is None else (stream_seed(draw[0], name), draw[1]) for name in ("picture", "text")
         )
+        image, has_image, image_item, image_weight = _shown(self.pictures, picked, of_picture)
+        text, has_text, text_item, text_weight = _shown(self.texts, picked, of_text)
         kept_image = bool(self.pictures) and self.pictures[0].features is not None
         kept_text = bool(self.texts) and self.texts[0].features is not None
         return ItemBatch(

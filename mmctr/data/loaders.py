@@ -15,6 +15,8 @@ import torch
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
+from mmctr.data.hashing import stream_seed
+
 BatchT = TypeVar("BatchT")
 
 
@@ -53,7 +55,7 @@ class BatchPlan:
 
     def order(self, epoch: int) -> np.ndarray:
         """(num_rows,) the permutation of an epoch."""
-        return np.random.default_rng([self.seed, epoch]).permutation(self.num_rows)
+        return np.random.default_rng(stream_seed(self.seed, "order of rows", epoch)).permutation(self.num_rows)
 
     def rows(self, step: int, order: np.ndarray) -> np.ndarray:
         """This process's rows of a step of the whole run, given its epoch's order."""

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmctr.data.batches import PairBatch, Partners
+from mmctr.data.batches import PairBatch, PartnerBatch
 from mmctr.data.content import ItemContent
-from mmctr.data.hashing import hashed_uniform
+from mmctr.data.hashing import hashed_uniform, stream_seed
 from mmctr.data.interactions import Impressions, Interactions
 
 
@@ -71,7 +71,7 @@ class CoClicks:
     as popular ones.
 
     Args:
-        train: training impressions alone: pairs of the test period, or of held-out items, must not be seen.
+        train: training impressions alone: pairs of the test period, or of cold items, must not be seen.
         max_gap: longest time between the two clicks, in the unit of the log; None: any.
         allowed: (N,) bool, the items that may be drawn.
     """
@@ -104,12 +104,12 @@ class CoClicks:
         self.log_q = self._log_q(num_items)
 
     def __call__(self, rows: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray]:
-        click, has = self.clicks.draw(rows, self.seed + 11, step)
+        click, has = self.clicks.draw(rows, stream_seed(self.seed, "click of an item"), step)
         if not len(self.clicks.item):
             return rows, has
         before, after = self.before[click], self.after[click]
         # 0 .. before - 1 are the clicks before, the others those after
-        place = (hashed_uniform(self.seed + 12, step, rows) * (before + after)).astype(np.int64)
+        place = (hashed_uniform(stream_seed(self.seed, "co-click"), step, rows) * (before + after)).astype(np.int64)
         partner = self.clicks.item[np.minimum(click - before + place + (place >= before), len(self.clicks.item) - 1)]
         has = has & (before + after > 0) & (partner != rows)  # twice the same item says nothing
         return np.where(has, partner, rows), has
@@ -151,11 +151,13 @@ class ShownNotClicked:
 
     def __call__(self, rows: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray]:
         # the draw of CoClicks: the negative belongs to the same click as the positive
-        click, has = self.clicks.draw(rows, self.seed + 11, step)
+        click, has = self.clicks.draw(rows, stream_seed(self.seed, "click of an item"), step)
         if not len(self.clicks.item):
             return rows, has
         place = self.place[click]
-        shift = (hashed_uniform(self.seed + 13, step, rows) * 2 * self.window).astype(np.int64) - self.window
+        shift = (hashed_uniform(stream_seed(self.seed, "hard negative"), step, rows) * 2 * self.window).astype(
+            np.int64
+        ) - self.window
         other = place + shift + (shift >= 0)
         inside = (other >= 0) & (other < len(self.train))
         other = np.where(inside, other, place)
@@ -187,7 +189,9 @@ class GroupMates:
         if not len(self.members):
             return rows, np.zeros(len(rows), bool)
         first, last = self.start[group], self.start[group + 1]
-        place = first + (hashed_uniform(self.seed + 14, step, rows) * (last - first)).astype(np.int64)
+        place = first + (hashed_uniform(stream_seed(self.seed, "group mate"), step, rows) * (last - first)).astype(
+            np.int64
+        )
         mate = self.members[np.minimum(place, len(self.members) - 1)]
         has = (code >= 0) & (last > first) & (mate != rows)
         return np.where(has, mate, rows), has
@@ -207,7 +211,7 @@ class ClickedQueries:
 
     def __call__(self, rows: np.ndarray, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """(n, T) tokens, the (n,) mask of items that have a query, and the (n,) query's row."""
-        click, has = self.clicks.draw(rows, self.seed + 15, step)
+        click, has = self.clicks.draw(rows, stream_seed(self.seed, "query"), step)
         number = np.zeros(len(rows), np.int64)
         if len(self.clicks.item):
             number = np.where(has, self.query[self.clicks.source[click]], 0)
@@ -241,7 +245,7 @@ class PairCollator:
         distinct, position = np.unique(every, return_inverse=True)
         at = torch.from_numpy(position).split(len(anchors))
         partners = {
-            name: Partners(
+            name: PartnerBatch(
                 item=at[place],
                 there=torch.from_numpy(has),
                 log_q=None if sampler.log_q is None else torch.from_numpy(sampler.log_q[partner]),

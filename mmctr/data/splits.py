@@ -58,7 +58,7 @@ class StagedSplit(Config):
     - New items stand in no history: of training, of stages or of the test. A click on one is the label of a row of
       some stage or of the test, and a history that held it would tell that label to whatever is scored or trained
       before its turn. (Also `cold_items`: until they have rows of their own all new items look alike, so a click on
-      one would say "likes the held-out ones".) So a test row reads the same at all stages, but for its item's vector.
+      one would say "likes the cold ones".) So a test row reads the same at all stages, but for its item's vector.
     - Stages go by the time of the item's own rows, so a stage trains an item on what came before its test rows. Other
       items' stages may be later in time: they cannot tell, as long as a stage trains the vectors of new items alone.
     - Old items train on rows of any time, as in the papers: what a user did to old items after a test row is known,
@@ -158,7 +158,7 @@ def split_interactions(
         used = sum(int(rows.sum()) for rows in (old, test, *stages.values()))  # of each row one at most
         aside = {"rows of items too rare to be new": len(log) - used}
     else:
-        cold, validation_cold = _held_out_items(log, num_items, config)
+        cold, validation_cold = _cold_items(log, num_items, config)
         place, size = log.user_position()
         late = place >= np.ceil(size * (1 - config.test) - 1e-9)
         test = late & ~validation_cold[log.item]
@@ -216,7 +216,7 @@ def _cut_time(times: np.ndarray, fraction: float) -> int:
     return int(ordered[min(len(ordered) - 1, int(len(ordered) * (1 - fraction) + 1e-9))])
 
 
-def _held_out_items(log: Interactions, num_items: int, config: ColdItemsSplit) -> tuple[np.ndarray, np.ndarray]:
+def _cold_items(log: Interactions, num_items: int, config: ColdItemsSplit) -> tuple[np.ndarray, np.ndarray]:
     """Two (N,) bool masks: items held out for test, and further ones held out for validation."""
     active = np.unique(log.item)
     shuffled = np.random.default_rng([config.seed, len(active)]).permutation(active)

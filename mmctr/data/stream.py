@@ -20,12 +20,12 @@ import torch
 
 from mmctr.data.batches import ItemBatch, PairBatch
 from mmctr.data.catalog import joined_text
-from mmctr.data.hashing import hashed_uniform, row_hashes
+from mmctr.data.hashing import hashed_uniform, row_hashes, stream_seed
 from mmctr.data.images import PictureError, Resize, decode_picture, read_picture
 from mmctr.data.loaders import BatchPlan, TrainBatches
 from mmctr.data.shards import PROBLEM, ShardedItems
 
-_HELD_OUT = 0x5EED  # not the seed of a run: all runs are compared on the same rows
+_VALIDATION = 0x5EED  # not the seed of a run: all runs are compared on the same rows
 Samples = list[tuple[int, Path, dict[str, Any]]]  # row number, folder of the shard, cells
 Problems = list[tuple[int, str, Any]]  # row number, reason, item id
 
@@ -86,16 +86,17 @@ class StreamPlan:
         sure = int(self.train_rows.sum()) - (self.world_size - 1) * int(self.train_rows.max(initial=0))
         return max(0, -(-sure // self.world_size) // (self.batch_size // self.world_size))
 
-    def rows_of(self, group: int, held_out: bool = False) -> np.ndarray:
+    def rows_of(self, group: int, validation: bool = False) -> np.ndarray:
         """(n,) int64 numbers of the rows of a group to train on, or of those held out."""
         rows = np.arange(self.first_row[group], self.first_row[group + 1])
-        return rows[(hashed_uniform(_HELD_OUT, 0, rows) < self.validation) == held_out]
+        return rows[(hashed_uniform(_VALIDATION, 0, rows) < self.validation) == validation]
 
     def order(self, epoch: int) -> list[Window]:
         """The windows of this process in an epoch."""
         windows: list[Window] = []
         dealt = np.zeros(self.world_size, np.int64)
-        groups = np.random.default_rng([self.seed, epoch]).permutation(np.flatnonzero(self.train_rows))
+        rng = np.random.default_rng(stream_seed(self.seed, "order of groups", epoch))
+        groups = rng.permutation(np.flatnonzero(self.train_rows))
         for group in groups.tolist():
             rank = int(dealt.argmin())
             if rank == self.rank:
@@ -115,8 +116,8 @@ class StreamPlan:
     def shuffled(self, window: Window) -> np.ndarray:
         """(n,) int64 row numbers of a window, in the order they are taken."""
         rows = np.concatenate([self.rows_of(group) for group in window.groups])
-        # 1 + rank, since [seed, epoch, 0, 0] and [seed, epoch] seed the same generator
-        return np.random.default_rng([self.seed, window.epoch, 1 + self.rank, window.number]).permutation(rows)
+        seed = stream_seed(self.seed, "order in a window", window.epoch, self.rank, window.number)
+        return np.random.default_rng(seed).permutation(rows)
 
 
 class StreamContent:
@@ -195,7 +196,7 @@ class StreamContent:
 
 
 @dataclass(frozen=True)
-class HeldItems:
+class StoredItems:
     """Items in memory, asked for by their place: content for what is held out of a stream."""
 
     items: ItemBatch
@@ -227,12 +228,12 @@ class StreamBatches(TrainBatches[PairBatch]):
             self.content.count(problems)
             yield step, batch
 
-    def held_out(self, limit: int) -> tuple[pa.Table, ItemBatch]:
-        """At most `limit` held-out rows, of as few groups (in an order all processes and seeds share) as it takes: a
+    def validation_items(self, limit: int) -> tuple[pa.Table, ItemBatch]:
+        """At most `limit` validation rows, of as few groups (in an order all processes and seeds share) as it takes: a
         table of `item_id` and the columns, and their batch. Raises ValueError when nothing is held out."""
         items, samples = self.content.items, []
-        for group in np.argsort(hashed_uniform(_HELD_OUT, 1, np.arange(len(items.groups)))).tolist():
-            if len(rows := self.stream.rows_of(group, held_out=True)[: limit - len(samples)]):
+        for group in np.argsort(hashed_uniform(_VALIDATION, 1, np.arange(len(items.groups)))).tolist():
+            if len(rows := self.stream.rows_of(group, validation=True)[: limit - len(samples)]):
                 samples += self.content.take(rows, {group: items.read(group)})
         if not samples:
             raise ValueError(f"none of {self.stream.first_row[-1]} rows is held out; raise validation")

@@ -27,7 +27,7 @@ class NoColdIds(Config):
 class GeneratorConfig(Config):
     """What all generators share."""
 
-    held_out: float = Field(default=0.1, gt=0, lt=1)
+    validation: float = Field(default=0.1, gt=0, lt=1)
     """seeded fraction of the old items that the generator does not learn from. It is judged by their validation rows,
     and by those of cold items where there are any: with items it has learned from it seems ever better"""
 

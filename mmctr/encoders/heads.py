@@ -174,7 +174,7 @@ class VariationalHead(nn.Module):
 
     @torch.no_grad()
     def numbers(self, features: dict[str, Tensor], has: dict[str, Tensor]) -> dict[str, float]:
-        """What the head does on held-out items: `elbo` in nats a feature and `kl` in nats, without the weights of the
+        """What the head does on validation items: `elbo` in nats a feature and `kl` in nats, without the weights of the
         loss; `active` dimensions; and for each modality `explained`, the fraction of the variance of its features that
         mu rebuilds."""
         mu, logvar = self.posterior(features, has)

@@ -1,4 +1,4 @@
-"""What a pretraining run is judged by: held-out items and clicks, and the numbers on them."""
+"""What a pretraining run is judged by: validation items and clicks, and the numbers on them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from mmctr.evaluation.probes import (
 from mmctr.tasks import PretrainTask
 
 MAX_COCLICKS = 5000
-"""held-out pairs of clicks that are ranked"""
+"""validation pairs of clicks that are ranked"""
 MAX_CANDIDATES = 20_000
 """items they are ranked among"""
 MAX_PROMPTS = 256
@@ -35,7 +35,7 @@ MAX_PROMPTS = 256
 
 
 @dataclass(frozen=True)
-class HeldOutCoClicks:
+class ValidationCoClicks:
     """Pairs of the validation part of the log: the item a user clicked last, and the one clicked then."""
 
     rows: np.ndarray
@@ -47,7 +47,7 @@ class HeldOutCoClicks:
     """(P,) bool: the target has no training click"""
 
     @classmethod
-    def make(cls, splits: Splits, has_content: np.ndarray) -> HeldOutCoClicks | None:
+    def make(cls, splits: Splits, has_content: np.ndarray) -> ValidationCoClicks | None:
         """None when there are no such pairs. Which are taken does not depend on the training seed."""
         part = splits.validation
         rows = np.flatnonzero((part.label == 1) & (part.history_end > part.history_start))
@@ -67,7 +67,7 @@ class HeldOutCoClicks:
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class ValidationItems:
     """What the embeddings are judged by."""
 
     content: Content
@@ -75,11 +75,11 @@ class HeldOut:
     """(m,) items with picture and text that training does not see"""
     attributes: dict[str, list[str | None]]
     """values of each"""
-    coclicks: HeldOutCoClicks | None = None
+    coclicks: ValidationCoClicks | None = None
 
 
-def evaluate_pretraining(task: PretrainTask, held_out: HeldOut, accelerator: Accelerator) -> dict[str, float]:
-    """Numbers on held-out items and clicks, all processes taking part:
+def evaluate_pretraining(task: PretrainTask, validation: ValidationItems, accelerator: Accelerator) -> dict[str, float]:
+    """Numbers on validation items and clicks, all processes taking part:
 
     retrieval both ways; for each attribute how often neighbours share it, and the accuracy of naming it from the
     picture without training; `alignment`, `uniformity`, `modality_gap`; and, where there is a log, how often the item a
@@ -89,7 +89,7 @@ def evaluate_pretraining(task: PretrainTask, held_out: HeldOut, accelerator: Acc
     """
     if not (task.shares_space or task.config.item_vector == "concat" or task.head is not None):
         return {"mean_recall": 0.0}  # two spaces, and no vector of both
-    content, rows = held_out.content, held_out.rows
+    content, rows = validation.content, validation.rows
     images, has = embed_rows(task, content, rows, accelerator, "image")
     texts, _ = embed_rows(task, content, rows, accelerator, "text")
     pair = torch.from_numpy(images), torch.from_numpy(texts)
@@ -104,13 +104,13 @@ def evaluate_pretraining(task: PretrainTask, held_out: HeldOut, accelerator: Acc
     if task.head is not None:
         numbers |= in_nats
     numbers["uniformity"] = uniformity(items)
-    for name, values in held_out.attributes.items():
+    for name, values in validation.attributes.items():
         numbers[f"neighbours_share_{name}"] = neighbour_agreement(items, values)
         prompts, labels = _prompts(values)
         if len(prompts) > 1 and task.shares_space:
             numbers[f"zero_shot_{name}"] = zero_shot_accuracy(images, _text_vectors(task, prompts, accelerator), labels)
-    if held_out.coclicks is not None:
-        clicks = held_out.coclicks
+    if validation.coclicks is not None:
+        clicks = validation.coclicks
         vectors = unit_rows(embed_rows(task, content, clicks.rows, accelerator)[0])
         hit = coclick_recall(vectors, clicks.anchors, clicks.targets)
         numbers["coclick_recall"] = float(hit.mean())

@@ -1,4 +1,4 @@
-"""What item vectors know, measured on held-out items and clicks: functions of arrays, in chunks."""
+"""What item vectors know, measured on validation items and clicks: functions of arrays, in chunks."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmctr.data.batches import BehaviorBatch, Features, ItemBatch, jagged_rows
 from mmctr.data.content import ItemContent
-from mmctr.data.hashing import hashed_uniform
+from mmctr.data.hashing import hashed_uniform, stream_seed
 from mmctr.data.interactions import Impressions
 from mmctr.features.columns import BehaviorView, FeatureColumns
 
@@ -32,7 +32,7 @@ class NegativeSampler:
         self.num_items = int(self.distinct[-1]) + 1
         clicked = impressions.label == 1
         self.clicked = np.unique(self._keys(impressions.user[clicked], self.shown[clicked]))
-        self.seed = seed + 3  # the collator's own draws come before
+        self.seed = seed
 
     def __call__(self, users: np.ndarray, keys: np.ndarray, step: int) -> np.ndarray:
         """(n,) catalog rows for users (n,); `keys` (n,) tell the draws of a step apart, in whatever process they are.
@@ -50,12 +50,13 @@ class NegativeSampler:
             start, end = np.searchsorted(self.clicked, self._keys(users[i] + np.arange(2), np.zeros(2, np.int64)))
             left = np.setdiff1d(self.distinct, self.clicked[start:end] % self.num_items, assume_unique=True)
             if len(left):
-                uniform = hashed_uniform(self.seed + self.ROUNDS, step, keys[i : i + 1])[0]
+                uniform = hashed_uniform(stream_seed(self.seed, "last negatives"), step, keys[i : i + 1])[0]
                 items[i] = left[int(uniform * len(left))]
         return items
 
     def _draw(self, keys: np.ndarray, step: int, draw: int) -> np.ndarray:
-        return self.shown[(hashed_uniform(self.seed + draw, step, keys) * len(self.shown)).astype(np.int64)]
+        uniform = hashed_uniform(stream_seed(self.seed, "negatives", draw), step, keys)
+        return self.shown[(uniform * len(self.shown)).astype(np.int64)]
 
     def _keys(self, users: np.ndarray, items: np.ndarray) -> np.ndarray:
         return users.astype(np.int64) * self.num_items + items
@@ -125,14 +126,16 @@ class BehaviorCollator:
 
         features = self.items.take(distinct)
         if self.id_dropout:
-            dropped = torch.from_numpy(hashed_uniform(self.seed, step, distinct.numpy()) < self.id_dropout)
-            features["item_id"] = features["item_id"].masked_fill(dropped, 0)  # type: ignore[union-attr]
+            dropped = hashed_uniform(stream_seed(self.seed, "id dropout"), step, distinct.numpy()) < self.id_dropout
+            id_rows = features["item_id"]
+            assert isinstance(id_rows, Tensor)
+            features["item_id"] = id_rows.masked_fill(torch.from_numpy(dropped), 0)
         if self.content is None:
             items = ItemBatch(row=distinct, features=features)
         else:
             encode = None if self.encode_history else torch.arange(num_targets)
             if self.max_encoded is not None and num_targets > self.max_encoded:
-                draw = hashed_uniform(self.seed + 2, step, distinct[:num_targets].numpy())
+                draw = hashed_uniform(stream_seed(self.seed, "encoded items"), step, distinct[:num_targets].numpy())
                 encode = torch.from_numpy(np.sort(np.argsort(draw)[: self.max_encoded]))
             items = self.content.batch(distinct, features, encode)
 
@@ -140,12 +143,12 @@ class BehaviorCollator:
         source = torch.from_numpy(part.source[rows])
         user_row = self.user_rows[user].long()
         if self.user_dropout:
-            unknown = hashed_uniform(self.seed + 1, step, user.numpy()) < self.user_dropout
+            unknown = hashed_uniform(stream_seed(self.seed, "user dropout"), step, user.numpy()) < self.user_dropout
             user_row = user_row.masked_fill(torch.from_numpy(unknown), 0)
         targets_end, history_end = len(rows), len(rows) + int(offsets[-1])
         context = self.users.take(user) | self.context.take(source)
         if self.derived:
-            ids: Tensor = features["item_id"][position]  # type: ignore[assignment, index]
+            ids = items.id_rows[position]
             view = BehaviorView(
                 items=self.items,
                 target_rows=target,

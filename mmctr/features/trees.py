@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mmctr.config import Config
 from mmctr.data.batches import Features, Jagged
+from mmctr.data.hashing import stream_seed
 from mmctr.features.columns import BehaviorView, FeatureColumns, known_values, pooled_by
 from mmctr.files import read_json, write_json
 
@@ -274,7 +275,7 @@ def disjoint_rows(num_rows: int, share: float, seed: int) -> tuple[np.ndarray, n
 
     Raises ValueError when one of them would be empty.
     """
-    order = np.random.default_rng([seed, 7]).permutation(num_rows)
+    order = np.random.default_rng(stream_seed(seed, "rows of the trees")).permutation(num_rows)
     count = round(share * num_rows)
     if not 0 < count < num_rows:
         raise ValueError(f"trees.share={share} of {num_rows} training rows leaves none to trees or to the linear model")

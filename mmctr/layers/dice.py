@@ -3,25 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from mmctr.distributed import sum_over_processes
 from mmctr.layers import native
 from mmctr.layers.jagged import chunks
-
-
-def _sum_over_processes(x: Tensor) -> Tensor:
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(x)
-    return x
-
-
-def mean_over_processes(x: Tensor) -> Tensor:
-    """Mean of x (n,) over the values of all processes, as far as this one contributes: averaged over processes, as
-    data-parallel training averages gradients, it is the mean over all values. 0 where there are none."""
-    size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-    count = _sum_over_processes(x.new_tensor([float(len(x))])).clamp(min=1)
-    return x.sum() * (size / count).squeeze()
 
 
 class _DiceFunction(torch.autograd.Function):
@@ -34,9 +20,9 @@ class _DiceFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, s: Tensor, alpha: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        rows = _sum_over_processes(s.new_tensor([float(len(s))]))
+        rows = sum_over_processes(s.new_tensor([float(len(s))]))
         count = rows.clamp(min=1)
-        mean = _sum_over_processes(s.sum(0)) / count
+        mean = sum_over_processes(s.sum(0)) / count
         ctx.native = s.shape[1] <= native.MAX_CHANNELS and s.is_contiguous() and native.usable(s, alpha)
         if ctx.native:
             squares = native.dice_squares(s, mean)
@@ -44,7 +30,7 @@ class _DiceFunction(torch.autograd.Function):
             squares = torch.zeros_like(mean)
             for part in chunks(len(s), s.device):
                 squares += (s[part] - mean).square_().sum(0)
-        var = _sum_over_processes(squares) / count
+        var = sum_over_processes(squares) / count
         r = torch.rsqrt(var + eps)
         if ctx.native:
             out = native.dice_forward(s, mean, r, alpha)
@@ -66,7 +52,7 @@ class _DiceFunction(torch.autograd.Function):
         else:
             out, sums = _DiceFunction._fixed_statistics(s, grad, mean, r, alpha)
         # through the statistics, as in batch norm
-        du, du_u = _sum_over_processes(sums[2:].clone()) * (1 - alpha) / count
+        du, du_u = sum_over_processes(sums[2:].clone()) * (1 - alpha) / count
         factor, constant = -r * r * du_u, -r * du
         if ctx.native:
             native.dice_finish(out, s, mean, factor, constant)

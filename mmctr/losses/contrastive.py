@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmctr.distributed import gather_rows, mean_over_processes, own_columns, world_size
+from mmctr.distributed import gather_rows, masked_mean_over_processes, own_columns, world_size
 
 
 def shares_key(rows: Tensor, columns: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ def clip_loss(
         candidates = _Candidates.gather(columns, keys, valid, queue)
         logits = candidates.logits(rows, logit_scale.float(), keys)
         losses.append(F.cross_entropy(logits, candidates.own, reduction="none"))
-    return mean_over_processes((losses[0] + losses[1]) / 2, valid)
+    return masked_mean_over_processes((losses[0] + losses[1]) / 2, valid)
 
 
 def siglip_loss(
@@ -150,7 +150,7 @@ def siglip_loss(
     excluded = candidates.excluded(keys)
     if excluded is not None:
         terms = terms.masked_fill(excluded, 0)
-    return -mean_over_processes(terms.sum(1), valid)
+    return -masked_mean_over_processes(terms.sum(1), valid)
 
 
 def pair_loss(
@@ -205,7 +205,7 @@ def pair_loss(
         candidates = _Candidates.gather(anchors, anchor_keys, valid, None)
         logits = candidates.logits(positives, scale, anchor_keys, positive_keys)
         losses = (losses + F.cross_entropy(logits, candidates.own, reduction="none")) / 2
-    return mean_over_processes(losses, valid)
+    return masked_mean_over_processes(losses, valid)
 
 
 def multi_positive_loss(
@@ -235,7 +235,7 @@ def multi_positive_loss(
     logits = logits.masked_fill(excluded & has_positive[:, None], -torch.inf)
     log_softmax = logits - torch.logsumexp(logits, 1, keepdim=True)
     losses = -torch.where(positive, log_softmax, 0.0).sum(1) / num_positives.clamp(min=1)
-    return mean_over_processes(losses, has_positive if valid is None else has_positive & valid)
+    return masked_mean_over_processes(losses, has_positive if valid is None else has_positive & valid)
 
 
 def similarity_distillation_loss(
@@ -264,4 +264,4 @@ def similarity_distillation_loss(
     # zero where left out, before the product: infinity minus infinity has no gradient
     wanted, given = (F.log_softmax(logits, 1).masked_fill(excluded, 0.0) for logits in (wanted, given))
     losses = (wanted.exp() * (wanted - given)).sum(1)
-    return mean_over_processes(losses, valid & ~alone[:, 0])
+    return masked_mean_over_processes(losses, valid & ~alone[:, 0])

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from mmctr.layers.dice import mean_over_processes
+from mmctr.distributed import jagged_mean_over_processes
 from mmctr.layers.jagged import linear_of_rows, pool_rows, row_dots, segment_softmax, take_rows
 from mmctr.layers.mlp import MLP, Activation
 from mmctr.layers.recurrence import Gate, Recurrence, TimeMajor
@@ -118,4 +118,4 @@ class DIEN(nn.Module):
             items = self.next_item(items)
         clicked = row_dots(interests, layout.previous, items, history[first:])
         not_clicked = row_dots(interests, layout.previous, items, negatives[first:])
-        return mean_over_processes(F.softplus(-clicked) + F.softplus(not_clicked))
+        return jagged_mean_over_processes(F.softplus(-clicked) + F.softplus(not_clicked))

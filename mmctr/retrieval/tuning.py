@@ -193,15 +193,15 @@ def build_and_tune(vectors: np.ndarray, factory: str, recall: float, seed: int =
     """
     count = len(vectors)
     approximate = count >= 100 and bool(setting_of(_made(vectors.shape[1], factory)).most)
-    held_out = np.sort(np.random.default_rng(seed).permutation(count)[: min(TUNED_ON, count // 10) * approximate])
-    if not len(held_out):
+    query_rows = np.sort(np.random.default_rng(seed).permutation(count)[: min(TUNED_ON, count // 10) * approximate])
+    if not len(query_rows):
         index = build(vectors, factory, seed)
         return index, np.arange(count), tune(index, vectors, recall, seed=seed)
-    rest = np.setdiff1d(np.arange(count), held_out)
+    rest = np.setdiff1d(np.arange(count), query_rows)
     index = build(vectors, factory, seed, rest)
-    measured = tune(index, vectors[rest], recall, seed=seed, queries=vectors[held_out])
-    index.add(np.ascontiguousarray(vectors[held_out]))
-    return index, np.concatenate([rest, held_out]), measured | {"count": count}
+    measured = tune(index, vectors[rest], recall, seed=seed, queries=vectors[query_rows])
+    index.add(np.ascontiguousarray(vectors[query_rows]))
+    return index, np.concatenate([rest, query_rows]), measured | {"count": count}
 
 
 def tune(
@@ -224,18 +224,18 @@ def tune(
             which finds a little more than other queries will.
 
     Returns:
-        `{"k", "queries", "held_out", "asked", "reached", "recall", "setting", "curve": [...], "exact_latency_ms",
-        "count"}`.
+        `{"k", "queries", "queries_outside", "asked", "reached", "recall", "setting", "curve": [...],
+        "exact_latency_ms", "count"}`.
     """
     count = len(vectors)
     k = min(k, count - 1)
     setting = setting_of(index)
     if k < 1:
         return {"k": 0, "queries": 0, "asked": recall, "reached": True, "recall": 1.0, "curve": [], "count": count}
-    held_out = queries is not None
+    outside = queries is not None
     rows = np.random.default_rng(seed).permutation(count)[:TUNED_ON]
     queries = np.ascontiguousarray(vectors[rows]) if queries is None else np.ascontiguousarray(queries)
-    own = np.full(len(queries), -1) if held_out else rows
+    own = np.full(len(queries), -1) if outside else rows
     truth = _others(nearest_exactly(queries, vectors, k + 1)[1], own, k)
     exact_latency = _latency(lambda q: nearest_exactly(q, vectors, k), queries[:20])[0]
     curve: list[dict[str, Any]] = []
@@ -273,7 +273,7 @@ def tune(
     return {
         "k": k,
         "queries": len(queries),
-        "held_out": held_out,
+        "queries_outside": outside,
         "asked": recall,
         "reached": reached,
         "recall": now["recall"],

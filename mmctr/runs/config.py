@@ -19,8 +19,8 @@ class StreamConfig(Config):
 
     buffer_rows: int = Field(default=16_384, ge=1)
     """rows, of consecutive groups, that are mixed; a process holds one such window, encoded"""
-    held_out: int = Field(default=2048, ge=2)
-    """held-out items that are read and evaluated, at most"""
+    validation_items: int = Field(default=2048, ge=2)
+    """items of the validation part that are read and evaluated, at most"""
 
 
 class DataConfig(Config):
@@ -74,15 +74,15 @@ class PretrainConfig(Config):
     """items that share one of these are no negatives of each other: `text` and `image` mean equal ones, other names are
     columns of the items table"""
     attributes: list[str] = []
-    """columns of the items table: how often held-out neighbours share them is reported"""
+    """columns of the items table: how often neighbours among validation items share them is reported"""
     primary: str | None = None
-    """the held-out number that chooses the best weights; None: `coclick_recall` with an objective on behaviour, else
+    """the validation metric that chooses the best weights; None: `coclick_recall` with an objective on behaviour, else
     `mean_recall`; with `group` alone how often neighbours share its column, where that is one of `attributes`; where a
     head alone is trained its `head_elbo`"""
     run_dir: str
     """the run folder to write"""
     seed: int = Field(default=0, ge=0)
-    """of initial weights, batches, partners and the held-out items"""
+    """of initial weights, batches, partners and the validation items"""
 
     @property
     def primary_metric(self) -> str:

@@ -145,7 +145,7 @@ def pair_rows(content: ItemContent, validation: float, source: str) -> tuple[np.
         raise ValueError(f"{source}: image-text pretraining needs an `image` column in the items table")
     pairs = np.flatnonzero(content.has_image & content.has_text)
     shuffled = np.random.default_rng(len(pairs)).permutation(pairs)
-    num_held_out = round(len(pairs) * validation)
-    if num_held_out < 2:
+    num_validation = round(len(pairs) * validation)
+    if num_validation < 2:
         raise ValueError(f"{source}: {len(pairs)} items have both picture and text; that is too few to hold some out")
-    return np.sort(shuffled[num_held_out:]), np.sort(shuffled[:num_held_out])
+    return np.sort(shuffled[num_validation:]), np.sort(shuffled[:num_validation])

@@ -58,14 +58,14 @@ def _evaluate_pretraining(folder: Path, data: str | None, accelerator: Accelerat
     values = RunFolder(folder).read_config()
     given = {"validation": values["validation"], "attributes": values["attributes"], "seed": values["seed"]}
     if config.stream is not None and data is None:
-        return evaluate_pretraining(task, StreamData.make(config, task, **given).held_out, accelerator)
+        return evaluate_pretraining(task, StreamData.make(config, task, **given).validation, accelerator)
     dataset: Dataset = open_data(config, accelerator)
     content = item_content(dataset, config, task, accelerator)
     if data is not None:
         _, rows = pair_rows(content, 1.0, config.path)
         images, texts = (embed_rows(task, content, rows, accelerator, modality)[0] for modality in ("image", "text"))
         return retrieval_both_ways(images, texts)
-    held_out = PretrainData.make(
+    validation = PretrainData.make(
         dataset, content, task, split_config(folder), same=[], source=config.path, **given
-    ).held_out
-    return evaluate_pretraining(task, held_out, accelerator)
+    ).validation
+    return evaluate_pretraining(task, validation, accelerator)

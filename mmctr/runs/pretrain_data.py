@@ -21,9 +21,9 @@ from mmctr.data.pairs import ClickedQueries, CoClicks, GroupMates, PairCollator,
 from mmctr.data.prepare import Dataset
 from mmctr.data.shards import ShardedItems
 from mmctr.data.splits import SplitConfig, Splits, split_interactions
-from mmctr.data.stream import HeldItems, StreamBatches, StreamContent, StreamPlan
+from mmctr.data.stream import StoredItems, StreamBatches, StreamContent, StreamPlan
 from mmctr.data.tables import as_text, require_columns, value_codes
-from mmctr.evaluation.pretraining import HeldOut, HeldOutCoClicks
+from mmctr.evaluation.pretraining import ValidationCoClicks, ValidationItems
 from mmctr.files import cache_folder, fingerprint
 from mmctr.runs.config import DataConfig, PretrainConfig
 from mmctr.runs.content import item_content, open_run_data, pair_rows
@@ -32,7 +32,7 @@ from mmctr.training.context import RunContext
 
 
 @dataclass(frozen=True)
-class Partners:
+class PartnerSources:
     """What objectives ask for beyond pictures and texts: partners of items, queries, groups, a table to distil from."""
 
     samplers: dict[str, PartnerSampler] = field(default_factory=dict)
@@ -43,7 +43,7 @@ class Partners:
     @classmethod
     def make(
         cls, dataset: Dataset, splits: Splits | None, task: PretrainTask, allowed: np.ndarray, source: str, seed: int
-    ) -> Partners:
+    ) -> PartnerSources:
         """Raises ValueError when the dataset lacks what an objective reads.
 
         Args:
@@ -82,15 +82,15 @@ class Partners:
 
 @dataclass(frozen=True)
 class PretrainData:
-    """Training rows and partners, and what is held out."""
+    """Training rows and partners, and the validation items."""
 
     content: ItemContent
     train_rows: np.ndarray
     """(n,) catalog rows a step may start from"""
-    held_out: HeldOut
+    validation: ValidationItems
     keys: Tensor
     """(N, K) int64, what tells items apart"""
-    partners: Partners = Partners()
+    partners: PartnerSources = PartnerSources()
     counts: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
 
@@ -112,11 +112,11 @@ class PretrainData:
         objectives, catalog = task.config.objectives, dataset.catalog
         require_columns(catalog.table, list(attributes), "items table")
         pairs, validation_rows = pair_rows(content, validation, source)
-        held_out = np.zeros(len(catalog), bool)
-        held_out[validation_rows] = True
+        is_validation = np.zeros(len(catalog), bool)
+        is_validation[validation_rows] = True
         assert content.has_image is not None and content.has_text is not None
         has_content = content.has_image | content.has_text
-        allowed = ~held_out & has_content
+        allowed = ~is_validation & has_content
         # where pictures are only compared with texts, an item that lacks one says nothing
         both = set(objectives.given) <= {"clip", "siglip"}
 
@@ -129,7 +129,7 @@ class PretrainData:
         values = {
             name: as_text(catalog.table.column(name)).take(pa.array(validation_rows)).to_pylist() for name in attributes
         }
-        coclicks = None if splits is None else HeldOutCoClicks.make(splits, has_content)
+        coclicks = None if splits is None else ValidationCoClicks.make(splits, has_content)
         train_rows = pairs if both else np.flatnonzero(allowed)
         counts: dict[str, Any] = {
             "train_items": len(train_rows),
@@ -144,9 +144,9 @@ class PretrainData:
         return cls(
             content=content,
             train_rows=train_rows,
-            held_out=HeldOut(content, validation_rows, values, coclicks),
+            validation=ValidationItems(content, validation_rows, values, coclicks),
             keys=item_keys(catalog, content, same),
-            partners=Partners.make(dataset, splits, task, allowed, source, seed),
+            partners=PartnerSources.make(dataset, splits, task, allowed, source, seed),
             counts=counts,
             seed=seed,
         )
@@ -172,7 +172,7 @@ class PretrainData:
     def summary(self) -> str:
         """What is there to train on, and what was set aside."""
         lines = [
-            f"{self.counts['train_items']} items to train on, {self.counts['validation_items']} held out, "
+            f"{self.counts['train_items']} items to train on, {self.counts['validation_items']} for validation, "
             f"{self.counts['without_pair']} lack picture or text"
         ]
         for reason, entry in self.counts["items_set_aside"].items():
@@ -187,12 +187,12 @@ class PretrainData:
 
 @dataclass(frozen=True)
 class StreamData:
-    """Training items read from shards, and what is held out of them."""
+    """Training items read from shards, and the validation items."""
 
     content: StreamContent
     plan: StreamPlan
     """of one row a step"""
-    held_out: HeldOut
+    validation: ValidationItems
     num_keys: int = 3
 
     @classmethod
@@ -210,13 +210,13 @@ class StreamData:
         content = stream_content(config, task, attributes)
         rows = content.items.group_rows
         plan = StreamPlan(rows, 1, seed, buffer_rows=config.stream.buffer_rows, validation=validation)
-        table, items = StreamBatches(content, plan).held_out(config.stream.held_out)
+        table, items = StreamBatches(content, plan).validation_items(config.stream.validation_items)
         assert items.has_image is not None and items.has_text is not None
         picked = np.flatnonzero((items.has_image & items.has_text).numpy())
         if len(picked) < 2:
-            raise ValueError(f"{config.path}: {len(picked)} held-out items have picture and text; raise validation")
+            raise ValueError(f"{config.path}: {len(picked)} validation items have picture and text; raise validation")
         values = {name: as_text(table[name]).take(pa.array(picked)).to_pylist() for name in attributes}
-        return cls(content, plan, HeldOut(HeldItems(items), picked, values))
+        return cls(content, plan, ValidationItems(StoredItems(items), picked, values))
 
     @property
     def num_train_items(self) -> int:
@@ -228,7 +228,7 @@ class StreamData:
         rejected = {reason: entry["count"] for reason, entry in self.content.report.items()}
         return {
             "items": int(self.plan.first_row[-1]),
-            "validation_items": len(self.held_out.rows),
+            "validation_items": len(self.validation.rows),
             "rejected_pictures": rejected,
         }
 
@@ -239,7 +239,7 @@ class StreamData:
     def summary(self) -> str:
         return (
             f"{self.plan.first_row[-1]} items in {len(self.plan.group_rows)} groups of rows, "
-            f"{self.plan.train_rows.sum()} to train on, {len(self.held_out.rows)} held out and evaluated"
+            f"{self.plan.train_rows.sum()} to train on, {len(self.validation.rows)} evaluated"
         )
 
 

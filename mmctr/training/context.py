@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from accelerate import Accelerator
 
+from mmctr.data.hashing import stream_seed
 from mmctr.data.loaders import BatchPlan
 from mmctr.run_folder import RunFolder
 
@@ -39,6 +40,10 @@ class RunContext:
     def is_main_process(self) -> bool:
         """Whether this process is the one that writes files."""
         return self.accelerator.is_main_process
+
+    def seed_torch(self, stream: str) -> None:
+        """Let what torch draws next, such as initial weights, come from a stream of the run, by its name."""
+        torch.manual_seed(stream_seed(self.seed, stream))
 
     def plan(self, num_rows: int, batch_size: int) -> BatchPlan:
         """Which of `num_rows` training rows this process takes at each step; `batch_size` is of all processes."""

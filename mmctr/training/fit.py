@@ -15,8 +15,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mmctr.config import Config
+from mmctr.data.hashing import stream_seed
 from mmctr.data.loaders import TrainBatches
-from mmctr.files import fingerprint
 from mmctr.training.checkpoints import Checkpoints
 from mmctr.training.context import RunContext
 from mmctr.training.grad_cache import chunked_backward
@@ -160,7 +160,7 @@ def fit(
     task.train()
     for step, batch in train.iterate(state["step"], 0 if state["stopped"] else total):
         # single training step
-        torch.manual_seed(step_seed(seed, step, accelerator.process_index))
+        torch.manual_seed(stream_seed(seed, "step", step, accelerator.process_index))
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * lr_at(step, total, config)
         schedule.before_step(step)
@@ -171,7 +171,7 @@ def fit(
             loss = torch.stack(list(terms.values())).sum()
             accelerator.backward(loss)
         else:
-            seeds = functools.partial(step_seed, seed, step, accelerator.process_index)
+            seeds = functools.partial(stream_seed, seed, "chunk", step, accelerator.process_index)
             terms = chunked_backward(model, chunked, batch, config.chunk_size, accelerator, seeds)
             loss = torch.stack(list(terms.values())).sum()
         schedule.hold(step)
@@ -236,8 +236,3 @@ def _require_number(numbers: dict[str, float], primary: str, step: int) -> None:
         )
     if value != value:
         raise ValueError(f"step {step}: {primary} is NaN; lower fit.optimizer.lr or raise fit.warmup")
-
-
-def step_seed(*parts: int) -> int:
-    """The seed of everything random inside a step, or a chunk of it: from the run's seed, the step, the process."""
-    return int(fingerprint(*parts)[:15], 16)

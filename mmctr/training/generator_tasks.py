@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmctr.data.batches import Batch, BehaviorBatch
-from mmctr.data.hashing import hashed_uniform
+from mmctr.data.hashing import hashed_uniform, stream_seed
 from mmctr.data.interactions import Impressions
 from mmctr.data.loaders import TrainBatches
 from mmctr.embedders.id_generators import (
@@ -130,7 +130,7 @@ class ItemBatches:
 
     def __init__(self, collator: BehaviorCollator, size: int, seed: int):
         part = collator.impressions
-        shuffled = np.random.default_rng([seed, len(part)]).permutation(len(part))
+        shuffled = np.random.default_rng(stream_seed(seed, "rows of an item")).permutation(len(part))
         self.collator, self.size, self.seed = collator, size, seed
         self.rows = shuffled[np.argsort(part.item[shuffled], kind="stable")]
         items, begins, count = np.unique(part.item[self.rows], return_index=True, return_counts=True)
@@ -144,7 +144,10 @@ class ItemBatches:
 
     def __call__(self, places: np.ndarray, step: int) -> TwoBatches:
         count = self.count[places]
-        first = (hashed_uniform(self.seed, step, self.items[places].astype(np.int64)) * count).astype(np.int64)
+        first = (
+            hashed_uniform(stream_seed(self.seed, "first row of an item"), step, self.items[places].astype(np.int64))
+            * count
+        ).astype(np.int64)
         place = (first[:, None] + np.arange(2 * self.size)) % count[:, None]
         rows = self.rows[self.begins[places][:, None] + place]
         return TwoBatches(*(self.collator(half.ravel(), step) for half in np.split(rows, 2, axis=1)))
@@ -248,12 +251,15 @@ def train_cold_ids(
     freeze(task)
     generator, ids, kind = task.embedder.generator, task.embedder.ids, task.config.embedder.cold_ids
     assert generator is not None and ids is not None and not isinstance(kind, NoColdIds)
-    held_out = hashed_uniform(seed, 0, np.arange(len(data.id_rows))) < kind.held_out
-    train = train.take(~held_out[train.item])
-    validation = validation.take((held_out | (data.id_rows == 0))[validation.item])
+    is_validation = (
+        hashed_uniform(stream_seed(seed, "validation items of a generator"), 0, np.arange(len(data.id_rows)))
+        < kind.validation
+    )
+    train = train.take(~is_validation[train.item])
+    validation = validation.take((is_validation | (data.id_rows == 0))[validation.item])
     for name, part, remedy in (("validation", validation, "raise"), ("training", train, "lower")):
         if not len(part):
-            raise ValueError(f"cold_ids.held_out: {kind.held_out} of the items leaves no {name} row; {remedy} it")
+            raise ValueError(f"cold_ids.validation: {kind.validation} of the items leaves no {name} row; {remedy} it")
     device, rows = ids.weight.device, torch.from_numpy(data.id_rows)[torch.from_numpy(train.item).long()]
     users, count = mean_users(task, data.user_rows[torch.from_numpy(train.user).long()], rows)
     old = torch.nonzero(count[1:] > 0)[:, 0] + 1
@@ -284,8 +290,9 @@ def train_cold_ids(
     without = numbers_of(UnknownTargets(task))
     if primary not in without:
         raise ValueError(
-            f"cold_ids.held_out: {primary} is undefined on the {len(validation)} validation rows of cold items and of "
-            f"{kind.held_out} of the old ones: no user has clicked and other rows there; raise it, or split.validation"
+            f"cold_ids.validation: {primary} is undefined on the {len(validation)} validation rows of cold items and "
+            f"of {kind.validation} of the old ones: no user has clicked and other rows there; raise it, or "
+            f"split.validation"
         )
 
     result = fit(
@@ -297,7 +304,7 @@ def train_cold_ids(
         primary=primary,
         evaluate_first=True,
     )
-    accelerator.print(f"cold ids: {primary} {result.best:.4f} on held-out items, {without[primary]:.4f} without")
+    accelerator.print(f"cold ids: {primary} {result.best:.4f} on validation items, {without[primary]:.4f} without")
     generator.requires_grad_(False)
     task.embedder.generates = True
     return result.to_json() | {"without": without}

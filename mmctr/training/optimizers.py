@@ -19,7 +19,7 @@ from mmctr.layers.row_table import RowTable
 from mmctr.training.task import Task
 
 
-class GroupConfig(Config):
+class ParameterGroupConfig(Config):
     """Optimiser settings of one part of a task; None takes the common one."""
 
     lr: float | None = Field(default=None, ge=0)
@@ -35,7 +35,7 @@ class GroupConfig(Config):
     `mmctr.training.part_schedule`"""
 
     @model_validator(mode="after")
-    def _epochs_in_order(self) -> GroupConfig:
+    def _epochs_in_order(self) -> ParameterGroupConfig:
         if self.to_epoch is not None and self.to_epoch <= self.from_epoch:
             raise ValueError(
                 f"to_epoch {self.to_epoch} is not after from_epoch {self.from_epoch}; the part never trains"
@@ -54,7 +54,7 @@ class OptimizerConfig(Config):
     """not applied to biases, norms and other vectors; of tables trained by rows, the rows of a batch decay"""
     betas: tuple[float, float] = (0.9, 0.999)
     """decay rates of the two moments of Adam"""
-    groups: dict[str, GroupConfig] = {}
+    groups: dict[str, ParameterGroupConfig] = {}
     """by the names of the task's `parameter_parts()`: `encoder`, `projection`, `head` and more in pretraining; `id`,
     `content`, `encoder`, `expert`, `ranker` in ranking"""
     rows: Literal["adam", "adagrad", "ftrl"] = "adam"
@@ -186,7 +186,7 @@ def make_optimizer(task: Task, config: OptimizerConfig, max_grad_norm: float | N
     groups = []
     by_rows = {id(table.weight) for table in tables}
     for name, parameters in parts.items():
-        own = config.groups.get(name, GroupConfig())
+        own = config.groups.get(name, ParameterGroupConfig())
         lr = config.lr if own.lr is None else own.lr
         decay = config.weight_decay if own.weight_decay is None else own.weight_decay
         # the whole rate first: it is the one that is logged

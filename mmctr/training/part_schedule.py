@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import torch
 
-from mmctr.files import fingerprint
+from mmctr.data.hashing import stream_seed
 from mmctr.layers.row_table import RowTable
-from mmctr.training.optimizers import GroupConfig, OptimizerConfig, RowAdamW
+from mmctr.training.optimizers import OptimizerConfig, ParameterGroupConfig, RowAdamW
 from mmctr.training.task import Task
 
 
@@ -42,7 +42,7 @@ class PartSchedule:
 
     def __bool__(self) -> bool:
         """Whether there is anything to do."""
-        default = GroupConfig()
+        default = ParameterGroupConfig()
         return bool(self.tables) or any(
             (group.from_epoch, group.to_epoch) != (default.from_epoch, default.to_epoch)
             for group in self._groups.values()
@@ -54,7 +54,7 @@ class PartSchedule:
         if place or not epoch:
             return
         for number, table in enumerate(self.tables):
-            table.draw(torch.Generator().manual_seed(draw_seed(self.seed, epoch, number)))
+            table.draw(torch.Generator().manual_seed(stream_seed(self.seed, "redrawn table", epoch, number)))
             self.optimizer.state.pop(table.weight, None)
 
     def hold(self, step: int) -> None:
@@ -68,11 +68,6 @@ class PartSchedule:
                         self.optimizer.row_tables[p].drop_gradient()
 
     def trains(self, part: str, step: int) -> bool:
-        own = self._groups.get(part, GroupConfig())
+        own = self._groups.get(part, ParameterGroupConfig())
         first = round(own.from_epoch * self.steps_per_epoch)
         return step >= first and (own.to_epoch is None or step < round(own.to_epoch * self.steps_per_epoch))
-
-
-def draw_seed(seed: int, epoch: int, number: int) -> int:
-    """The seed a table is drawn with at the start of an epoch, by its number among those that are."""
-    return int(fingerprint("redraw", seed, epoch, number)[:15], 16)

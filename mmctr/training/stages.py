@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from mmctr.config import Config
 from mmctr.data.batches import ItemBatch
+from mmctr.data.hashing import stream_seed
 from mmctr.data.interactions import Impressions
 from mmctr.data.splits import Splits
 from mmctr.evaluation.metrics import impression_metrics
@@ -37,7 +38,6 @@ from mmctr.run_folder import RunFolder
 from mmctr.tasks import RankingTask, RankingTaskConfig
 from mmctr.tasks.folder import save_weights
 from mmctr.training.context import RunContext
-from mmctr.training.fit import step_seed
 from mmctr.training.generator_tasks import freeze, mean_users
 
 
@@ -122,10 +122,10 @@ def train_stage(
     optimizer = torch.optim.Adam(parameters, lr=config.lr)
     num_rows, total = len(collator.impressions), torch.zeros((), device=device)
     for turn in range(config.passes):
-        order = np.random.default_rng([seed, turn]).permutation(num_rows)
+        order = np.random.default_rng(stream_seed(seed, "order of rows", turn)).permutation(num_rows)
         total = torch.zeros((), device=device)
         for step, begin in enumerate(range(0, num_rows, config.batch_size)):
-            torch.manual_seed(step_seed(seed, turn, step))
+            torch.manual_seed(stream_seed(seed, "step", turn, step))
             batch = collator(order[begin : begin + config.batch_size], step).to(device)
             logits, _ = task.logits(batch)  # auxiliary losses are of whole trainings
             loss = F.binary_cross_entropy_with_logits(logits.float(), batch.label)
@@ -189,7 +189,7 @@ def train_stages(
         if name in finished:
             task.load_state_dict(load_file(path))
         else:
-            loss = train_stage(task, data.collator(part), first, config, step_seed(seed, number), device)
+            loss = train_stage(task, data.collator(part), first, config, stream_seed(seed, "stage", number), device)
             accelerator.print(f"{name}: {len(part)} rows of {len(new)} new items, log loss {loss:.4f}")
             if accelerator.is_main_process:
                 folder.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mmctr.data.hashing import hashed_uniform
+from mmctr.data.hashing import hashed_uniform, stream_seed
 
 
 def test_hashed_uniform_is_uniform():
@@ -32,3 +32,22 @@ def test_hashed_uniform_depends_on_the_key_alone():
     assert hashed_uniform(3, 9, keys[::-1][:50]).tolist() == [draws[key] for key in keys[::-1][:50].tolist()]
     assert hashed_uniform(3, 9, keys[:5].astype(np.int32)).tolist() == [draws[key] for key in keys[:5].tolist()]
     assert hashed_uniform(3, 9, keys[:0]).tolist() == []
+
+
+def test_streams_of_a_seed_are_their_own():
+    """By name, seed and numbers; the order of the numbers counts."""
+    names = ("order of rows", "id dropout", "validation items of a generator")
+    seeds = {
+        stream_seed(seed, name, *n) for seed in range(5) for name in names for n in [(), (0,), (1,), (0, 1), (1, 0)]
+    }
+    assert len(seeds) == 75 and max(seeds) < 2**60
+    assert stream_seed(3, "id dropout", 2) == stream_seed(3, "id dropout", 2)
+
+
+def test_what_one_stream_drops_another_draws_anew():
+    """A tenth of the items is dropped by each of two streams at step 0, and a hundredth by both."""
+    keys = np.arange(100_000)
+    dropped, chosen = (hashed_uniform(stream_seed(0, n), 0, keys) < 0.1 for n in ("id dropout", "validation items"))
+    assert 800 < (dropped & chosen).sum() < 1200  # deviation 31
+    near = hashed_uniform(stream_seed(1, "id dropout"), 0, keys) < 0.1  # the next seed
+    assert 800 < (dropped & near).sum() < 1200

@@ -126,7 +126,7 @@ def test_a_tar_gives_the_batches_of_the_parquet_file(tmp_path, monkeypatch):
         assert equal(one, other)
     counts = [{reason: entry["count"] for reason, entry in b.report.items()} for b in (parquet, tar)]
     assert counts[0] == counts[1] and counts[0]
-    assert equal(parquet.held_out(5)[1], tar.held_out(5)[1])
+    assert equal(parquet.validation_items(5)[1], tar.validation_items(5)[1])
     assert tar.content.items.read(0)["item_id"].to_pylist() == [str(1000 + i) for i in range(5)]
 
 

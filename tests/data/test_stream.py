@@ -15,12 +15,12 @@ from tests.helpers.streams import (
     batches_of,
     colour,
     equal,
-    held_out,
     items_of,
     numbers,
     refused,
     taken,
     tokenize,
+    validation_items,
     world,
     write_shard,
     write_shards,
@@ -185,8 +185,8 @@ def test_pictures_as_paths_and_as_datasets_writes_them(tmp_path):
 def test_what_is_held_out(tmp_path):
     columns = world(200)
     batches = batches_of(write_shards(tmp_path / "d", columns, [(20,) * 5, (20,) * 5]), validation=0.3)
-    table, batch = held_out(batches, 10_000)
-    rows = [row for group in range(10) for row in batches.stream.rows_of(group, held_out=True).tolist()]
+    table, batch = validation_items(batches, 10_000)
+    rows = [row for group in range(10) for row in batches.stream.rows_of(group, validation=True).tolist()]
     assert 40 < len(rows) == len(batch) == len(table) < 80 and batch.row.tolist() == rows
     assert table.column_names == ["item_id", "title", "brand"]
     assert table["item_id"].to_pylist() == [1000 + row for row in rows]
@@ -207,8 +207,8 @@ def test_what_is_held_out(tmp_path):
     other = batches_of(tmp_path / "d", validation=0.3, seed=8, rank=1, world_size=2)
     original = other.content.items.read
     other.content.items.read = lambda group: (read.append(group), original(group))[1]
-    _, few = other.held_out(limit=13)
+    _, few = other.validation_items(limit=13)
     assert len(few) == 13 and set(few.row.tolist()) <= set(rows) and len(read) < 5
-    assert few.row.equal(batches.held_out(13)[1].row) and sorted(few.row.tolist()) == few.row.tolist()
+    assert few.row.equal(batches.validation_items(13)[1].row) and sorted(few.row.tolist()) == few.row.tolist()
     with refused("none of 200 rows is held out; raise validation"):
-        batches_of(tmp_path / "d").held_out(10)
+        batches_of(tmp_path / "d").validation_items(10)

@@ -101,15 +101,15 @@ def test_a_step_is_a_slice_of_the_windows():
 def test_rows_are_held_out_by_their_number_alone():
     sizes = (500,) * 20
     plan = StreamPlan(sizes, 10, seed=0, validation=0.1)
-    held_out = np.concatenate([plan.rows_of(group, held_out=True) for group in range(20)])
+    held_out = np.concatenate([plan.rows_of(group, validation=True) for group in range(20)])
     assert abs(len(held_out) - 1000) < 120  # deviation 30
     other = StreamPlan((*(250,) * 40, 777), 6, seed=9, world_size=2, rank=1, validation=0.1)
-    same = np.concatenate([other.rows_of(group, held_out=True) for group in range(40)])
+    same = np.concatenate([other.rows_of(group, validation=True) for group in range(40)])
     assert held_out.tolist() == same.tolist()
     trained = epoch_of(plan, 0)
     assert len(np.intersect1d(trained, held_out)) == 0 and len(trained) + len(held_out) > 9990
     assert plan.train_rows.sum() + len(held_out) == 10_000
-    assert not len(StreamPlan(sizes, 10, seed=0).rows_of(0, held_out=True))
+    assert not len(StreamPlan(sizes, 10, seed=0).rows_of(0, validation=True))
 
 
 @pytest.mark.parametrize(

@@ -119,8 +119,8 @@ def taken(batches: StreamBatches, start: int, stop: int) -> list[tuple[int, Any]
     return list(items_of(batches, start, stop))
 
 
-def held_out(batches: StreamBatches, limit: int) -> tuple[pa.Table, Any]:
-    return batches.held_out(limit)
+def validation_items(batches: StreamBatches, limit: int) -> tuple[pa.Table, Any]:
+    return batches.validation_items(limit)
 
 
 def refused(text: str):

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 
 from mmctr.data.prepare import open_dataset
 from mmctr.data.splits import ColdItemsSplit, split_interactions
-from mmctr.evaluation.pretraining import HeldOutCoClicks, evaluate_pretraining
+from mmctr.evaluation.pretraining import ValidationCoClicks, evaluate_pretraining
 from mmctr.evaluation.probes import (
     coclick_auc,
     coclick_recall,
@@ -48,13 +48,13 @@ def test_items_to_train_on(toy_folder):
     behavior = data_of(toy_folder, pretrain_task(objectives={"clip": {}, "behavior": {}}))
     content = pairs.content
     both, either = content.has_image & content.has_text, content.has_image | content.has_text
-    assert set(pairs.train_rows) | set(pairs.held_out.rows) == set(np.flatnonzero(both))
-    assert set(behavior.train_rows) | set(behavior.held_out.rows) == set(np.flatnonzero(either))
+    assert set(pairs.train_rows) | set(pairs.validation.rows) == set(np.flatnonzero(both))
+    assert set(behavior.train_rows) | set(behavior.validation.rows) == set(np.flatnonzero(either))
     assert len(behavior.train_rows) > len(pairs.train_rows)
     for data in (pairs, behavior):
-        assert set(data.train_rows).isdisjoint(data.held_out.rows) and len(data.held_out.rows) > 10
-    assert pairs.held_out.rows.tolist() == behavior.held_out.rows.tolist()
-    assert data_of(toy_folder, pretrain_task(), seed=5).held_out.rows.tolist() == pairs.held_out.rows.tolist()
+        assert set(data.train_rows).isdisjoint(data.validation.rows) and len(data.validation.rows) > 10
+    assert pairs.validation.rows.tolist() == behavior.validation.rows.tolist()
+    assert data_of(toy_folder, pretrain_task(), seed=5).validation.rows.tolist() == pairs.validation.rows.tolist()
     assert pairs.counts["train_items"] == len(pairs.train_rows) and not pairs.partners.samplers
 
 
@@ -62,7 +62,7 @@ def test_partners_come_from_training_clicks_alone(toy_folder):
     task = pretrain_task(objectives={"behavior": {"hard_negatives": True}})
     data = data_of(toy_folder, task)
     splits = split_interactions(open_dataset(toy_folder).interactions, 120, SPLIT)
-    known = set(np.flatnonzero(splits.seen)) - set(data.held_out.rows)
+    known = set(np.flatnonzero(splits.seen)) - set(data.validation.rows)
     clicked = {
         (int(u), int(i)) for u, i, y in zip(splits.train.user, splits.train.item, splits.train.label, strict=True) if y
     }
@@ -91,12 +91,12 @@ def test_held_out_pairs_are_the_next_clicks_of_the_validation_part(toy_folder):
         history = part.history[part.history_start[row] : part.history_end[row]]
         if part.label[row] and len(history) and history[-1] != part.item[row]:
             expected.append((int(history[-1]), int(part.item[row])))
-    found = HeldOutCoClicks.make(splits, has)
+    found = ValidationCoClicks.make(splits, has)
     pairs = zip(found.rows[found.anchors].tolist(), found.rows[found.targets].tolist(), strict=True)
     assert sorted(pairs) == sorted(expected) and len(expected) > 30
     assert found.cold.tolist() == [splits.seen[row] == 0 for row in found.rows[found.targets]] and found.cold.any()
     assert found.rows.tolist() == list(range(120))
-    assert HeldOutCoClicks.make(splits, np.zeros(120, bool)) is None
+    assert ValidationCoClicks.make(splits, np.zeros(120, bool)) is None
 
 
 def test_keys_tell_equal_pictures_texts_and_values(tmp_path):
@@ -124,15 +124,18 @@ def test_keys_tell_equal_pictures_texts_and_values(tmp_path):
 def test_numbers_are_those_of_the_vectors(toy_folder):
     task = pretrain_task(objectives={"clip": {}, "behavior": {}}, item_vector="concat").eval()
     data = data_of(toy_folder, task, attributes=["factor_shape"])
-    numbers = evaluate_pretraining(task, data.held_out, Accelerator(cpu=True))
-    rows = torch.from_numpy(data.held_out.rows)
+    numbers = evaluate_pretraining(task, data.validation, Accelerator(cpu=True))
+    rows = torch.from_numpy(data.validation.rows)
     with torch.no_grad():
         batch = data.content.batch(rows)
         images, texts = task.image_features(batch).numpy(), task.text_features(batch).numpy()
         items = task.embed(batch)[0].numpy()
-        candidates = task.embed(data.content.batch(torch.from_numpy(data.held_out.coclicks.rows)))[0].numpy()
+        candidates = task.embed(data.content.batch(torch.from_numpy(data.validation.coclicks.rows)))[0].numpy()
         values = (
-            open_dataset(toy_folder).catalog.table.column("factor_shape").take(pa.array(data.held_out.rows)).to_pylist()
+            open_dataset(toy_folder)
+            .catalog.table.column("factor_shape")
+            .take(pa.array(data.validation.rows))
+            .to_pylist()
         )
         prompts = sorted(set(values))
         ids = task.encoder.tokenize(prompts).long()
@@ -142,11 +145,11 @@ def test_numbers_are_those_of_the_vectors(toy_folder):
     assert numbers["neighbours_share_factor_shape"] == pytest.approx(neighbour_agreement(items, values))
     labels = np.array([prompts.index(value) for value in values])
     assert numbers["zero_shot_factor_shape"] == pytest.approx(zero_shot_accuracy(images, prompt_vectors, labels))
-    hit = coclick_recall(candidates, data.held_out.coclicks.anchors, data.held_out.coclicks.targets)
+    hit = coclick_recall(candidates, data.validation.coclicks.anchors, data.validation.coclicks.targets)
     assert numbers["coclick_recall"] == pytest.approx(hit.mean())
-    cold = data.held_out.coclicks.cold
+    cold = data.validation.coclicks.cold
     for name, mask in (("warm", ~cold), ("cold", cold)):
-        anchors, targets = data.held_out.coclicks.anchors[mask], data.held_out.coclicks.targets[mask]
+        anchors, targets = data.validation.coclicks.anchors[mask], data.validation.coclicks.targets[mask]
         expected = coclick_auc(candidates, anchors, targets, np.unique(targets))
         assert numbers[f"coclick_auc_{name}"] == pytest.approx(expected) and expected > 0
     assert {"alignment", "uniformity", "modality_gap"} <= numbers.keys()
@@ -189,7 +192,7 @@ def test_several_texts_and_pictures_from_the_config(toy_folder):
     assert len(batch.items.input_ids) == len(batch.items)
     whole = data.content.batch(torch.arange(20))
     assert whole.text_item is not None and len(whole.input_ids) > 20
-    numbers = evaluate_pretraining(task.eval(), data.held_out, Accelerator(cpu=True))
+    numbers = evaluate_pretraining(task.eval(), data.validation, Accelerator(cpu=True))
     assert numbers["mean_recall"] >= 0
     with pytest.raises(ValueError, match="'photos'"):
         data_of(toy_folder, task, images={"photos": 1.0})

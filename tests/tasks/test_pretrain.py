@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmctr.data.batches import ItemBatch, PairBatch, Partners
+from mmctr.data.batches import ItemBatch, PairBatch, PartnerBatch
 from mmctr.losses.contrastive import (
     clip_loss,
     multi_positive_loss,
@@ -57,9 +57,9 @@ def pair_batch(task: PretrainTask, n=8, first=0) -> PairBatch:
         anchor=torch.tensor([0, 4, 2, 6]),
         keys=torch.stack([items.row, -1 - items.row], 1),
         partners={
-            "clicked": Partners(partner, there, torch.tensor([0.5, 0.0, 0.0, -0.5])),
-            "shown": Partners(torch.tensor([6, 6, 2, 0]), torch.tensor([True, True, False, False])),
-            "group": Partners(partner, there),
+            "clicked": PartnerBatch(partner, there, torch.tensor([0.5, 0.0, 0.0, -0.5])),
+            "shown": PartnerBatch(torch.tensor([6, 6, 2, 0]), torch.tensor([True, True, False, False])),
+            "group": PartnerBatch(partner, there),
         },
         query_ids=task.encoder.tokenize(["circle", "star", "", "yellow one"]).long(),
         has_query=torch.tensor([True, True, False, True]),

@@ -15,7 +15,7 @@ from mmctr.data.loaders import BatchPlan, TrainBatches
 from mmctr.run_folder import RunFolder
 from mmctr.training.checkpoints import Checkpoints
 from mmctr.training.context import RunContext
-from mmctr.training.fit import FitConfig, FitResult, fit, lr_at, step_seed
+from mmctr.training.fit import FitConfig, FitResult, fit, lr_at
 from mmctr.training.log import Log
 from mmctr.training.optimizers import OptimizerConfig, make_optimizer
 
@@ -89,11 +89,6 @@ def test_learning_rate_by_hand():
     assert [lr_at(step, 4, FitConfig(warmup=1.0)) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
     # a warm-up shorter than a step is one step at full rate
     assert lr_at(0, 5, FitConfig(warmup=0.01, decay="linear")) == 1.0
-
-
-def test_step_seeds_differ():
-    seeds = {step_seed(seed, step, rank) for seed in range(5) for step in range(20) for rank in range(3)}
-    assert len(seeds) == 300 and step_seed(1, 2, 3) == step_seed(1, 2, 3)
 
 
 def test_the_optimizer_gets_the_rate_of_each_step(tmp_path):

@@ -10,8 +10,8 @@ from torch import nn
 
 from mmctr.layers.row_table import RowTable
 from mmctr.training.optimizers import (
-    GroupConfig,
     OptimizerConfig,
+    ParameterGroupConfig,
     load_optimizer_tensors,
     make_optimizer,
     optimizer_tensors,
@@ -23,18 +23,20 @@ ROWS, D = 12, 3
 
 
 def test_groups_by_part():
-    config = OptimizerConfig(lr=0.1, weight_decay=0.2, groups={"second": GroupConfig(lr=0.3, weight_decay=0.9)})
+    config = OptimizerConfig(
+        lr=0.1, weight_decay=0.2, groups={"second": ParameterGroupConfig(lr=0.3, weight_decay=0.9)}
+    )
     task = Slope()
     groups = make_optimizer(task, config).param_groups
     found = {id(group["params"][0]): (group["lr"], group["base_lr"], group["weight_decay"]) for group in groups}
     # vectors are never decayed
     assert found == {id(task.weight): (0.1, 0.1, 0.2), id(task.bias): (0.3, 0.3, 0.0)}
-    zero = make_optimizer(task, OptimizerConfig(groups={"first": GroupConfig(lr=0.0, weight_decay=0.0)}))
+    zero = make_optimizer(task, OptimizerConfig(groups={"first": ParameterGroupConfig(lr=0.0, weight_decay=0.0)}))
     assert zero.param_groups[0]["lr"] == 0.0
     task.weight.requires_grad_(False)
     assert len(make_optimizer(task, config).param_groups) == 1
     with pytest.raises(ValueError, match=r"no part 'frist'; this task has first, second"):
-        make_optimizer(task, OptimizerConfig(groups={"frist": GroupConfig()}))
+        make_optimizer(task, OptimizerConfig(groups={"frist": ParameterGroupConfig()}))
 
 
 def test_optimizer_tensors_round_trip():
@@ -84,7 +86,7 @@ def test_groups_by_scale_of_the_learning_rate():
     task.parameter_parts = task["inner"].parameter_parts
     layers = task["inner"].layers
     layers[2].weight.requires_grad_(False)
-    config = OptimizerConfig(lr=0.1, weight_decay=0.2, groups={"layers": GroupConfig(lr=0.4)})
+    config = OptimizerConfig(lr=0.1, weight_decay=0.2, groups={"layers": ParameterGroupConfig(lr=0.4)})
     groups = make_optimizer(task, config).param_groups
     found = [(group["params"], group["base_lr"], group["lr"], group["weight_decay"]) for group in groups]
     assert found == [

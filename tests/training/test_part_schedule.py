@@ -10,12 +10,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from mmctr.data.hashing import stream_seed
 from mmctr.data.loaders import BatchPlan, TrainBatches
 from mmctr.run_folder import RunFolder
 from mmctr.training.context import RunContext
 from mmctr.training.fit import FitConfig, fit
-from mmctr.training.optimizers import GroupConfig, OptimizerConfig, make_optimizer, optimizer_tensors
-from mmctr.training.part_schedule import PartSchedule, draw_seed
+from mmctr.training.optimizers import OptimizerConfig, ParameterGroupConfig, make_optimizer, optimizer_tensors
+from mmctr.training.part_schedule import PartSchedule
 from tests.helpers.serving import make_task, make_world
 from tests.training.test_fit import Numbers
 from tests.training.test_optimizers import ROWS, D, Tables, batches
@@ -74,7 +75,7 @@ def test_redrawn_tables_equal_a_loop_with_new_tables_and_a_new_optimiser(tmp_pat
         if epoch:
             with torch.no_grad():
                 for number, table in enumerate(tables):
-                    drawn = torch.Generator().manual_seed(draw_seed(5, epoch, number))
+                    drawn = torch.Generator().manual_seed(stream_seed(5, "redrawn table", epoch, number))
                     table.copy_(torch.randn(ROWS, D, generator=drawn) * 0.5)
                     table[0] = 0
         of_tables = torch.optim.AdamW(tables, lr=0.05, weight_decay=0.1)
@@ -175,7 +176,7 @@ def test_what_cannot_be_is_refused(tmp_path):
         ({"to_epoch": 1, "redraw": True}, "keep one"),
     ):
         with pytest.raises(ValueError, match=message):
-            GroupConfig.parse(group)
+            ParameterGroupConfig.parse(group)
     layers = {"groups": {"ranker": {"redraw": True}}}
     with pytest.raises(ValueError, match=r"groups\.ranker\.redraw: only ID tables .* has other parameters"):
         run(Drawn(), tmp_path, layers)

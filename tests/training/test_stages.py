@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from mmctr.data.batches import ItemBatch
+from mmctr.data.hashing import stream_seed
 from mmctr.data.prepare import open_dataset
 from mmctr.data.splits import StagedSplit, split_interactions
 from mmctr.evaluation.metrics import impression_metrics, paired_difference
@@ -31,7 +32,6 @@ from mmctr.studies.runner import Outcome, run_study, study_cells
 from mmctr.studies.table import study_table
 from mmctr.tasks import RankingTask, RankingTaskConfig
 from mmctr.training.context import RunContext
-from mmctr.training.fit import step_seed
 from mmctr.training.stages import StagesConfig, train_stages, with_rows
 from tests.helpers.pages import Page
 from tests.helpers.tiny import finetune_values, start, write_config
@@ -144,7 +144,9 @@ def test_a_step_costs_the_new_rows_whatever_the_table(world, tmp_path, monkeypat
     collator = RankingData(dataset, whole.vocabulary, task.config.features, 5).collator(splits.stages["warm_a"])
     ids = whole.embedder.ids.weight.requires_grad_(True)  # type: ignore[union-attr]
     optimizer = adam([ids], lr=1e-2)
-    order = np.random.default_rng([step_seed(0, 0), 0]).permutation(len(collator.impressions))
+    stage_seed = stream_seed(0, "stage", 0)
+    rng = np.random.default_rng(stream_seed(stage_seed, "order of rows", 0))
+    order = rng.permutation(len(collator.impressions))
     for begin in range(0, len(order), 16):
         batch = collator(order[begin : begin + 16])
         F.binary_cross_entropy_with_logits(whole.logits(batch)[0], batch.label).backward()
@@ -196,7 +198,7 @@ def study(toy_folder, runs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("staged")
     content = {"name": "table", "path": str(runs / "embeddings"), "dim": 8, "hidden": [8]}
     values = finetune_values(toy_folder, content, epochs=1)
-    values["task"]["embedder"]["cold_ids"] = {"name": "mwuf", "hidden": [8]}
+    values["task"]["embedder"]["cold_ids"] = {"name": "mwuf", "hidden": [8], "validation": 0.3}
     values["cold_fit"] = {"epochs": 1, "batch_size": 96, "checkpoint_every": 4}
     write_config(folder / "mwuf.yaml", values)
     write_config(folder / "ids.yaml", finetune_values(toy_folder, epochs=1))
