@@ -14,6 +14,7 @@ from tests.helpers.tiny import CLONE
 
 FLOORS = [
     {"cli"},
+    {"api"},
     {"serving"},
     {"export", "concepts"},
     {"studies"},

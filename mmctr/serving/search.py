@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,81 +10,24 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import torch
 
-from mmctr.data.batches import ItemBatch
-from mmctr.data.catalog import Resize
-from mmctr.data.images import PictureError, decode_picture
 from mmctr.data.prepare import Dataset, open_dataset
 from mmctr.data.tables import as_text, one_array, read_table, rows_of
 from mmctr.retrieval.index import ItemIndex, Neighbour
 from mmctr.run_folder import RunFolder
-from mmctr.runs.finished import load_encoder
-from mmctr.runs.folder import data_config
+from mmctr.runs.item_encoder import ItemEncoder
 
 Kind = Literal["item_id", "text", "image", "user_id"]
 KINDS: tuple[Kind, ...] = ("item_id", "text", "image", "user_id")
-BATCH = 256
 
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a query: an item, words, a picture (its bytes, or the path of a file), or what a user clicked."""
+    """A part of a query: an item, words, a picture (see `mmctr.runs.item_encoder.Picture`), or what a user clicked."""
 
     kind: Kind
     value: Any
     weight: float = 1.0
-
-
-class QueryEncoder:
-    """Words and pictures -> vectors in the space of a pretraining run. Loaded once; one call at a time runs."""
-
-    def __init__(self, run: str | Path):
-        self.run = Path(run)
-        self.task = load_encoder(self.run)
-        self._resize: Resize = data_config(self.run, None).image_resize
-        self._lock = threading.Lock()
-
-    def texts(self, texts: Sequence[str]) -> np.ndarray:
-        """(Q, D) unit vectors. Raises ValueError for a text without a word."""
-        for text in texts:
-            if not text.strip():
-                raise ValueError("the text is empty: give at least one word")
-        return self._embed([self.task.encoder.tokenize(list(part)).long() for part in _batches(texts)], "input_ids")
-
-    def images(self, images: Sequence[bytes | str | Path]) -> np.ndarray:
-        """(Q, D) unit vectors of encoded pictures or files. Raises ValueError for one that cannot be read."""
-        pixels = []
-        for image in images:
-            name = "picture" if isinstance(image, bytes) else f"picture {image}"
-            try:
-                encoded = image if isinstance(image, bytes) else Path(image).read_bytes()
-                pixels.append(decode_picture(encoded, self.task.encoder.image_size, self._resize))
-            except FileNotFoundError:
-                raise ValueError(f"{name}: no such file") from None
-            except PictureError as error:
-                raise ValueError(f"{name}: {error}") from None
-        return self._embed([torch.stack(list(part)) for part in _batches(pixels)], "image")
-
-    @torch.inference_mode()
-    def _embed(self, batches: list[torch.Tensor], field: Literal["image", "input_ids"]) -> np.ndarray:
-        vectors = []
-        with self._lock:
-            for batch in batches:
-                count = len(batch)
-                there = torch.ones(count, dtype=torch.bool)
-                row = torch.zeros(count, dtype=torch.int64)
-                items = (
-                    ItemBatch(row=row, image=batch, has_image=there)
-                    if field == "image"
-                    else ItemBatch(row=row, input_ids=batch, has_text=there)
-                )
-                vectors.append(self.task.embed(items)[0].float().numpy())
-        return np.concatenate(vectors)
-
-
-def _batches(values: Sequence[Any]) -> list[Sequence[Any]]:
-    return [values[start : start + BATCH] for start in range(0, len(values), BATCH)]
 
 
 class Searcher:
@@ -107,12 +49,12 @@ class Searcher:
         return self._run is not None and RunFolder(Path(self._run)).is_begun
 
     @cached_property
-    def encoder(self) -> QueryEncoder:
+    def encoder(self) -> ItemEncoder:
         if self._run is None:
             raise ValueError(
                 "the index does not say which run made it; name it with --run to search by text or picture"
             )
-        return QueryEncoder(self._run)
+        return ItemEncoder(self._run)
 
     @cached_property
     def dataset(self) -> Dataset:
@@ -161,7 +103,7 @@ class Searcher:
             elif kind == "user_id":
                 vectors = self._users(values, numbers, made_of)
             else:
-                vectors = self.encoder.texts(values) if kind == "text" else self.encoder.images(values)
+                vectors = self.encoder.embed(**{f"{kind}s": values})
                 if vectors.shape[1] != self.index.dim:
                     raise ValueError(
                         f"run {self.encoder.run} makes vectors of {vectors.shape[1]} dimensions, the index has "

@@ -80,7 +80,7 @@ def create_app(service: Service, hosts: tuple[str, ...] = ("localhost", "127.0.0
     @app.post("/api/embed", tags=["search"], summary="Vectors of texts")
     def embed(request: EmbedRequest) -> Vectors:
         with service.busy:
-            return Vectors(vectors=service.searcher.encoder.texts(request.texts).tolist())
+            return Vectors(vectors=service.searcher.encoder.embed(texts=request.texts).tolist())
 
     @app.post("/api/score", tags=["rank"], summary="Click probabilities of given items for a user")
     def score(request: ScoreRequest) -> Ranking:

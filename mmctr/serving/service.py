@@ -45,7 +45,7 @@ class Service:
             self.catalog = (next(iter(rankers.values())) if rankers else searcher).dataset.catalog
         # heavy arithmetic side by side would take turns on the same cores
         self.busy = threading.Semaphore(os.cpu_count() or 1)
-        self._text_vector = lru_cache(maxsize=4096)(lambda text: searcher.encoder.texts([text])[0])
+        self._text_vector = lru_cache(maxsize=4096)(lambda text: searcher.encoder.embed(texts=text))
         self._places: np.ndarray | None = None
         if self.catalog is not None:
             # (n,) catalog row of each row of the index

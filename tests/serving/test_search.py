@@ -52,10 +52,10 @@ def test_a_mix_is_the_weighted_sum_of_unit_vectors(searcher, table):
     a, b = (table.ids[row].as_py() for row in (3, 8))
     expected = nearest(table, 2 * table.vectors[3] - 0.5 * table.vectors[8], 6, {a, b})
     assert ids(searcher.answer([Part("item_id", a, 2.0), Part("item_id", str(b), -0.5)], 6)) == expected
-    text = searcher.encoder.texts(["red circle"])[0]
+    text = searcher.encoder.embed(texts=["red circle"])[0]
     expected = nearest(table, table.vectors[3] + 3 * text / np.linalg.norm(text), 6, {a})
     assert ids(searcher.answer([Part("text", "red circle", 3.0), Part("item_id", a)], 6)) == expected
-    image = searcher.encoder.images([picture()])[0]
+    image = searcher.encoder.embed(images=[picture()])[0]
     assert ids(searcher.answer([Part("image", picture())], 6)) == nearest(table, image, 6)
 
 

@@ -59,11 +59,11 @@ def test_search_equals_the_library(client, service):
     expected = [vars(n) for n in index.search_item(item, 7)]
     assert ask(client, "search", {"parts": [{"item_id": item}], "k": 7})["items"] == expected
     assert ask(client, "search", {"parts": [{"item_id": str(item)}], "k": 7})["items"] == expected
-    vector = searcher.encoder.texts(["red circle"])[0]
+    vector = searcher.encoder.embed(texts=["red circle"])[0]
     found = ask(client, "search", {"parts": [{"text": "red circle"}], "where": ["factor_colour=red"]})["items"]
     assert found == [vars(n) for n in index.search(vector, 10, where=["factor_colour=red"])]
     sent = {"parts": [{"image": base64.b64encode(picture()).decode()}], "k": 5}
-    expected = [vars(n) for n in index.search(searcher.encoder.images([picture()])[0], 5)]
+    expected = [vars(n) for n in index.search(searcher.encoder.embed(images=[picture()])[0], 5)]
     assert ask(client, "search", sent)["items"] == expected
     upload = client.post("/api/search/picture", files={"picture": ("p.png", picture())}, data={"k": 5})
     assert upload.json()["items"] == expected
@@ -71,10 +71,10 @@ def test_search_equals_the_library(client, service):
         "/api/search/picture", files={"picture": picture()}, data={"where": ["factor_colour=red", "factor_size=small"]}
     )
     where = ["factor_colour=red", "factor_size=small"]
-    vector = searcher.encoder.images([picture()])[0]
+    vector = searcher.encoder.embed(images=[picture()])[0]
     assert filtered.json()["items"] == [vars(n) for n in index.search(vector, where=where)]
     vectors = ask(client, "embed", {"texts": ["a", "b c"]})["vectors"]
-    np.testing.assert_allclose(vectors, searcher.encoder.texts(["a", "b c"]), rtol=1e-6)
+    np.testing.assert_allclose(vectors, searcher.encoder.embed(texts=["a", "b c"]), rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["id", "table", "joint", "trees"])
@@ -368,7 +368,7 @@ def test_the_page_in_a_browser(server, service, tmp_path):
         return subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
 
     page = dom(f"?q=red%20circle&user={user}&why=1")
-    titles = [n.title for n in service.index.search(service.searcher.encoder.texts(["red circle"])[0], 24)]
+    titles = [n.title for n in service.index.search(service.searcher.encoder.embed(texts=["red circle"])[0], 24)]
     assert all(title in page for title in titles) and "“red circle”" in page
     best = server.ask("rank", {"user_id": user, "k": 12})["items"]
     assert all(f"{item['item_id']} · {item['score']:.3f}" in page for item in best)

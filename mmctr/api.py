@@ -1,0 +1,273 @@
+"""The public Python API: open what a run, an embedding folder or an index holds; train; compare."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from mmctr.data.embeddings import EmbeddingTable
+from mmctr.data.tables import rows_of
+from mmctr.errors import UnknownId
+from mmctr.reports.compare import comparison_json, comparison_table, write_report
+from mmctr.reports.run import Run, load_runs
+from mmctr.retrieval.index import ItemIndex, Neighbour
+from mmctr.retrieval.storage import is_index
+from mmctr.run_folder import RunFolder
+from mmctr.runs.config import FinetuneConfig, PretrainConfig
+from mmctr.runs.item_encoder import ItemEncoder, Picture
+from mmctr.serving.scoring import Scorer
+from mmctr.serving.search import Part, Searcher
+from mmctr.shipped import recipe_module
+from mmctr.tasks.folder import task_kind
+
+
+def load(path: str | Path) -> ItemEncoder | Ranker | ItemSearch:
+    """Open a finished run, an embedding folder or an index.
+
+    Args:
+        path: folder of `pretrain.train`, `finetune.train`, `mmctr embed` or `mmctr index`; or a file of vectors
+            (Parquet, .npz, .safetensors).
+
+    Returns:
+        An `ItemEncoder` for a pretraining run, a `Ranker` for a ranking run, an `ItemSearch` for vectors.
+
+    Raises:
+        ValueError: the folder is missing, not finished, or of another kind.
+
+    Example:
+        ```python
+        encoder, ranker, search = mmctr.load("demo/pretrain"), mmctr.load("demo/din_table"), mmctr.load("demo/index")
+        ```
+    """
+    folder = Path(path)
+    if RunFolder(folder).task.is_file():
+        return ItemEncoder(folder) if task_kind(folder) == "pretrain" else Ranker(folder)
+    if folder.exists() and not RunFolder(folder).is_begun:
+        return ItemSearch(folder)
+    state = "a run that has not finished; start its recipe again" if folder.exists() else "no such folder or file"
+    raise ValueError(f"{folder}: {state}")
+
+
+class ItemSearch:
+    """Nearest-neighbour search over the vectors of a catalog, by items, texts, pictures, users, or a mix of these.
+
+    Args:
+        path: an index, an embedding folder, or a file of vectors, which is searched exactly.
+        run: the pretraining run that encodes texts and pictures; None: the run that made the vectors.
+        data: the dataset whose log says what users clicked; None: the dataset of the vectors.
+
+    Example:
+        ```python
+        search = mmctr.load("demo/index")
+        for neighbour in search.search(text="red striped circle", k=5):
+            print(neighbour.score, neighbour.item_id, neighbour.title)
+        ```
+    """
+
+    def __init__(self, path: str | Path, run: str | None = None, data: str | None = None):
+        folder = Path(path)
+        self.index = ItemIndex.load(folder) if is_index(folder) else ItemIndex.build(EmbeddingTable.read(folder))
+        self._searcher = Searcher(self.index, run, data)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def search(
+        self,
+        *,
+        item_id: Any = None,
+        text: str | None = None,
+        image: Picture | None = None,
+        user_id: Any = None,
+        vector: np.ndarray | None = None,
+        k: int = 10,
+        where: Sequence[str] = (),
+    ) -> list[Neighbour]:
+        """The k items nearest to a query, nearest first.
+
+        A query of several parts is the sum of their unit vectors. Items that the query is made of are left out.
+
+        Args:
+            item_id: an item of the index, by raw id.
+            text: words.
+            image: encoded bytes, a path, a PIL image, or (H, W, 3) uint8 pixels.
+            user_id: a user of the dataset: the mean vector of what the user clicked.
+            vector: (D,) of `ItemEncoder.embed`; alone, not with other parts.
+            where: conditions on catalog columns, such as `"price<20"`; see `mmctr.retrieval.filters`.
+
+        Raises:
+            ValueError: an unknown item or user, a picture that cannot be read, a malformed condition.
+        """
+        given = {"item_id": item_id, "text": text, "image": image, "user_id": user_id}
+        parts = [Part(kind, value) for kind, value in given.items() if value is not None]  # type: ignore[arg-type]
+        if vector is not None:
+            if parts:
+                raise ValueError("a vector is a query of its own: leave the other parts out")
+            return self.index.search(vector, k, where=where)
+        return self._searcher.answer(parts, k, where)
+
+
+class Ranker:
+    """A finished ranking run that scores items for a user, both by raw id.
+
+    Args:
+        run: folder of `finetune.train`.
+        data: dataset folder with the items and users of today; None: the dataset of the run.
+        embeddings: folders with vectors of items that are new to the run.
+
+    Example:
+        ```python
+        ranker = mmctr.load("demo/din_table")
+        ranker.rank(user_id=3, k=5)  # the whole catalog, best first: [(item_id, click probability), ...]
+        ranker.score([7000000042, 7000000007], history=[7000000001])  # a user nobody knows
+        ```
+    """
+
+    def __init__(self, run: str | Path, data: str | None = None, embeddings: Sequence[str] = ()):
+        self.run = Path(run)
+        self._scorer = Scorer(run, data, embeddings)
+        self.dataset = self._scorer.dataset
+
+    @property
+    def item_ids(self) -> pa.Array:
+        """(N,) raw ids of the catalog."""
+        return self.dataset.catalog.item_ids
+
+    @property
+    def cold_item_ids(self) -> list[Any]:
+        """Raw ids of the catalog items that no training row held."""
+        return self.item_ids.filter(pa.array(self._scorer.cold)).to_pylist()
+
+    def score(
+        self,
+        items: Sequence[Any],
+        user_id: Any = None,
+        history: Sequence[Any] | None = None,
+        context: dict[str, Any] | None = None,
+        at: int | None = None,
+    ) -> np.ndarray:
+        """Click probabilities (n,) of n items for one user.
+
+        Args:
+            items: raw ids of catalog items.
+            user_id: raw id. None, or an id that is not in the log together with a `history`: a user nobody knows.
+            history: raw ids of clicked items, oldest first; None: what the user has clicked in the log.
+            context: values of context columns; those not given are as in the latest impression of the user.
+            at: timestamp in the unit of the log: only what happened before counts. None: all of the log.
+
+        Raises:
+            UnknownId: an item is not in the catalog, or the user is not in the log and no history is given.
+            ValueError: a context column that the ranker does not read.
+        """
+        rows = self._rows(items)
+        user, past = self._user(user_id, history, at)
+        return self._scorer.score(user, rows, past, context, at)
+
+    def rank(
+        self,
+        candidates: Sequence[Any] | None = None,
+        user_id: Any = None,
+        history: Sequence[Any] | None = None,
+        k: int | None = 10,
+        context: dict[str, Any] | None = None,
+        at: int | None = None,
+    ) -> list[tuple[Any, float]]:
+        """The k best of some items for one user: (raw id, click probability), best first.
+
+        Args:
+            candidates: raw ids; None: the whole catalog.
+            k: None: all candidates.
+
+        The other arguments and errors are those of `score`.
+        """
+        chosen = self.item_ids.to_pylist() if candidates is None else list(candidates)
+        scores = self.score(chosen, user_id, history, context, at)
+        order = np.argsort(-scores, kind="stable")[:k]
+        return [(chosen[place], float(scores[place])) for place in order]
+
+    def _rows(self, items: Sequence[Any]) -> np.ndarray:
+        """(n,) catalog rows of raw ids."""
+        kind = self.item_ids.type
+        try:
+            wanted = pa.array(list(items)).cast(kind) if len(items) else pa.array([], kind)
+        except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError) as error:
+            raise UnknownId(f"item ids here are {kind}, like {self.item_ids[0].as_py()!r} ({error})") from None
+        rows = rows_of(wanted, self.item_ids, "items")
+        unknown = np.flatnonzero(rows < 0)
+        if len(unknown):
+            raise UnknownId(
+                f"item {wanted[int(unknown[0])].as_py()!r} is not in the catalog; ids look like "
+                f"{self.item_ids[0].as_py()!r}"
+            )
+        return rows
+
+    def _user(self, user_id: Any, history: Sequence[Any] | None, at: int | None) -> tuple[int, np.ndarray]:
+        """The row of a user, and the catalog rows of the behaviours to read."""
+        user = self._scorer.stranger
+        if user_id is not None:
+            try:
+                user = self.dataset.user_row(user_id)
+            except UnknownId as error:
+                if history is None:
+                    raise UnknownId(f"{error}; give a history to score for a user nobody knows") from None
+        return user, self._scorer.history(user, at) if history is None else self._rows(history)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Finished ranking runs on the same rows, each against the first one."""
+
+    runs: list[Run]
+
+    def __str__(self) -> str:
+        return comparison_table(self.runs)
+
+    def to_json(self) -> dict[str, Any]:
+        """Metrics of each run, and paired differences to the first run with their intervals."""
+        return comparison_json(self.runs)
+
+    def write_html(self, path: str | Path) -> None:
+        """One HTML file that needs no network: tables, plots, training curves."""
+        write_report(self.runs, path)
+
+
+def compare(*runs: str | Path) -> Comparison:
+    """Read finished ranking runs, the first of which the others are compared with.
+
+    Raises:
+        ValueError: a folder is not a finished ranking run.
+
+    Example:
+        ```python
+        print(mmctr.compare("demo/din_id", "demo/din_table"))
+        ```
+    """
+    return Comparison(load_runs(runs))
+
+
+def train(config: FinetuneConfig | PretrainConfig) -> ItemEncoder | Ranker:
+    """Run the recipe that a config belongs to, in this process, and open the finished run.
+
+    A run that was interrupted goes on. To train with several processes, use the command line.
+
+    Args:
+        config: `FinetuneConfig.load(path, ["key=value"])` or `.parse({...})`; `PretrainConfig` alike.
+
+    Raises:
+        ValueError: for whatever the recipe refuses; the message names the key, file or row.
+
+    Example:
+        ```python
+        changes = ["data.path=demo/data", "run_dir=runs/id"]
+        ranker = mmctr.train(mmctr.FinetuneConfig.load("configs/finetune/toy_din_id.yaml", changes))
+        ```
+    """
+    recipe = "finetune" if isinstance(config, FinetuneConfig) else "pretrain"
+    importlib.import_module(recipe_module(recipe)).main(config)
+    return ItemEncoder(config.run_dir) if isinstance(config, PretrainConfig) else Ranker(config.run_dir)
