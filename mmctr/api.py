@@ -165,6 +165,8 @@ class Ranker:
             UnknownId: an item is not in the catalog, or the user is not in the log and no history is given.
             ValueError: a context column that the ranker does not read.
         """
+        if not len(items):
+            return np.zeros(0)
         rows = self._rows(items)
         user, past = self._user(user_id, history, at)
         return self._scorer.score(user, rows, past, context, at)
@@ -195,7 +197,7 @@ class Ranker:
         """(n,) catalog rows of raw ids."""
         kind = self.item_ids.type
         try:
-            wanted = pa.array(list(items)).cast(kind) if len(items) else pa.array([], kind)
+            wanted = pa.array(list(items)).cast(kind) if len(items) else pa.array([], kind)  # an empty history
         except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError) as error:
             raise UnknownId(f"item ids here are {kind}, like {self.item_ids[0].as_py()!r} ({error})") from None
         rows = rows_of(wanted, self.item_ids, "items")

@@ -46,9 +46,9 @@ pytestmark = pytest.mark.slow
 
 WORKER = """
 import sys, torch, torch.distributed as dist, torch.nn.functional as F
-from mmctr.losses.contrastive import gather_rows
+from mmctr.distributed import gather_rows
 from mmctr.embedders.memory_bank import MemoryBank
-from mmctr.layers.jagged import Dice
+from mmctr.layers.dice import Dice
 from tests.test_distributed import LOSSES, loss_and_gradients
 
 dist.init_process_group("gloo")
@@ -282,7 +282,7 @@ def test_generated_ids_and_stages_on_two_processes_equal_one(toy_folder, tmp_pat
     values = finetune_values(toy_folder, epochs=1)
     values["split"] = {"name": "staged", "new": 0.3, "rows": 2, "test_rows": 2}
     values["task"]["features"] = {"item": {"brand": {"name": "categorical", "dim": 4}}}
-    values["task"]["embedder"]["cold_ids"] = {"name": "meta_embedding", "rows": 2, "hidden": [8]}
+    values["task"]["embedder"]["cold_ids"] = {"name": "meta_embedding", "rows": 2, "validation": 0.3, "hidden": [8]}
     values["cold_fit"] = {"epochs": 1, "batch_size": 48, "log_every": 1}
     config = write_config(tmp_path / "f.yaml", values)
     one_and_two(tmp_path, "finetune.train", config)

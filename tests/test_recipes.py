@@ -176,7 +176,7 @@ def test_a_run_killed_while_it_learns_cold_ids_or_warms_items_up_goes_on(toy_fol
     values = finetune_values(toy_folder, epochs=0.5, checkpoint_every=50)
     values["split"] = {"name": "staged", "new": 0.3, "rows": 2, "test_rows": 2}
     values["task"]["features"] = {"item": {"brand": {"name": "categorical", "dim": 4}}}
-    values["task"]["embedder"]["cold_ids"] = {"name": "mwuf", "hidden": [8]}
+    values["task"]["embedder"]["cold_ids"] = {"name": "mwuf", "hidden": [8], "validation": 0.3}
     values["cold_fit"] = {"epochs": 1, "batch_size": 96, "checkpoint_every": 2, "log_every": 1}
     config = write_config(tmp_path / "config.yaml", values)
     start(tmp_path, "finetune.train", config, f"run_dir={tmp_path / 'whole'}").ok()
