@@ -33,6 +33,7 @@ def show_progress() -> None:
     logger.setLevel(logging.INFO if rank == "0" else logging.WARNING)
     if not any(isinstance(handler, _Console) for handler in logger.handlers):
         logger.addHandler(_Console())
+        logger.propagate = False  # libraries that log through the root logger give it a handler: lines would be doubled
 
 
 class exit_on_error:

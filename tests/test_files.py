@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -171,7 +172,8 @@ def test_locked_lets_one_process_in_at_a_time(tmp_path, monkeypatch):
         pass
 
 
-def test_waiting_for_a_lock_is_told(tmp_path, caplog):
+def test_waiting_for_a_lock_is_told(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("mmctr"), "propagate", True)  # a command run by another test stops that
     code = (
         "import sys, time\nfrom pathlib import Path\nfrom mmctr.files import locked\n"
         "with locked(Path(sys.argv[1])):\n    print('in', flush=True)\n    sys.stdin.read(1)\n    time.sleep(1.3)"

@@ -10,24 +10,26 @@ import pytest
 
 from mmctr.errors import RANK_VARIABLES, show_progress
 
-LOG = "import logging\nlog = logging.getLogger('mmctr.somewhere')\nlog.info('going on')\nlog.warning('beware')"
-SHOW = "from mmctr.errors import show_progress\nshow_progress()\nshow_progress()\n"
+LOG = "log = logging.getLogger('mmctr.somewhere')\nlog.info('going on')\nlog.warning('beware')"
+SHOW = "from mmctr.errors import show_progress\nshow_progress()\nshow_progress()\nlogging.basicConfig(level=20)\n"
 
 
 @pytest.fixture
 def logger(monkeypatch):
     logger = logging.getLogger("mmctr")
-    before = logger.level, logger.handlers[:]
+    before = logger.level, logger.propagate, logger.handlers[:]
     for name in RANK_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     yield logger
     logger.setLevel(before[0])
-    logger.handlers[:] = before[1]
+    logger.propagate, logger.handlers[:] = before[1:]
 
 
 @pytest.mark.parametrize(("set_up", "out"), [(SHOW, "going on\n"), ("", "")])
 def test_a_library_is_silent_until_progress_is_asked_for(set_up, out):
-    done = subprocess.run([sys.executable, "-c", set_up + LOG], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", f"import logging\n{set_up}{LOG}"], capture_output=True, text=True, check=True
+    )
     assert (done.stdout, done.stderr) == (out, "beware\n")
 
 
