@@ -175,18 +175,22 @@ def test_locked_lets_one_process_in_at_a_time(tmp_path, monkeypatch):
 def test_waiting_for_a_lock_is_told(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("mmctr"), "propagate", True)  # a command run by another test stops that
     code = (
-        "import sys, time\nfrom pathlib import Path\nfrom mmctr.files import locked\n"
-        "with locked(Path(sys.argv[1])):\n    print('in', flush=True)\n    sys.stdin.read(1)\n    time.sleep(1.3)"
+        "import sys\nfrom pathlib import Path\nfrom mmctr.files import locked\n"
+        "with locked(Path(sys.argv[1])):\n    print('in', flush=True)\n    sys.stdin.read()"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "x")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdin is not None and holder.stdout is not None
         assert holder.stdout.readline() == "in\n"
-        holder.stdin.write("x")
-        holder.stdin.flush()
+
+        def let_go(record: logging.LogRecord) -> bool:
+            holder.stdin.close()  # the other process ends at the first warning
+            return True
+
+        monkeypatch.setattr(caplog.handler, "filters", [let_go])
         with locked(tmp_path / "x"):
             pass
-    (message,) = caplog.messages
+    message = caplog.messages[0]
     assert message.startswith(f"{tmp_path / 'x'}: another process works on it; waiting for 1 s for the lock file ")
     assert Path(message.split("lock file ")[1]).is_file()
     caplog.clear()
