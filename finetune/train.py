@@ -9,6 +9,7 @@ split also stages.parquet. Started again after a crash, the run goes on.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from mmctr.data.loaders import TrainBatches
@@ -28,6 +29,9 @@ from mmctr.training.fit import fit
 from mmctr.training.generator_tasks import train_cold_ids
 from mmctr.training.stages import train_stages
 
+# not __name__, which is "__main__" in a recipe that was started: `run_recipe` shows loggers below "mmctr"
+logger = logging.getLogger("mmctr.finetune")
+
 
 def main(config: FinetuneConfig) -> dict[str, Any]:
     run = start_run(config)
@@ -39,7 +43,7 @@ def main(config: FinetuneConfig) -> dict[str, Any]:
     splits = split_interactions(dataset.interactions, len(item_ids), config.split)
     require_both_labels(splits.train, config.data.path)
     vocabulary = RankingVocabulary.learn(dataset, splits, task_config.features)
-    accelerator.print(f"{config.data.path}: {splits.report}")
+    logger.info(f"{config.data.path}: {splits.report}")
 
     # content: nothing, a frozen table, or an encoder; trees of GBDT+LR; the expert of MAKE
     content = open_content(task_config.embedder.content, dataset, config.data, run)

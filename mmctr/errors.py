@@ -1,14 +1,39 @@
-"""How a user's mistake looks at the command line."""
+"""The command line as a user sees it: progress as plain lines, and a mistake as a single one."""
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from typing import Any
 
+RANK_VARIABLES = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+"""where torchrun, accelerate and MPI say the number of a process"""
+
 
 class UnknownId(ValueError):
     """An item or a user that is asked for is not there."""
+
+
+class _Console(logging.Handler):
+    """Messages alone, without time or level: on stdout, warnings and errors on stderr; flushed, as jobs are watched."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr if record.levelno >= logging.WARNING else sys.stdout, flush=True)
+
+
+def show_progress() -> None:
+    """Show what mmctr logs, from INFO in the main process of a launch and from WARNING in the others.
+
+    For commands and recipes. A program that imports mmctr sets up `logging` as it likes; unless it does, Python shows
+    the warnings of a library and nothing else.
+    """
+    logger = logging.getLogger("mmctr")
+    rank = next((os.environ[name] for name in RANK_VARIABLES if name in os.environ), "0")
+    logger.setLevel(logging.INFO if rank == "0" else logging.WARNING)
+    if not any(isinstance(handler, _Console) for handler in logger.handlers):
+        logger.addHandler(_Console())
+        logger.propagate = False  # libraries that log through the root logger give it a handler: lines would be doubled
 
 
 class exit_on_error:

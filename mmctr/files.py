@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
-import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
+
+logger = logging.getLogger(__name__)
 
 
 def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
@@ -111,27 +116,31 @@ def replace_folder(path: Path, write: Callable[[Path], Any]) -> None:
 def locked(path: Path) -> Iterator[None]:
     """Keep other processes of this user and machine out of the same block for the same `path`; they wait.
 
-    So several runs may be started at once on a dataset that is not prepared yet. Without POSIX locks, a no-op.
+    So several runs may be started at once on a dataset that is not prepared yet. A process that waits for more than a
+    second logs a warning, again and again but ever more rarely. The lock file stays in a folder of the cache that no
+    other user can write to: removing a file that others wait for would let two of them in.
+
+    Raises OSError where that folder cannot be made.
     """
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    lock = Path(tempfile.gettempdir()) / f"mmctr-{os.getuid()}-{fingerprint(str(Path(path).resolve()))}.lock"
+    folder = cache_folder() / (f"locks-{os.getuid()}" if hasattr(os, "getuid") else "locks")
+    with _explained(folder):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    lock = FileLock(folder / f"{fingerprint(str(Path(path).resolve()))}.lock")
+    begun, pause = time.monotonic(), 1.0
     while True:
-        handle = open(lock, "a")  # noqa: SIM115
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        with suppress(FileNotFoundError):
-            if lock.stat().st_ino == os.fstat(handle.fileno()).st_ino:
-                break
-        handle.close()  # the one before us has removed this file: others lock a new one
+        try:
+            lock.acquire(timeout=pause)
+            break
+        except Timeout:
+            waited = time.monotonic() - begun
+            logger.warning(
+                "%s: another process works on it; waiting for %.0f s for the lock file %s", path, waited, lock.lock_file
+            )
+            pause = min(2 * pause, 60.0)
     try:
         yield
     finally:
-        lock.unlink(missing_ok=True)
-        fcntl.flock(handle, fcntl.LOCK_UN)  # closing is not enough: a process forked meanwhile has it open too
-        handle.close()
+        lock.release()
 
 
 @contextmanager
@@ -142,6 +151,8 @@ def claimed(folder: Path) -> Iterator[tuple[int, ...]]:
     one of them lives, though its parent was killed. Raises ValueError where it is claimed already, which without POSIX
     locks it never is, and OSError where it cannot be written to.
     """
+    # Not a FileLock as in `locked`: filelock has no public way to the file descriptor that a child would inherit, and
+    # releasing a FileLock unlocks (LOCK_UN) for all processes that have the file open, so for the children too.
     try:
         import fcntl
     except ImportError:

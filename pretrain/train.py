@@ -8,6 +8,7 @@ metrics.json, log.jsonl and checkpoints/. Started again after a crash, the run g
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from mmctr.evaluation.pretraining import evaluate_pretraining
@@ -16,6 +17,9 @@ from mmctr.runs.launch import end_run, run_recipe, start_run
 from mmctr.runs.pretrain_data import open_pretrain_data
 from mmctr.tasks import PretrainTask
 from mmctr.training.fit import fit
+
+# not __name__, which is "__main__" in a recipe that was started: `run_recipe` shows loggers below "mmctr"
+logger = logging.getLogger("mmctr.pretrain")
 
 
 def main(config: PretrainConfig) -> dict[str, Any]:
@@ -30,7 +34,7 @@ def main(config: PretrainConfig) -> dict[str, Any]:
 
     # data: items with content, a seeded part of them for validation; partners for the objectives that ask for them
     data = open_pretrain_data(config, task, run)
-    accelerator.print(f"{config.data.path}: {data.summary()}")
+    logger.info(f"{config.data.path}: {data.summary()}")
     batches = data.batches(
         config.fit.batch_size, config.fit.num_workers, accelerator.process_index, accelerator.num_processes
     )
@@ -49,7 +53,7 @@ def main(config: PretrainConfig) -> dict[str, Any]:
             {"validation": metrics, "untrained": result.untrained, "training": result.to_json(), **data.counts}
         )
         for name, value in metrics.items():
-            print(f"validation {name:28} {value:.4f}   untrained {result.untrained[name]:.4f}")
+            logger.info(f"validation {name:28} {value:.4f}   untrained {result.untrained[name]:.4f}")
     end_run(run)
     return metrics
 

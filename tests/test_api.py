@@ -55,8 +55,7 @@ def test_the_page_shows_all_of_the_script():
 def test_public_names_are_the_ones_written_down():
     page = (CLONE / "docs" / "python.md").read_text(encoding="utf-8")
     table = page.split("## The public names")[1]
-    rows = "
-".join(line.split("|")[1] for line in table.splitlines() if line.startswith("| `"))
+    rows = "\n".join(line.split("|")[1] for line in table.splitlines() if line.startswith("| `"))
     named = set(re.findall(r"`(\w+)(?:\([^`]*\))?`", rows))
     assert named == set(mmctr.__all__) == set(mmctr._PUBLIC)
     for name in mmctr.__all__:

@@ -1,10 +1,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -158,14 +158,45 @@ def _hold(path: Path, log: Path) -> None:
 
 
 def test_locked_lets_one_process_in_at_a_time(tmp_path, monkeypatch):
-    (tmp_path / "tmp").mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    monkeypatch.setenv("MMCTR_CACHE", str(tmp_path / "cache"))
     in_processes(4, _hold, tmp_path / "x", tmp_path / "log")
     with pytest.raises(KeyError), locked(tmp_path / "x"):  # an error lets go too
         raise KeyError
     _hold(tmp_path / "x", tmp_path / "log")
     assert (tmp_path / "log").read_text().split() == ["in", "out"] * 5
-    assert os.listdir(tmp_path / "tmp") == []
+    (folder,) = (tmp_path / "cache").iterdir()
+    assert folder.stat().st_mode & 0o077 == 0  # nobody else can put a file or a link there
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MMCTR_CACHE", str(tmp_path / "file"))
+    with pytest.raises(OSError, match=r"cannot write .*file/locks"), locked(tmp_path / "x"):
+        pass
+
+
+def test_waiting_for_a_lock_is_told(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("mmctr"), "propagate", True)  # a command run by another test stops that
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom mmctr.files import locked\n"
+        "with locked(Path(sys.argv[1])):\n    print('in', flush=True)\n    sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "x")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdin is not None and holder.stdout is not None
+        assert holder.stdout.readline() == "in\n"
+
+        def let_go(record: logging.LogRecord) -> bool:
+            holder.stdin.close()  # the other process ends at the first warning
+            return True
+
+        monkeypatch.setattr(caplog.handler, "filters", [let_go])
+        with locked(tmp_path / "x"):
+            pass
+    message = caplog.messages[0]
+    assert message.startswith(f"{tmp_path / 'x'}: another process works on it; waiting for 1 s for the lock file ")
+    assert Path(message.split("lock file ")[1]).is_file()
+    caplog.clear()
+    with locked(tmp_path / "x"):
+        pass
+    assert not caplog.messages
 
 
 def test_a_claimed_folder_is_refused_for_as_long_as_a_child_lives(tmp_path):

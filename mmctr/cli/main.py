@@ -15,8 +15,9 @@ from mmctr.cli.arguments import QueryPart, Version, parse_size
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command. A user's mistake is one line on stderr and exit code 1, not a traceback."""
     arguments = _parser().parse_args(argv)
-    from mmctr.errors import exit_on_error
+    from mmctr.errors import exit_on_error, show_progress
 
+    show_progress()
     with exit_on_error():
         arguments.run(arguments)
 

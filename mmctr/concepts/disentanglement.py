@@ -4,7 +4,7 @@ All functions take `mu` (n, Z), the latents of n items, and attributes as `codes
 item has no value. Scores are between 0 and 1, higher is better. A score is to be compared with `chance_scores`, and
 where attributes depend on each other (`dependency`) no score can reach 1.
 
-`sap` and `dci` need scikit-learn: extra `concepts`.
+All but `factor_vae_score` and `active_dimensions` need scikit-learn and SciPy: extra `concepts`.
 """
 
 from __future__ import annotations
@@ -29,23 +29,21 @@ def equal_width_bins(mu: np.ndarray, num_bins: int = BINS) -> np.ndarray:
 
 
 def entropy(codes: np.ndarray) -> float:
-    """The entropy in nats of the (n,) codes that are not -1."""
+    """The entropy in nats of the (n,) codes that are not -1, 0 where there are none."""
+    _check_sklearn()
+    from scipy import stats
+
     counts = np.bincount(codes[codes >= 0])
-    p = counts[counts > 0] / counts.sum() if counts.sum() else np.ones(1)
-    return float(-(p * np.log(p)).sum())
+    return float(stats.entropy(counts)) if counts.any() else 0.0
 
 
 def mutual_information(a: np.ndarray, b: np.ndarray) -> float:
-    """The mutual information in nats of two (n,) codes, over the items where neither is -1."""
+    """The mutual information in nats of two (n,) codes, over the items where neither is -1; 0 where there are none."""
+    _check_sklearn()
+    from sklearn.metrics import mutual_info_score
+
     both = (a >= 0) & (b >= 0)
-    if not both.any():
-        return 0.0
-    a, b = a[both], b[both]
-    joint = np.zeros((a.max() + 1, b.max() + 1))
-    np.add.at(joint, (a, b), 1 / len(a))
-    outer = joint.sum(1, keepdims=True) * joint.sum(0, keepdims=True)
-    nonzero = joint > 0
-    return float(max((joint[nonzero] * np.log(joint[nonzero] / outer[nonzero])).sum(), 0.0))
+    return float(mutual_info_score(a[both], b[both])) if both.any() else 0.0
 
 
 def information_matrix(mu: np.ndarray, codes: np.ndarray, num_bins: int = BINS) -> np.ndarray:
@@ -137,14 +135,17 @@ def disentanglement_and_completeness(importance: np.ndarray) -> dict[str, float]
     Disentanglement is the mean over rows of 1 minus the row's entropy to the base K, weighted by the row's share of all
     importance; completeness is the same over columns.
     """
+    _check_sklearn()
+    from scipy import stats
+
     total = max(importance.sum(), 1e-12)
 
     def score(rows: np.ndarray) -> float:
-        p = rows / rows.sum(1, keepdims=True).clip(min=1e-12)
         if rows.shape[1] < 2:
             return 1.0
-        row_entropy = -(p * np.log(p.clip(min=1e-12))).sum(1) / np.log(rows.shape[1])
-        return float(((1 - row_entropy) * rows.sum(1) / total).sum())
+        weights = rows.sum(1)
+        row_entropy = stats.entropy(rows[weights > 0], axis=1, base=rows.shape[1])
+        return float(((1 - row_entropy) * weights[weights > 0] / total).sum())
 
     return {"disentanglement": score(importance), "completeness": score(importance.T)}
 
@@ -214,6 +215,7 @@ def udr(runs: Sequence[np.ndarray]) -> list[float]:
     """
     if len(runs) < 2:
         raise ValueError("udr compares runs: give two or more")
+    _check_sklearn()
     scores = np.full((len(runs), len(runs)), np.nan)
     for i, a in enumerate(runs):
         for j, b in enumerate(runs):
@@ -224,22 +226,19 @@ def udr(runs: Sequence[np.ndarray]) -> list[float]:
 
 def _pair_udr(a: np.ndarray, b: np.ndarray) -> float:
     """The UDR of two runs, 0 where one of the runs has no active latent."""
+    from scipy import stats
+
     active_a, active_b = active_dimensions(a), active_dimensions(b)
     if not active_a.any() or not active_b.any():
         return 0.0
-    x, y = (_ranks(values) for values in (a[:, active_a], b[:, active_b]))
-    r = np.abs(x.T @ y) / len(x)
+    # Spearman's correlation; scipy.stats.spearmanr would correlate the latents of one run with each other as well
+    x, y = (stats.zscore(stats.rankdata(run, axis=0)) for run in (a[:, active_a], b[:, active_b]))
+    r = np.abs(x.T @ y) / len(a)
     # square of the highest correlation over the sum of correlations: 1 for a latent with a single perfect partner
     best_b, best_a = r.max(0), r.max(1)
     by_b = best_b**2 / r.sum(0).clip(min=1e-12)
     by_a = best_a**2 / r.sum(1).clip(min=1e-12)
     return float((by_b.sum() + by_a.sum()) / (r.shape[0] + r.shape[1]))
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """(n, Z) ranks in each column, with mean 0 and standard deviation 1."""
-    ranks = values.argsort(0).argsort(0).astype(np.float64)
-    return (ranks - ranks.mean(0)) / ranks.std(0).clip(min=1e-12)
 
 
 def _split_rows(codes: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -251,6 +250,6 @@ def _split_rows(codes: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _check_sklearn() -> None:
-    """ValueError where scikit-learn is not installed."""
+    """ValueError where scikit-learn, which brings SciPy, is not installed."""
     if find_spec("sklearn") is None:
-        raise ValueError("SAP and DCI need scikit-learn: pip install 'mmctr[concepts]'")
+        raise ValueError("disentanglement scores need scikit-learn and SciPy: pip install 'mmctr[concepts]'")

@@ -135,7 +135,7 @@ class Codebooks:
         residual, centres = items.take(rows, mean, scale), []
         for level in range(levels):
             directed, length = _directed(residual, normalize_residuals)
-            centres.append(_kmeans(directed, codes, rng, seed + level))
+            centres.append(_kmeans(directed, codes, seed + level))
             residual = (directed - centres[-1][nearest(directed, centres[-1])]) * length
         return cls(mean, scale, items.dims, centres, normalize_residuals)
 
@@ -190,9 +190,10 @@ def _directed(residual: np.ndarray, normalize: bool) -> tuple[np.ndarray, np.nda
     return directed, np.where(np.isinf(length), np.float32(0), length)
 
 
-def _kmeans(x: np.ndarray, codes: int, rng: np.random.Generator, seed: int) -> np.ndarray:
+def _kmeans(x: np.ndarray, codes: int, seed: int) -> np.ndarray:
     """(K, D) centres of (n, D) points, K = codes or the number of different points if that is less."""
-    start = _first_centres(x, codes, rng)
+    x = np.ascontiguousarray(x)
+    start = _first_centres(x, codes, seed)
     kmeans = faiss.Kmeans(
         x.shape[1], len(start), niter=25, seed=seed, min_points_per_centroid=1, max_points_per_centroid=len(x)
     )
@@ -201,25 +202,21 @@ def _kmeans(x: np.ndarray, codes: int, rng: np.random.Generator, seed: int) -> n
     return kmeans.centroids
 
 
-def _first_centres(x: np.ndarray, codes: int, rng: np.random.Generator) -> np.ndarray:
-    """k-means++ (Arthur and Vassilvitskii, 2007): each further centre is drawn by its squared distance to those there
-    are. Unlike centres drawn evenly, they do not leave a far group without one."""
-    norms = np.square(x, dtype=np.float64).sum(1)
-    picked = [int(rng.integers(len(x)))]
-    # the distances below round at about a ten-millionth of the norms
-    same = max(1e-6 * norms.mean(), NOTHING_LEFT)
-    distance = np.full(len(x), np.inf)
-    while len(picked) < codes:
-        centre = x[picked[-1]]
-        distance = np.minimum(distance, norms - 2 * (x @ centre) + norms[picked[-1]])
-        distance[distance < same] = 0
-        total = distance.sum()
-        if total == 0:
-            break
-        picked.append(
-            int(np.searchsorted(np.cumsum(distance), rng.random() * total, side="right").clip(max=len(x) - 1))
-        )
-    return x[picked]
+def _first_centres(x: np.ndarray, codes: int, seed: int) -> np.ndarray:
+    """Points drawn by k-means++ (Arthur and Vassilvitskii, 2007), each that equals an earlier one left out.
+
+    `faiss.Kmeans` can draw these itself, but always as many as there are codes: where there are fewer different
+    points, it moves the superfluous centres a little away from the points, and codes differ by nothing.
+    """
+    init = faiss.ClusteringInitialization(x.shape[1], codes)  # type: ignore[attr-defined]  # not in the stubs of faiss
+    init.method, init.seed = faiss.ClusteringInitMethod_KMEANS_PLUS_PLUS, seed
+    start = np.empty((codes, x.shape[1]), np.float32)
+    init.init_centroids(len(x), faiss.swig_ptr(x), faiss.swig_ptr(start))
+    wide = start.astype(np.float64)
+    lengths = np.square(wide).sum(1)
+    same = max(1e-6 * np.square(x, dtype=np.float64).sum(1).mean(), NOTHING_LEFT)  # points that rounding alone parts
+    equals_earlier = np.triu(lengths[:, None] - 2 * wide @ wide.T + lengths < same, 1).any(0)
+    return start[~equals_earlier]
 
 
 def nearest(x: np.ndarray, centres: np.ndarray) -> np.ndarray:

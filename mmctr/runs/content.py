@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,8 @@ from mmctr.runs.config import DataConfig
 from mmctr.runs.frozen_features import with_frozen_features
 from mmctr.tasks import PretrainTask, RankingTask
 from mmctr.training.context import RunContext
+
+logger = logging.getLogger(__name__)
 
 MAX_PICTURES = 32
 
@@ -41,7 +44,7 @@ def open_run_data(config: DataConfig, context: RunContext) -> Dataset:
     dataset = open_data(config, accelerator)
     if config.item_tables:
         for line in described(dataset.report):
-            accelerator.print(line)
+            logger.info(line)
         with accelerator.main_process_first():
             keep_item_tables(dataset, context.folder.path)
     return dataset
@@ -103,7 +106,7 @@ def open_content(config: ContentConfig, dataset: Dataset, data: DataConfig, cont
         content = RankingContent(config, table, encoder, None if config.frozen else items)
     if content.table is not None:
         vectors, has = content.table
-        accelerator.print(f"content: {int(has.sum())} of {num_items} items, {vectors.shape[1]} dimensions")
+        logger.info(f"content: {int(has.sum())} of {num_items} items, {vectors.shape[1]} dimensions")
     return content
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +25,8 @@ from mmctr.runs.launch import keep_heap
 from mmctr.runs.precision import Precision, choose, lower
 from mmctr.runs.pretrain_data import stream_content
 from mmctr.tasks import PretrainTask
+
+logger = logging.getLogger(__name__)
 
 MEASURED = 32
 """items of a batch that precisions are compared on"""
@@ -81,7 +84,7 @@ def embed_run(
     named = np.asarray(item_ids.is_valid())  # a row of a shard may lack its id
 
     def encode(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        accelerator.print(f"items {rows[0]}-{rows[-1]} of {len(item_ids)}", flush=True)
+        logger.info(f"items {rows[0]}-{rows[-1]} of {len(item_ids)}")
         vectors, has = embed_items(task, content, rows, accelerator.device, modality)
         return vectors, has & named[rows]
 
@@ -100,7 +103,7 @@ def embed_run(
     )
     if accelerator.is_main_process:
         manifest = read_json(Path(out) / "manifest.json")
-        print(f"{out}: {manifest['vectors']} vectors, {manifest['without content']} items without content")
+        logger.info(f"{out}: {manifest['vectors']} vectors, {manifest['without content']} items without content")
     return new
 
 
@@ -114,14 +117,14 @@ def _chosen_precision(
         begun, _ = begun_identity(out)
         if begun is not None:
             result[0] = begun.precision or "fp32"
-            print(f"precision {result[0]}: as {out} was begun")
+            logger.info(f"precision {result[0]}: as {out} was begun")
         else:
             # all over a catalog in memory; of a stream the first ones, which are in one group
             last = num_items - 1 if isinstance(content, ItemContent) else min(num_items, 2 * MEASURED) - 1
             rows = torch.from_numpy(np.unique(np.linspace(0, last, 2 * MEASURED).astype(np.int64)))
             batches = [content.batch(part).to(accelerator.device) for part in rows.split(MEASURED)]
             measured = choose(task, batches, lambda some, items: embed_batch(some, items, modality))
-            print(measured, flush=True)
+            logger.info(measured)
             result = [measured.precision, measured.facts()]
     if accelerator.num_processes > 1:
         broadcast_object_list(result)

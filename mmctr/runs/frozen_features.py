@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +17,8 @@ from mmctr.data.embeddings import EmbeddingTable, write_embeddings
 from mmctr.encoders.augment import AugmentConfig
 from mmctr.encoders.base import EncoderBase
 from mmctr.files import fingerprint
+
+logger = logging.getLogger(__name__)
 
 
 def with_frozen_features(
@@ -61,7 +64,7 @@ def _with_features(
         return torch.cat(parts).numpy(), has[rows]
 
     if not (folder / "manifest.json").is_file():
-        accelerator.print(f"{tower} tower is frozen: its features of {int(has.sum())} items are made once, in {folder}")
+        logger.info(f"{tower} tower is frozen: its features of {int(has.sum())} items are made once, in {folder}")
     was_training = encoder.training
     encoder.eval()
     write_embeddings(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,6 +18,8 @@ from mmctr.files import replace_file
 from mmctr.tasks import RankingTask
 from mmctr.training.context import RunContext
 from mmctr.training.stages import save_stages
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -72,18 +75,18 @@ def write_ranking_results(
     tables = task.sparsity() if task.config.ranker.weight_dim else {}
     sparsity = {"tables": tables} if task.config.ranker.weight_dim else {}
     folder.write_metrics({**metrics, "training": training, "split": splits.report, **sparsity})
-    _print_metrics(metrics, tables)
+    _log_metrics(metrics, tables)
 
 
 def _report(splits: Splits, part: Impressions, scores: np.ndarray) -> dict[str, Any]:
     return full_report(part, scores, splits.is_cold(part), splits.clicks[part.item])
 
 
-def _print_metrics(metrics: dict[str, Any], tables: dict[str, dict[str, int]]) -> None:
+def _log_metrics(metrics: dict[str, Any], tables: dict[str, dict[str, int]]) -> None:
     for name, count in tables.items():
-        print(f"{name}: {count['rows'] - count['nonzero']} of {count['rows']} features dropped")
+        logger.info(f"{name}: {count['rows'] - count['nonzero']} of {count['rows']} features dropped")
     lines = {f"test {name:4}": metrics["test"][name] for name in ("all", "warm", "cold")}
     for name, numbers in (lines | metrics.get("stages", {})).items():
         if numbers["auc"] is not None:
             gauc = numbers["gauc"] or float("nan")
-            print(f"{name:9}  AUC {numbers['auc']:.4f}  gAUC {gauc:.4f}  log loss {numbers['log_loss']:.4f}")
+            logger.info(f"{name:9}  AUC {numbers['auc']:.4f}  gAUC {gauc:.4f}  log loss {numbers['log_loss']:.4f}")

@@ -6,6 +6,7 @@ checked and bounded: what is wrong gets a 4xx with a reason.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -37,6 +38,8 @@ from mmctr.serving.schemas import (
 from mmctr.serving.scoring import Scorer
 from mmctr.serving.search import Searcher
 from mmctr.serving.service import Service
+
+logger = logging.getLogger(__name__)
 
 STATIC = Path(__file__).parent / "static"
 
@@ -197,5 +200,5 @@ def serve(
     if searcher.has_encoder:
         searcher.encoder  # noqa: B018  (loaded now rather than at the first query)
     hosts = ("*",) if host in ("0.0.0.0", "::") else (host, "localhost", "127.0.0.1", "[::1]")
-    print(f"http://{host}:{port}   (API: http://{host}:{port}/docs; Ctrl-C stops)", flush=True)
+    logger.info(f"http://{host}:{port}   (API: http://{host}:{port}/docs; Ctrl-C stops)")
     uvicorn.run(create_app(service, hosts), host=host, port=port, log_level="warning")

@@ -15,10 +15,16 @@ from mmctr.run_folder import RunFolder
 
 PATTERNS = ["*.safetensors", "*.json", "*.yaml", "*.parquet", "*.txt"]
 """all that is ever fetched: none of it is code"""
+TEMPLATE = Path(__file__).with_name("templates") / "model_card.md"
 
 
 class Shareable:
     """What tasks have for sharing, on top of `save` and `load`."""
+
+    # Not huggingface_hub.ModelHubMixin: its hook `_save_pretrained` is not told which run the task is of, its
+    # `save_pretrained` writes a config.json of the constructor's plain arguments and keeps the card of an earlier task,
+    # its `from_pretrained` asks the hub for a config.json before its hook may say which files are wanted, and its
+    # `push_to_hub` makes the repository before it is known that the task can be saved.
 
     config: Any
 
@@ -145,33 +151,25 @@ def _of_run(run: str | Path | None) -> tuple[dict[str, Any] | None, dict[str, An
 
 def model_card(task: Shareable, name: str, config: dict[str, Any] | None, metrics: dict[str, Any] | None) -> str:
     """Markdown: what the model is, how to load it, its data, numbers and config."""
+    from huggingface_hub import ModelCard, ModelCardData
+
     values = without_paths(task.config.model_dump(mode="json"))
-    if type(task).__name__ == "PretrainTask":
-        tags = ["mmctr", "item-embeddings", "multimodal"]
-        objectives = [key for key, given in values["objectives"].items() if given is not None]
-        what = (
-            f"An encoder of pictures and texts of items (`{values['encoder']['name']}`), trained on "
-            f"{' and '.join(objectives) or 'a variational head'}; it gives item vectors of {task.embedding_dim} "  # type: ignore[attr-defined]
-            "dimensions."
-        )
-    else:
-        tags = ["mmctr", "ctr-prediction", "recommender-systems"]
-        content = values["embedder"]["content"]["name"]
-        what = f"A ranker (`{values['ranker']['name']}`) of click-through rates; content of items: {content}."
-    front = yaml.safe_dump({"library_name": "mmctr", "tags": tags}, sort_keys=False)
-    parts = [
-        f"---\n{front}---\n\n# {name}\n\n{what}\n",
-        f"## How to load\n\n```python\n{loading_code(task, name)}\n```\n",
-        f"## Data\n\n{_data(task, config)}\n",
-    ]
-    rows = [(key, value) for key, value in _flat(metrics or {}) if isinstance(value, int | float)]
-    if rows:
-        lines = [
-            f"| {key} | {value:.4f} |" if isinstance(value, float) else f"| {key} | {value} |" for key, value in rows
-        ]
-        parts.append("## Metrics\n\n| metric | value |\n|---|---|\n" + "\n".join(lines) + "\n")
-    shown = yaml.safe_dump(config or {"task": values}, sort_keys=False, allow_unicode=True)
-    return "\n".join([*parts, f"## Config\n\n```yaml\n{shown}```\n"])
+    is_encoder = type(task).__name__ == "PretrainTask"
+    tags = ["item-embeddings", "multimodal"] if is_encoder else ["ctr-prediction", "recommender-systems"]
+    card = ModelCard.from_template(
+        ModelCardData(library_name="mmctr", tags=["mmctr", *tags]),
+        template_path=str(TEMPLATE),
+        name=name,
+        is_encoder=is_encoder,
+        task=values,
+        objectives=[key for key, given in values["objectives"].items() if given is not None] if is_encoder else [],
+        embedding_dim=getattr(task, "embedding_dim", None),
+        code=loading_code(task, name),
+        data=_data(task, config),
+        metrics=[(key, value) for key, value in _flat(metrics or {}) if isinstance(value, int | float)],
+        config=yaml.safe_dump(config or {"task": values}, sort_keys=False, allow_unicode=True),
+    )
+    return str(card) + "\n"
 
 
 def loading_code(task: Shareable, name: str) -> str:
@@ -179,27 +177,27 @@ def loading_code(task: Shareable, name: str) -> str:
     return f"from mmctr.tasks import {kind}\n\ntask = {kind}.from_pretrained({json.dumps(name)})"
 
 
-def _data(task: Shareable, config: dict[str, Any] | None) -> str:
-    """What the task was trained on, as far as it knows."""
+def _data(task: Shareable, config: dict[str, Any] | None) -> list[str]:
+    """What the task was trained on, as far as it knows, a line each."""
     lines = []
     data = (config or {}).get("data") or {}
     if data.get("path"):
-        lines.append(f"- dataset: {Path(data['path']).name}")
+        lines.append(f"dataset: {Path(data['path']).name}")
     if data.get("text"):
-        lines.append(f"- text of an item: {', '.join(data['text'])}")
+        lines.append(f"text of an item: {', '.join(data['text'])}")
     if data.get("images"):
-        lines.append(f"- pictures: {', '.join(data['images'])}, resized by `{data.get('image_resize', 'shortest')}`")
+        lines.append(f"pictures: {', '.join(data['images'])}, resized by `{data.get('image_resize', 'shortest')}`")
     vocabulary = getattr(task, "vocabulary", None)
     if vocabulary is not None:
-        lines.append(f"- items and users seen in training: {len(vocabulary.item_ids)} and {len(vocabulary.user_ids)}")
-        lines.append("- the files hold the raw ids of these items and users")
+        lines.append(f"items and users seen in training: {len(vocabulary.item_ids)} and {len(vocabulary.user_ids)}")
+        lines.append("the files hold the raw ids of these items and users")
         features = task.config.features
         for group in ("item", "user", "context", "cross"):
             if getattr(features, group):
-                lines.append(f"- {group} features: {', '.join(getattr(features, group))}")
+                lines.append(f"{group} features: {', '.join(getattr(features, group))}")
     if (config or {}).get("split"):
-        lines.append(f"- split: {json.dumps(config['split'])}")  # type: ignore[index]
-    return "\n".join(lines) or "Not recorded."
+        lines.append(f"split: {json.dumps(config['split'])}")  # type: ignore[index]
+    return lines
 
 
 def _flat(values: Any, key: str = "") -> list[tuple[str, Any]]:

@@ -5,6 +5,7 @@ Histories keep the ID vectors the ranker was trained with; targets alone read wh
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +35,8 @@ from mmctr.layers.row_table import RowTable
 from mmctr.tasks import RankingTask
 from mmctr.training.context import RunContext
 from mmctr.training.fit import FitConfig, fit
+
+logger = logging.getLogger(__name__)
 
 
 def freeze(task: RankingTask) -> None:
@@ -304,7 +307,7 @@ def train_cold_ids(
         primary=primary,
         evaluate_first=True,
     )
-    accelerator.print(f"cold ids: {primary} {result.best:.4f} on validation items, {without[primary]:.4f} without")
+    logger.info(f"cold ids: {primary} {result.best:.4f} on validation items, {without[primary]:.4f} without")
     generator.requires_grad_(False)
     task.embedder.generates = True
     return result.to_json() | {"without": without}

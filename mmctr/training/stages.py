@@ -7,6 +7,7 @@ trains on all rows of a stage: they are few, and the result does not depend on t
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -39,6 +40,8 @@ from mmctr.tasks import RankingTask, RankingTaskConfig
 from mmctr.tasks.folder import save_weights
 from mmctr.training.context import RunContext
 from mmctr.training.generator_tasks import freeze, mean_users
+
+logger = logging.getLogger(__name__)
 
 
 class StagesConfig(Config):
@@ -190,7 +193,7 @@ def train_stages(
             task.load_state_dict(load_file(path))
         else:
             loss = train_stage(task, data.collator(part), first, config, stream_seed(seed, "stage", number), device)
-            accelerator.print(f"{name}: {len(part)} rows of {len(new)} new items, log loss {loss:.4f}")
+            logger.info(f"{name}: {len(part)} rows of {len(new)} new items, log loss {loss:.4f}")
             if accelerator.is_main_process:
                 folder.mkdir(parents=True, exist_ok=True)
                 replace_file(path, lambda out, trained=task: save_weights(trained, out))
