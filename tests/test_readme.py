@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from mmctr.cli.main import _parser
+from tests.test_imports import FLOOR
 
 CLONE = Path(__file__).resolve().parents[1]
 PAGES = sorted([*CLONE.glob("*.md"), *(CLONE / "docs").glob("*.md")])
@@ -50,16 +51,14 @@ def flags(parser: argparse.ArgumentParser) -> set[str]:
     return set(parser._option_string_actions)
 
 
-def tree_paths() -> list[str]:
-    """The paths of the README's file tree; indentation says in which folder a name is."""
-    (tree,) = [body for body in fences(page(CLONE / "README.md")) if body.startswith("mmctr/ ")]
-    paths, parents = [], []
-    for line in tree.splitlines():
-        depth = (len(line) - len(line.lstrip())) // 2
-        name = line.split()[0]
-        parents = [*parents[:depth], name]
-        paths.append("".join(parents))
-    return paths
+def tree_names() -> list[str]:
+    """The names at the head of the lines of the README's tree, in order; the ground modules stand on one line."""
+    (tree,) = [body for body in fences(page(CLONE / "README.md")) if body.startswith("mmctr/\n")]
+    names: list[str] = []
+    for line in tree.splitlines()[1:]:
+        head = re.split(r"\s{3,}", line.strip())[0]
+        names += [f"mmctr/{name}" if line.startswith("  ") else name for name in head.split()]
+    return names
 
 
 def recipe_calls(text: str, modules: Iterable[str]) -> list[tuple[str, list[str]]]:
@@ -85,18 +84,25 @@ def recipe_calls(text: str, modules: Iterable[str]) -> list[tuple[str, list[str]
 def test_recipe_calls_are_found():
     text = "```bash\nfor s in 0 1; do python -m a.b configs/x.yaml 'k={n: 1}' seed=$s \\\n  z=2; done\na.b $c\n```\n"
     assert recipe_calls(text, {"a.b"}) == [("a.b", ["configs/x.yaml", "k={n: 1}", "seed=0", "z=2"])]
-    assert len(recipe_calls(page(CLONE / "README.md"), {"pretrain.train", "finetune.train"})) > 6
+    recipes = {"pretrain.train", "finetune.train"}
+    assert len(recipe_calls(page(CLONE / "README.md"), recipes)) > 2
+    assert len([call for path in PAGES for call in recipe_calls(page(path), recipes)]) > 20
 
 
-def test_the_file_tree_is_the_real_one():
-    paths = tree_paths()
-    assert len(paths) == len(set(paths)) > 30
-    for path in paths:
-        found = CLONE / path
-        assert found.is_dir() if path.endswith("/") else found.is_file(), path
-    real = [p for p in (CLONE / "mmctr").rglob("*") if p.is_file() and "__pycache__" not in p.parts]
-    missing = {str(p.relative_to(CLONE)) for p in real} - set(paths)
-    assert not missing, f"not in the tree of README.md: {sorted(missing)}"
+def test_the_tree_has_a_line_a_package():
+    names = tree_names()
+    assert len(names) == len(set(names)) > 25
+    for name in names:
+        assert (CLONE / name).is_dir() if name.endswith("/") else (CLONE / name).is_file(), name
+    packages = {f"mmctr/{path.parent.name}/" for path in (CLONE / "mmctr").glob("*/__init__.py")}
+    modules = {f"mmctr/{path.name}" for path in (CLONE / "mmctr").glob("[a-z]*.py")}
+    assert {name for name in names if name.startswith("mmctr/")} == packages | modules
+
+
+def test_the_tree_is_ordered_by_floors():
+    floors = [FLOOR[Path(name).stem] for name in tree_names() if name.startswith("mmctr/")]
+    packages = floors[: len(floors) - 7]  # the last line names the ground in no order
+    assert packages == sorted(packages)
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
@@ -110,7 +116,7 @@ def test_commands_and_flags_exist(path):
             assert name in known, line
             unknown = {w for w in words(rest) if re.match(r"--?[a-z]", w)} - flags(known[name])
             assert not unknown, f"mmctr {name} has no {unknown}: {line}"
-        elif line.startswith("--"):
+        elif line.startswith("--") and not line.startswith("--8<--"):  # the mark of an included file
             assert line.split()[0] in everywhere, line
 
 
