@@ -13,6 +13,7 @@ from mmctr.evaluation.metrics import interval, paired_samples
 from mmctr.reports.run import Estimate, Interval, read_predictions
 from mmctr.run_folder import RunFolder
 from mmctr.studies.config import StudyConfig
+from mmctr.studies.intervals import mean_interval
 from mmctr.studies.result_types import Difference, GapClosed, MethodDifference
 from mmctr.studies.runner import Cell
 
@@ -101,7 +102,7 @@ class PairedRows:
         means: dict[str, Estimate] = {}
         by_seed: list[dict[str, Estimate]] = [{} for _ in seeds]
         for metric, (values, samples) in self._samples(method, seeds, split, scores or self.scores).items():
-            means[metric] = Estimate(_finite(values.mean()), _finite_ends(_mean_over_drawn_seeds(samples)))
+            means[metric] = Estimate(_finite(values.mean()), mean_interval(values, samples, num_users))
             for position, estimates in enumerate(by_seed):
                 estimates[metric] = Estimate(_finite(values[position]), _finite_ends(samples[:, position]))
         per_seed = {seed: Difference(num_users, **one) for seed, one in zip(seeds, by_seed, strict=True)}
@@ -116,20 +117,20 @@ class PairedRows:
         baseline, oracle = self.study.baseline, self.study.oracle
         if oracle is None or method in (baseline, oracle) or not self.masks["cold"].any():
             return None
-        seeds = self.shared_seeds(method, baseline, oracle)
+        seeds, num_users = self.shared_seeds(method, baseline, oracle), self.num_users("cold")
         if not seeds:
             return None
         values, samples = self._samples(method, seeds, "cold", self.scores)["gauc"]
         oracle_values, oracle_samples = self._samples(oracle, seeds, "cold", self.scores)["gauc"]
-        oracle_interval = _finite_ends(_mean_over_drawn_seeds(oracle_samples))
+        oracle_interval = mean_interval(oracle_values, oracle_samples, num_users)
         if oracle_interval is None or oracle_interval[0] <= 0:
             return None
-        # method and oracle have the same users and seeds in a sample, so a ratio of the two is one of the sample
+        # method and oracle have the same users and seed in a sample, so a ratio of the two is one of the sample
         with np.errstate(divide="ignore", invalid="ignore"):
-            ratios = _mean_over_drawn_seeds(samples) / _mean_over_drawn_seeds(oracle_samples)
             seed_ratios = values / oracle_values
+            ratios = samples / oracle_samples
         share = _finite(values.mean() / oracle_values.mean())
-        return GapClosed(share, _finite_ends(ratios), [_finite(ratio) for ratio in seed_ratios])
+        return GapClosed(share, mean_interval(seed_ratios, ratios, num_users), [_finite(r) for r in seed_ratios])
 
     def _samples(
         self, method: str, seeds: Sequence[int], split: str, scores: Scores
@@ -151,13 +152,6 @@ def _read_stages(path: Path) -> dict[str, np.ndarray]:
         return {}
     table = pyarrow.parquet.read_table(path)
     return {stage: table[stage].to_numpy() for stage in table.column_names[3:]}  # after user, item and label
-
-
-def _mean_over_drawn_seeds(samples: np.ndarray) -> np.ndarray:
-    """(num_samples, S) -> (num_samples,): the mean over as many seeds, drawn with replacement in each sample."""
-    count = samples.shape[1]
-    drawn = np.random.default_rng(count).integers(0, count, samples.shape)
-    return np.take_along_axis(samples, drawn, axis=1).mean(axis=1)
 
 
 def _finite(value: float) -> float | None:

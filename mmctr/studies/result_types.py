@@ -18,10 +18,10 @@ MIN_USERS = 10
 difference, three to six users one in five, and ten and more about one in ten or less"""
 RULE = (
     "The difference of a method is its gAUC minus that of the baseline on the same rows, averaged over seeds, seed by "
-    "seed. Its 95% interval comes from {samples} resamples: each draws users with replacement, the same for both "
-    "methods and all seeds, and then as many seeds as there are, with replacement. A star marks an interval without "
-    "zero over {users} or more users with clicked and other rows. With few seeds their spread is underestimated, so an "
-    "interval that ends near zero decides nothing; and of many methods that change nothing some have a star by chance."
+    "seed. Its 95% interval is mean ± t · sqrt(user variance + seed variance / seeds): the user variance from "
+    "{samples} resamples of users, the same for both methods and all seeds, the seed variance from the seeds, and t "
+    "with Satterthwaite's degrees of freedom. A star marks an interval without zero over {users} or more users with "
+    "clicked and other rows. Of twenty methods that change nothing, one or two have a star by chance."
 )
 
 

@@ -27,7 +27,9 @@ def test_seeds_that_disagree_widen_the_interval(copied_study):
     with_scores(out, agree)
     methods = study_results(study, kept(study, out)).to_json()["protocols"]["held_out"]["methods"]
     found = methods["content"]["difference"]["all"]
-    assert found["gauc_ci"][0] > 0.05 and found["gauc_ci"] == pytest.approx(found["seeds"][0]["gauc_ci"])
+    # seeds that agree add nothing to the spread of users
+    low, high = found["gauc_ci"]
+    assert low > 0.05 and high - low == pytest.approx(np.diff(found["seeds"][0]["gauc_ci"])[0], rel=0.3)
 
     def disagree(method, seed, columns):
         return noise[: len(columns["label"])] + 0.2 * columns["label"] * (method == "content") * (1 if seed else -1)
