@@ -3,7 +3,7 @@ from __future__ import annotations
 import pyarrow as pa
 import pytest
 
-from mmctr.retrieval.filters import matching
+from mmctr.retrieval.filters import matching, parse_condition
 
 ITEMS = pa.table(
     {
@@ -64,3 +64,26 @@ def test_mistakes(condition, message):
 
 def test_an_empty_catalog():
     assert matching(ITEMS.slice(0, 0), ["colour=red", "price<3", "tags=a"]).tolist() == []
+
+
+@pytest.mark.parametrize(
+    ("condition", "parsed"),
+    [
+        ("  colour =  red|blue ", ("colour", "=", "red|blue")),
+        ("price<=20", ("price", "<=", "20")),
+        ("a b != c = d", ("a b", "!=", "c = d")),
+        ("!odd=1", ("!odd", "=", "1")),
+        ("=x=1", ("=x", "=", "1")),
+        ("brand=", ("brand", "=", "")),
+    ],
+)
+def test_a_condition_is_cut_at_the_first_sign(condition, parsed):
+    assert parse_condition(condition) == parsed
+
+
+@pytest.mark.parametrize("text", [" " * 1_000_000, "a" + " " * 1_000_000 + "b", "! " * 500_000, "\n" * 1_000_000])
+def test_a_long_text_without_a_sign_is_refused_at_once(text):
+    """In linear time: with a pattern that tries every split, a thousandth of this keeps a server busy for minutes."""
+    with pytest.raises(ValueError, match="write COLUMN=VALUE") as error:
+        parse_condition(text)
+    assert len(str(error.value)) < 1000
