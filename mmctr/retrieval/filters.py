@@ -38,8 +38,8 @@ def matching(items: pa.Table, conditions: Sequence[str]) -> np.ndarray:
 def parse_condition(condition: str) -> tuple[str, str, str]:
     """(column, sign, value) of a condition, without spaces around the three; the column ends at the first sign.
 
-    The time is linear in the length of the text, which may come from a stranger's request. Raises ValueError where there
-    is no column or no sign.
+    The time is linear in the length of the text, which may come from the request of a stranger. Raises ValueError where
+    there is no column or no sign.
     """
     text = condition.strip()
     sign = _SIGN.search(text, 1)  # a column has a character at least
