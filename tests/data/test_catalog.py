@@ -20,7 +20,7 @@ from PIL import Image
 from mmctr.data import catalog as module
 from mmctr.data.catalog import Catalog
 from mmctr.data.images import decode_picture
-from mmctr.data.picture_cache import Pictures
+from mmctr.data.picture_cache import Pictures, reserve
 from mmctr.data.prepare import open_dataset, prepare
 from mmctr.files import locked
 from tests.helpers.worlds import in_processes, picture, write_dataset
@@ -207,7 +207,7 @@ def test_who_comes_second_waits_for_the_first(tmp_path):
 
 
 def test_the_room_for_pictures_is_taken_before_they_are_decoded(tmp_path):
-    module._reserve(tmp_path / "values.npy", (100, 3, 32, 32))
+    reserve(tmp_path / "values.npy", (100, 3, 32, 32))
     stat = (tmp_path / "values.npy").stat()
     assert stat.st_blocks * 512 >= stat.st_size > 100 * 3 * 32 * 32
 
