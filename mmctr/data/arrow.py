@@ -1,4 +1,4 @@
-"""`pyarrow.compute` as `pc`, typed as Any: pyarrow makes these functions at import time, unknown to type checkers."""
+"""`pyarrow.compute` as `pc`, typed as Any: pyarrow creates the functions at import time, unknown to type checkers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Catalog: the items, raw id <-> row, their texts, and the cache of their pictures."""
+"""Catalog: the items of a dataset, the mapping of raw ids to rows, item texts, and the cache of item pictures."""
 
 from __future__ import annotations
 
@@ -37,16 +37,21 @@ Resize = Literal["shortest", "longest", "squash"]
 
 
 class Catalog:
-    """The items of a prepared dataset folder.
+    """The N items of a prepared dataset folder. A catalog row is the position of an item in the table.
 
-    `table` is a pyarrow table whose first column `item_id` is unique; rows are its positions. Build one from a
-    folder with `mmctr.data.prepare.open_dataset`, or from any `datasets.Dataset` with `Catalog.from_dataset`.
+    Build a catalog from a folder with `mmctr.data.prepare.open_dataset`, or from any `datasets.Dataset` with
+    `Catalog.from_dataset`.
+
+    Args:
+        table: items, with unique values in the column `item_id`.
+        folder: folder of the caches of pictures and tokens.
+        root: the dataset folder that relative picture paths start from; None where no picture is a path.
     """
 
     def __init__(self, table: pa.Table, folder: Path, root: Path | None):
         self.table = table
         self.folder = folder
-        """where caches of pictures and tokens are kept"""
+        """folder of the caches of pictures and tokens"""
         self.root = root
         """the dataset folder that relative picture paths start from"""
         self.item_ids: pa.Array = one_array(table.column("item_id"))
@@ -56,13 +61,23 @@ class Catalog:
 
     @property
     def items(self) -> Dataset:
-        """The items as a `datasets.Dataset`, without their picture bytes."""
+        """The items as a `datasets.Dataset`, without the column `image`."""
         from datasets import Dataset
 
         return Dataset(self.table.drop_columns(["image"]) if "image" in self.table.column_names else self.table)
 
     def rows(self, item_ids: Sequence[Any] | pa.Array) -> np.ndarray:
-        """Catalog rows of raw ids: (n,) int64. Raises UnknownId naming an id that is not in the catalog."""
+        """Catalog rows of raw ids.
+
+        Args:
+            item_ids: n raw ids, all integers or all strings.
+
+        Returns:
+            (n,) int64 rows.
+
+        Raises:
+            UnknownId: an id is not in the catalog; the message names the id.
+        """
         try:
             wanted = item_ids if isinstance(item_ids, pa.Array) else pa.array(item_ids)
             wanted = as_ids(wanted, "item_id", "catalog")
@@ -77,7 +92,14 @@ class Catalog:
         return rows
 
     def texts(self, columns: Sequence[str]) -> list[str]:
-        """One text an item: its non-empty fields joined by ". "; "" where there is none."""
+        """One text per item: the non-empty values of some columns joined by ". "; "" where all values are empty.
+
+        Args:
+            columns: names of the columns, in the order of the text.
+
+        Raises:
+            ValueError: the items table lacks a column.
+        """
         require_columns(self.table, list(columns), "items")
         if not columns:
             return [""] * len(self)
@@ -87,9 +109,15 @@ class Catalog:
     def tokens(
         self, columns: Sequence[str], tokenize: Callable[[list[str]], Tensor], key: str
     ) -> tuple[Tensor, Tensor]:
-        """Token ids of every item, made once and cached: (N, T) int32 and the (N,) bool mask of items with text.
+        """Token ids of every item, computed once and cached in a file.
 
-        `key` must change whenever the tokenizer does.
+        Args:
+            columns: names of the columns that make up a text.
+            tokenize: maps n texts to (n, T) token ids.
+            key: identifies the tokenizer in the name of the cache file; must change whenever the tokenizer changes.
+
+        Returns:
+            (N, T) int32 token ids and the (N,) bool mask of items with a text.
         """
         texts = self.texts(columns)
         path = self.folder / f"tokens-{fingerprint(key, chr(0).join(texts).encode())}.npy"
@@ -104,17 +132,26 @@ class Catalog:
         ids = torch.from_numpy(np.load(path, allow_pickle=False))
         return ids, torch.tensor([bool(text) for text in texts])
 
-    def pictures(self, size: int, resize: Resize, threads: int = 2, column: str = "image", place: int = 0) -> Pictures:
-        """The picture cache for one size, built when it is not there yet; an interrupted build goes on.
+    def pictures(
+        self, size: int, resize: Resize, threads: int = 2, column: str = "image", position: int = 0
+    ) -> Pictures:
+        """The cache of decoded pictures of one size; a missing cache is built, an interrupted build is continued.
 
-        The cache is of these items: with others, or with other picture cells, it is built anew.
+        A cache that was built for other items or other picture cells is built anew.
 
         Args:
-            column, place: which cells; `place` is that in a column of lists.
+            size: side of a picture in pixels.
+            resize: how a picture is made square; the choices of `mmctr.data.images.decode_picture`.
+            threads: number of threads that decode pictures.
+            column: name of the column with the pictures.
+            position: index of the picture within each cell, for a column of lists.
+
+        Raises:
+            OSError: the disk has no room for the cache.
         """
         name = "pictures" if column == "image" else f"pictures-{fingerprint(column)[:8]}"
-        folder = self.folder / f"{name}-{size}-{resize}{f'-{place}' if place else ''}"
-        sources = self._sources(column, place)
+        folder = self.folder / f"{name}-{size}-{resize}{f'-{position}' if position else ''}"
+        sources = self._sources(column, position)
         key = self._pictures_key(sources)
         with locked(folder):
             if not (folder / "report.json").is_file() or read_json(folder / "report.json").get("key") != key:
@@ -122,7 +159,11 @@ class Catalog:
         return Pictures(folder)
 
     def picture_cell(self, row: int) -> str | bytes | None:
-        """The path, relative to `root`, or the encoded bytes of an item's first picture."""
+        """The first picture of the item in a catalog row.
+
+        Returns:
+            A path relative to `root`, the encoded bytes, or None for an item without a picture.
+        """
         cells = self.table.column("image")
         cell = cells.slice(row, 1)
         if _is_list(cell.type):
@@ -133,24 +174,24 @@ class Catalog:
         return picture_sources(cell, "items table")[0].as_py()
 
     def pictures_per_item(self, column: str) -> int:
-        """How many pictures the longest cell of a column holds; 1 for a column that is not of lists."""
+        """Number of pictures in the longest cell of a column; 1 for a column without lists."""
         cells = self.table.column(column)
         if not _is_list(cells.type):
             return 1
         return max(1, pc.max(pc.list_value_length(cells)).as_py() or 0)
 
-    def _sources(self, column: str, place: int) -> pa.ChunkedArray:
+    def _sources(self, column: str, position: int) -> pa.ChunkedArray:
         if column not in self.table.column_names:
             return pa.chunked_array([pa.nulls(len(self), pa.string())])
         cells = self.table.column(column)
         if _is_list(cells.type):
-            long_enough = pc.greater(pc.list_value_length(cells), place)
-            there = np.flatnonzero(np.asarray(pc.fill_null(long_enough, False)))
-            picked = one_array(pc.list_element(cells.take(pa.array(there)), place))
+            long_enough = pc.greater(pc.list_value_length(cells), position)
+            present = np.flatnonzero(np.asarray(pc.fill_null(long_enough, False)))
+            picked = one_array(pc.list_element(cells.take(pa.array(present)), position))
             index = np.zeros(len(self), np.int64)
-            index[there] = np.arange(len(there))
+            index[present] = np.arange(len(present))
             mask = np.ones(len(self), bool)
-            mask[there] = False
+            mask[present] = False
             cells = pa.chunked_array([picked.take(pa.array(index, mask=mask))])
         return picture_sources(cells, "items table", column)
 
@@ -223,8 +264,16 @@ class Catalog:
 
     @classmethod
     def from_dataset(cls, dataset: Dataset, folder: Path, root: Path | None = None) -> Catalog:
-        """A catalog from any `datasets.Dataset` with an `item_id` column; an `Image` column may be called `image`."""
+        """A catalog from any `datasets.Dataset`.
 
+        Args:
+            dataset: items with a column `item_id`; pictures are read from an `Image` column named `image`.
+            folder: folder for the caches of pictures and tokens; created where it does not exist.
+            root: folder that relative picture paths start from.
+
+        Raises:
+            ValueError: the dataset has no column `item_id`, or no item is left after the checks.
+        """
         folder = Path(folder)
         table, _ = clean_items(dataset_table(dataset), "dataset")
         folder.mkdir(parents=True, exist_ok=True)
@@ -232,18 +281,27 @@ class Catalog:
 
 
 def tokenized(texts: list[str], tokenize: Callable[[list[str]], Tensor]) -> Tensor:
-    """(n, T) int32 token ids of many texts, a part of them at a time."""
+    """(n, T) int32 token ids of n texts; the tokenizer is called on 4,096 texts at a time."""
     starts = range(0, max(len(texts), 1), 4096)  # no texts: a call tells how long a row is
     return torch.cat([tokenize(texts[start : start + 4096]).to(torch.int32) for start in starts])
 
 
 def joined_text(parts: Iterable[str | None]) -> str:
-    """The text of an item from its fields: those that are not empty, joined by ". "."""
+    """The text of an item: the non-empty parts joined by ". "."""
     return ". ".join(part for part in parts if part)
 
 
 def picture_sources(column: pa.ChunkedArray, source: Any, name: str = "image") -> pa.ChunkedArray:
-    """Relative paths (string) or encoded pictures (binary); a struct of both, as `datasets` has it, becomes bytes."""
+    """Picture cells as relative paths (string) or encoded pictures (large_binary).
+
+    Args:
+        column: paths, bytes, nulls, or the structs of `bytes` and `path` that `datasets` writes.
+        source: name of the file or table, for error messages.
+        name: name of the column, for error messages.
+
+    Raises:
+        ValueError: the column has another type, or mixes paths and bytes.
+    """
     kind = column.type
     if pa.types.is_struct(kind):
         data, path = pc.struct_field(column, "bytes"), pc.struct_field(column, "path")
@@ -274,9 +332,17 @@ def dataset_table(dataset: Dataset) -> pa.Table:
 
 
 def clean_items(table: pa.Table, name: str) -> tuple[pa.Table, dict[str, Any]]:
-    """Items with unique ids and plain columns; what was set aside is counted in the report.
+    """Check an items table: rows without an id and rows with a repeated id are set aside.
 
-    Raises ValueError when no item is left.
+    Args:
+        table: items as read from a file.
+        name: name of the file, for error messages.
+
+    Returns:
+        The table with unique ids and plain columns, and a report that counts the rows set aside.
+
+    Raises:
+        ValueError: no row is left, the column `item_id` is missing, or the ids are not integers or strings.
     """
     require_columns(table, ("item_id",), name)
     ids = as_ids(table.column("item_id"), "item_id", name)
@@ -288,12 +354,12 @@ def clean_items(table: pa.Table, name: str) -> tuple[pa.Table, dict[str, Any]]:
     if not first.any():
         raise ValueError(f"{name}: no items (of {len(ids)} rows, {int((~valid).sum())} have no item_id)")
     repeated = ids.filter(pa.array(valid & ~first))
-    kept = table.filter(pa.array(first))
+    unique = table.filter(pa.array(first))
     columns = {"item_id": ids.filter(pa.array(first))}
-    for column_name in kept.column_names:
+    for column_name in unique.column_names:
         if column_name == "item_id":
             continue
-        column = kept.column(column_name)
+        column = unique.column(column_name)
         columns[column_name] = picture_sources(column, name) if column_name == "image" else column
     report: dict[str, Any] = {
         "rows": len(ids),

@@ -1,4 +1,4 @@
-"""EmbeddingIdentity: what made the vectors of an embedding folder or an index."""
+"""EmbeddingIdentity: the run, data and options that produced the vectors of an embedding folder or an index."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ from typing import Any
 
 @dataclass(frozen=True)
 class EmbeddingIdentity:
-    """What made the vectors of an embedding folder; None where that is not known.
+    """The run, data and options that produced the vectors of an embedding folder; None for an unknown fact.
 
-    Two folders of one identity hold the same vectors. An export that was killed goes on only under its own identity.
+    Two folders with equal identities hold the same vectors. An interrupted export continues only with an equal
+    identity.
 
     Args:
-        run: folder of the run whose encoder made the vectors.
+        run: folder of the run whose encoder computed the vectors.
         data: the dataset folder.
-        weights: fingerprint of the weights, see `RunFolder.weights_fingerprint`.
+        weights: fingerprint of the weights, as `RunFolder.weights_fingerprint` returns it.
         catalog: fingerprint of the item ids in catalog order.
         modality: `both`, `image` or `text`.
-        item_vector: how picture and text are put together, see `PretrainTaskConfig.item_vector`.
-        shard_size: items a shard.
-        precision: of the towers; None: fp32.
-        source: fingerprint of the pixels or tokens that were read, of features that frozen towers made.
+        item_vector: how the picture and text vectors of an item are combined: `PretrainTaskConfig.item_vector`.
+        shard_size: number of items per shard.
+        precision: floating-point precision of the towers; None: fp32.
+        source: fingerprint of the pixels or tokens, for features computed by frozen towers.
         appended: whether items were added after the first export.
     """
 
@@ -38,7 +39,15 @@ class EmbeddingIdentity:
 
     @classmethod
     def from_json(cls, values: Any, source: str = "manifest.json") -> EmbeddingIdentity:
-        """What `to_json` gave. Raises ValueError for anything else."""
+        """The identity whose `to_json` gave `values`.
+
+        Args:
+            values: a mapping of field names to values.
+            source: name of the file, for the error message.
+
+        Raises:
+            ValueError: `values` is not a mapping, or has an unknown key.
+        """
         known = {field.name for field in fields(cls)}
         if not isinstance(values, dict) or not set(values) <= known:
             unknown = sorted(set(values) - known) if isinstance(values, dict) else values
@@ -46,16 +55,21 @@ class EmbeddingIdentity:
         return cls(**values)
 
     def to_json(self) -> dict[str, Any]:
-        """What is known, by name."""
+        """The known facts by field name."""
         return {name: value for name, value in asdict(self).items() if value not in (None, False)}
 
     def change_of_encoder(self, other: EmbeddingIdentity) -> str | None:
-        """The first field that says that `other` has another encoder, or options of it; None: vectors of both belong in
-        one table. The catalog may have grown, and catalog and run may have been moved."""
+        """The name of the first field that shows that `other` has another encoder or other encoder options.
+
+        The catalog may have grown, and the folders of the catalog and the run may have been moved.
+
+        Returns:
+            None when the vectors of both identities may be stored in one table.
+        """
         may_differ = ("catalog", "data", "run", "shard_size", "appended")
         names = [field.name for field in fields(self) if field.name not in may_differ]
         return next((name for name in names if getattr(self, name) != getattr(other, name)), None)
 
     def after_appending(self, other: EmbeddingIdentity) -> EmbeddingIdentity:
-        """The identity of vectors of which some were made under this one, then further ones under `other`."""
+        """The identity of a table to which vectors with the identity `other` were appended."""
         return replace(self, **(other.to_json() | {"appended": True}))

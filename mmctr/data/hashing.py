@@ -1,4 +1,4 @@
-"""Random numbers as functions of a seed, the name of a stream, and a key: the same in every process and version."""
+"""Random numbers as functions of a seed, a stream name and a key: equal in every process and every NumPy version."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 def stream_seed(seed: int, name: str, *numbers: int) -> int:
     """The seed of one stream of random numbers of a run: 60 bits of a SHA-256 hash.
 
-    Every place that draws has a stream of its own, by name, so no two places share their draws, and streams of
-    neighbouring seeds have nothing in common.
+    Every use of random numbers has a separate stream with a separate name, so that no two uses share draws, and the
+    streams of neighbouring seeds are independent.
 
     Args:
-        seed: of the run.
-        name: what is drawn, such as "id dropout".
-        numbers: the epoch, step or process a stream belongs to, where each has one of its own.
+        seed: seed of the run.
+        name: purpose of the draws, such as "id dropout".
+        numbers: the epoch, step or process, where every epoch, step or process has a separate stream.
 
     Example:
         ```python
@@ -32,7 +32,7 @@ def stream_seed(seed: int, name: str, *numbers: int) -> int:
 
 
 def splitmix64(x: np.ndarray) -> np.ndarray:
-    """(n,) uint64 -> (n,) uint64: one step of splitmix64 from state x."""
+    """One step of the splitmix64 generator (Steele et al. 2014) from every state in `x`: (n,) uint64 -> (n,) uint64."""
     with np.errstate(over="ignore"):
         x = x + GOLDEN
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -41,7 +41,16 @@ def splitmix64(x: np.ndarray) -> np.ndarray:
 
 
 def hashed_uniform(seed: int, step: int, keys: np.ndarray) -> np.ndarray:
-    """(n,) numbers in [0, 1) that depend on (seed, step, key) alone: the same draw in every process and worker."""
+    """Uniform random numbers that depend on (seed, step, key) alone: equal in every process and worker.
+
+    Args:
+        seed: seed of a stream, from `stream_seed`.
+        step: training step.
+        keys: (n,) integers, such as catalog rows.
+
+    Returns:
+        (n,) float64 in [0, 1).
+    """
     with np.errstate(over="ignore"):
         x = keys.astype(np.uint64) + np.uint64(seed) * GOLDEN
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9) + np.uint64(step)
@@ -51,7 +60,14 @@ def hashed_uniform(seed: int, step: int, keys: np.ndarray) -> np.ndarray:
 
 
 def row_hashes(values: np.ndarray) -> np.ndarray:
-    """(n, ...) -> (n,) int64, not negative: sums of the bytes in words of eight, each times an odd number."""
+    """Hashes of the rows of an array: the 8-byte words of a row, each times an odd number, are added up and mixed.
+
+    Args:
+        values: (n, ...) array of any type.
+
+    Returns:
+        (n,) int64, not negative.
+    """
     flat = np.ascontiguousarray(values.reshape(len(values), -1)).view(np.uint8)
     flat = np.pad(flat, ((0, 0), (0, -flat.shape[1] % 8))).view(np.uint64)
     factors = splitmix64(np.arange(flat.shape[1], dtype=np.uint64)) | np.uint64(1)

@@ -1,6 +1,6 @@
-"""One picture, from bytes or from a path inside a dataset folder, to a uint8 RGB tensor.
+"""Decoding of one picture, from bytes or from a path inside a dataset folder, to a uint8 RGB tensor.
 
-Whatever the bytes are, the only exception that leaves this module is `PictureError`, with a short `reason` to count by.
+Damaged input of any kind raises `PictureError`, with a short `reason` by which reports count rejected pictures.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.nn.functional import interpolate
 Resize = Literal["shortest", "longest", "squash"]
 
 MAX_PIXELS = 64_000_000
-# JPEG's own limit. A longer side only ever means a hostile file, and the resampling tables grow with the side.
+# The limit of the JPEG format. A longer side only ever means a hostile file, and resampling tables grow with the side.
 MAX_SIDE = 65_535
 # The widest uncompressed pixel there is (16-bit RGBA): a file larger than this per pixel cannot be within MAX_PIXELS.
 _BYTES_PER_PIXEL = 8
@@ -41,12 +41,13 @@ _UPRIGHT = {
 class PictureError(ValueError):
     """A picture that cannot be used.
 
-    `reason` is one of "missing", "empty", "not_a_picture", "truncated", "too_large", "escapes_folder", "unreadable";
-    `detail` says which file or what about it, and what to do.
+    Args:
+        reason: one of "missing", "empty", "not_a_picture", "truncated", "too_large", "escapes_folder", "unreadable".
+        detail: the file, the problem, and the remedy.
     """
 
     def __init__(self, reason: str, detail: str = "") -> None:
-        # Both go to `args`, so the error survives pickling on its way out of a worker process.
+        # Both arguments go to `args`, so that the error survives pickling on the way out of a worker process.
         super().__init__(reason, detail)
         self.reason = reason
         self.detail = detail
@@ -58,10 +59,13 @@ class PictureError(ValueError):
 def read_picture(source: str | bytes | None, root: Path | None = None, max_pixels: int = MAX_PIXELS) -> bytes:
     """The encoded bytes of a picture.
 
-    source: the encoded bytes themselves, or a path relative to `root`; None (a null cell) is a missing picture.
-    root: the dataset folder. A path that leaves it (absolute, `..`, a symlink to the outside) is refused.
-    max_pixels: a file too large to be a picture of that many pixels is not even read.
-    Raises PictureError.
+    Args:
+        source: the encoded bytes themselves, or a path relative to `root`; None (a null cell) is a missing picture.
+        root: the dataset folder. A path that leaves the folder (absolute, `..`, a symlink to the outside) is refused.
+        max_pixels: a file too large to be a picture with that many pixels is not read.
+
+    Raises:
+        PictureError: the picture is missing, empty, too large, outside the folder, or the file cannot be read.
     """
     if source is None or (isinstance(source, str) and not source):
         raise PictureError("missing", "the image cell is null or empty")
@@ -98,15 +102,25 @@ def _read_file(source: str, root: Path | None, max_bytes: int) -> bytes:
 
 
 def decode_picture(data: bytes, size: int, resize: Resize = "shortest", max_pixels: int = MAX_PIXELS) -> torch.Tensor:
-    """Decode to a (3, size, size) uint8 RGB tensor; bicubic with antialiasing.
+    """Decode a picture and resize with bicubic interpolation and antialiasing.
 
-    resize: "shortest" takes the centre square (the shorter side becomes `size`; what CLIP does), "longest" keeps the
-    whole picture and pads with white, "squash" stretches both sides to `size`.
-    Transparency is laid on white, EXIF rotation is applied, an animation gives its first frame, 16-bit grey is scaled.
-    max_pixels: a picture whose header announces more is refused before it is decoded.
+    Transparent pixels are blended with white, the EXIF rotation is applied, an animation is read as the first frame,
+    and 16-bit grey values are scaled to 8 bits. A file that was cut off and then closed with a proper end marker cannot
+    be distinguished from a whole file.
 
-    Raises PictureError for whatever is wrong with `data`, ValueError for a bad `size` or `resize`. Cut-off files are
-    errors; a file that was cut off and then closed with a proper end marker cannot be told from a whole one.
+    Args:
+        data: bytes of a JPEG, PNG, WebP, GIF, BMP or TIFF file (AVIF where Pillow supports the format).
+        size: side of the result in pixels.
+        resize: "shortest" takes the centre square, so that the shorter side becomes `size`, as CLIP does; "longest"
+            keeps the whole picture and pads with white; "squash" stretches both sides to `size`.
+        max_pixels: a picture whose header announces more pixels is refused before decoding.
+
+    Returns:
+        (3, size, size) uint8 RGB.
+
+    Raises:
+        PictureError: the data cannot be decoded, are cut off, or hold too many pixels.
+        ValueError: `size` is less than 1, or `resize` is unknown.
     """
     if size < 1:
         raise ValueError(f"size: {size} must be at least 1 pixel")
@@ -153,8 +167,9 @@ def _classified(error: Exception, data: bytes) -> PictureError:
 
 @cache
 def _jpeg_decoder() -> Callable[[torch.Tensor], torch.Tensor | list[torch.Tensor]] | None:
-    """torchvision's. It announces in 0.29 that its decoders will go; without them PIL decodes the same pixels, 2-3
-    times slower. Imported at the first picture: a second and 170 MB that rankers without pictures need not pay."""
+    """The JPEG decoder of torchvision, None where torchvision has none: from version 0.29 on the decoders of
+    torchvision are deprecated, and PIL decodes the same pixels 2-3 times slower. The import happens at the first
+    picture, because the import takes a second and 170 MB that rankers without pictures do not need."""
     try:
         from torchvision.io import ImageReadMode, decode_jpeg
     except ImportError:
@@ -163,14 +178,14 @@ def _jpeg_decoder() -> Callable[[torch.Tensor], torch.Tensor | list[torch.Tensor
 
 
 def _decode_fast(data: bytes) -> torch.Tensor | None:
-    """(3, H, W) uint8 of an ordinary JPEG, upright; None if PIL should have a try."""
+    """(3, H, W) uint8 of an ordinary JPEG, upright; None if PIL has to decode the file."""
     decode = _jpeg_decoder()
     if decode is None:
         return None
     encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     try:
         decoded = decode(encoded)
-    except Exception as error:  # its deprecation warning too, where warnings are errors
+    except Exception as error:  # the deprecation warning of the decoder too, where warnings are errors
         if "truncated" in str(error):
             raise
         return None
@@ -178,7 +193,7 @@ def _decode_fast(data: bytes) -> torch.Tensor | None:
 
 
 def _decode_pil(picture: Image.Image) -> torch.Tensor:
-    """(3, H, W) uint8 of anything PIL opens, upright, on white."""
+    """(3, H, W) uint8 of any picture that PIL opens, upright, blended with white."""
     picture.load()
     upright = _UPRIGHT.get(_orientation(picture))
     if picture.mode.startswith("I") or picture.mode == "F":
@@ -201,11 +216,11 @@ def _orientation(picture: Image.Image) -> int:
 
 
 def _deep_grey(picture: Image.Image) -> Image.Image:
-    """Grey of more than 8 bits to RGB, scaled: PIL's own conversion clips at 255, so most of it turns white."""
+    """Grey of more than 8 bits as scaled RGB: the conversion of PIL clips at 255, so most of a picture turns white."""
     values = np.asarray(picture).astype(np.float64)
     if picture.mode.startswith("I;16"):
         low, high = 0.0, 65535.0
-    else:  # 32-bit integers and floats declare no range: stretch their own
+    else:  # 32-bit integers and floats declare no range: stretch from the smallest to the largest value
         values = np.nan_to_num(values, posinf=0.0, neginf=0.0)
         low, high = float(values.min()), float(values.max())
     scaled = (values - low) / max(high - low, 1e-12) * 255
@@ -225,7 +240,7 @@ def _resize(pixels: torch.Tensor, size: int, resize: Resize) -> torch.Tensor:
         shape = (max(1, round(height * scale)), max(1, round(width * scale)))
     else:
         shape = (size, size)
-    # contiguous: the decoders hand out channels-last strides
+    # contiguous: the decoders return channels-last strides
     pixels = interpolate(pixels[None].contiguous(), shape, mode="bicubic", antialias=True)[0]
     if shape == (size, size):
         return pixels.contiguous()

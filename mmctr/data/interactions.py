@@ -1,8 +1,8 @@
-"""Interactions: the click log in columns, sorted by (user, time); histories are slices; splits and cold items.
+"""Interactions: the click log as columns sorted by (user, time), and impressions whose histories are slices of the log.
 
-A history is not stored with its impression. All positives (clicks) stand in one array sorted by (user, time); an
-impression holds where its history begins and ends there. So an impression costs about 30 bytes whatever the length
-of its history, and the arrays can be memory-mapped.
+A history is not stored with the impression. All positives (clicks) are stored in one array sorted by (user, time), and
+an impression stores the start and the end of a slice of that array. An impression therefore takes about 30 bytes
+whatever the length of the history, and the arrays can be memory-mapped.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Interactions:
-    """n interactions sorted by (user, time). Rows of users and items, not raw ids."""
+    """n interactions sorted by (user, time). Users and items are given as rows, not as raw ids."""
 
     user: np.ndarray
-    """(n,) int32"""
+    """(n,) int32 rows of the users table"""
     item: np.ndarray
     """(n,) int32 rows of the catalog"""
     time: np.ndarray
-    """(n,) int64, in the unit the log came in"""
+    """(n,) int64, in the unit of the raw log"""
     label: np.ndarray
     """(n,) uint8, 0 or 1"""
 
@@ -35,38 +35,65 @@ class Interactions:
     def from_columns(
         cls, user: np.ndarray, item: np.ndarray, time: np.ndarray, label: np.ndarray
     ) -> tuple[Interactions, np.ndarray]:
-        """Sort by (user, time), equal times in the given order. Also returns the (n,) order applied."""
+        """Sort columns by (user, time); rows with equal user and time keep the given order.
+
+        Args:
+            user: (n,) rows of the users table.
+            item: (n,) rows of the catalog.
+            time: (n,) integer times.
+            label: (n,) 0 or 1.
+
+        Returns:
+            The sorted interactions, and the (n,) int64 positions of the sorted rows in the given columns.
+        """
         order = np.lexsort((time, user))
         columns = (user.astype(np.int32), item.astype(np.int32), time.astype(np.int64), label.astype(np.uint8))
         return cls(*(column[order] for column in columns)), order
 
     def save(self, folder: Path) -> None:
+        """Write one .npy file per column into an existing folder."""
         for name in self.NAMES:
             np.save(folder / f"{name}.npy", getattr(self, name), allow_pickle=False)
 
     @classmethod
     def load(cls, folder: Path) -> Interactions:
-        """Memory-mapped: nothing is read before it is used."""
+        """Open the files of `save` as memory-mapped arrays."""
         return cls(*(np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in cls.NAMES))
 
     def user_position(self) -> tuple[np.ndarray, np.ndarray]:
-        """For each row its place (0, 1, ...) among its user's rows, and how many rows that user has: (n,), (n,)."""
+        """Position (0, 1, ...) of every row among the rows of the same user.
+
+        Returns:
+            (n,) positions and the (n,) number of rows of the user.
+        """
         first = _group_start(self.user[1:] != self.user[:-1])
         _, size = np.unique(self.user, return_counts=True)
         return np.arange(len(self)) - first, np.repeat(size, size)
 
     def clicked_before(self, user: int, time: int | None = None) -> np.ndarray:
-        """(h,) catalog rows of what a user clicked strictly before a time, or ever; oldest first."""
+        """The items that a user has clicked, oldest first.
+
+        Args:
+            user: row of the users table.
+            time: only clicks strictly before this time, in the unit of the log; None: all clicks.
+
+        Returns:
+            (h,) catalog rows.
+        """
         first, after = np.searchsorted(self.user, [user, user + 1])
         if time is not None:
             after = first + int(np.searchsorted(self.time[first:after], time))
         return np.asarray(self.item[first:after])[np.asarray(self.label[first:after]) == 1]
 
     def histories(self, keep: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Positives where `keep` (n,) is True, and each row's slice of them: what its user clicked strictly earlier.
+        """The history of every row: clicks of the same user at a strictly earlier time.
 
-        Returns `values` (P,) int32 item rows sorted by (user, time), `start` (n,) and `end` (n,) int64, such that the
-        history of row i is `values[start[i]:end[i]]`. Clicks at the very same time are not "before" and stay out.
+        Args:
+            keep: (n,) bool: whether a row may appear in a history.
+
+        Returns:
+            `values` (P,) int32 item rows of the clicks where `keep` is True, sorted by (user, time), and `start` (n,)
+            and `end` (n,) int64: the history of row i is `values[start[i]:end[i]]`.
         """
         clicked = (self.label == 1) & keep
         before = np.cumsum(clicked) - clicked
@@ -78,7 +105,7 @@ class Interactions:
 
 
 def _group_start(changed: np.ndarray) -> np.ndarray:
-    """(n,) index of the first row of each row's group, from the (n - 1,) marks of where a new group begins."""
+    """(n,) index of the first row of the group of each row, from the (n - 1,) marks of rows that begin a new group."""
     index = np.arange(len(changed) + 1)
     begins = np.concatenate([np.ones(min(1, len(index)), bool), changed])
     return np.maximum.accumulate(np.where(begins, index, 0))
@@ -86,26 +113,31 @@ def _group_start(changed: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Impressions:
-    """The rows of one split with their histories: what a loader draws from."""
+    """The n rows of one split with the history of every row."""
 
     user: np.ndarray
     """(n,) user rows"""
     item: np.ndarray
-    """(n,) catalog rows"""
+    """(n,) catalog rows of the targets"""
     label: np.ndarray
     """(n,) 0 or 1"""
     source: np.ndarray
-    """(n,) rows of the interactions, for context columns"""
+    """(n,) rows of the interactions, by which context columns are looked up"""
     history: np.ndarray
     """(P,) catalog rows of positives, shared by all impressions of the split"""
     history_start: np.ndarray
+    """(n,) start of the slice of `history` that happened before the impression"""
     history_end: np.ndarray
-    """(n,) the slice of `history` that happened before the impression"""
+    """(n,) end of the slice of `history` that happened before the impression"""
 
     def __len__(self) -> int:
         return len(self.item)
 
     def take(self, rows: np.ndarray) -> Impressions:
-        """The given rows, with their whole histories."""
+        """The impressions of some rows of the split, with the whole histories of these impressions.
+
+        Args:
+            rows: (m,) positions among the n rows.
+        """
         names = ("user", "item", "label", "source", "history_start", "history_end")
         return replace(self, **{name: getattr(self, name)[rows] for name in names})

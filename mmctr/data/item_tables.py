@@ -1,7 +1,8 @@
-"""Further columns of the items from tables of their own: `data.item_tables`.
+"""Further columns of the items from separate files: the config key `data.item_tables`.
 
-They are joined in memory after the catalog is opened, so that the prepared dataset stays what it was. Caches of
-pictures and tokens are named after what they are made of, and hold for a catalog with more columns as well.
+The columns are joined in memory after the catalog is opened, so that the prepared dataset is unchanged. The names of
+the caches of pictures and tokens depend on the cells from which a cache is computed, so the caches remain valid for a
+catalog with more columns.
 """
 
 from __future__ import annotations
@@ -23,11 +24,18 @@ from mmctr.run_folder import RunFolder
 
 
 def join_item_tables(dataset: Dataset, paths: list[str]) -> Dataset:
-    """The dataset with the columns of Parquet, CSV or JSON lines files added to its items, by `item_id`.
+    """Join the columns of files to the items of a dataset, by `item_id`.
 
-    Items a file lacks have nulls there, rows of unknown items are left out; both are counted in
-    `report["item_tables"]["tables"]`, and `["columns"]` names what was added. Raises ValueError naming the file for ids
-    that repeat or are of another kind, and for a column that is there already.
+    Items without a row in a file get nulls, and rows of unknown items are left out; both are counted in
+    `report["item_tables"]["tables"]` of the result, and `report["item_tables"]["columns"]` names the joined columns.
+
+    Args:
+        dataset: a prepared dataset.
+        paths: Parquet, CSV or JSON lines files with a column `item_id`.
+
+    Raises:
+        ValueError: a file is missing or empty, ids repeat or have another type than the ids of the catalog, or the
+            items already have a column of that name; the message names the file.
     """
     catalog, table = dataset.catalog, dataset.catalog.table
     report: dict[str, Any] = {}
@@ -72,14 +80,18 @@ def join_item_tables(dataset: Dataset, paths: list[str]) -> Dataset:
 
 
 def _without_nan(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """NaN is how others write a gap."""
+    """The column with nulls for NaN, which some programs write for a missing value."""
     if not pa.types.is_floating(column.type):
         return column
     return pc.if_else(pc.is_nan(column), None, column)
 
 
 def described(report: dict[str, Any]) -> list[str]:
-    """One line a joined table."""
+    """One line of text for every joined table.
+
+    Args:
+        report: report of a dataset from `join_item_tables`.
+    """
     return [
         f"{path}: {entry['rows']} rows, {entry['items without a row']} items without one, "
         f"{entry['unknown ids']['count']} of unknown items"
@@ -89,9 +101,14 @@ def described(report: dict[str, Any]) -> list[str]:
 
 
 def keep_item_tables(joined: Dataset, run_dir: Path) -> None:
-    """Write the joined columns into a run folder, or check that those there are the same.
+    """Write the joined columns into a run folder, or check that the run folder holds equal columns.
 
-    Raises ValueError when they are others: the run would go on with features that mean something else.
+    Args:
+        joined: a dataset from `join_item_tables`.
+        run_dir: folder of the run.
+
+    Raises:
+        ValueError: the run folder holds other columns: the run would continue with features of another meaning.
     """
     table = joined.catalog.table.select(["item_id", *joined.report["item_tables"]["columns"]])
     path = RunFolder(run_dir).item_tables

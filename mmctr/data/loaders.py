@@ -1,6 +1,8 @@
-"""Batches as a pure function of (seed, epoch, step): resuming needs no state, and workers or processes change nothing.
+"""Training batches as a pure function of (seed, epoch, step): resuming needs no state, and the number of loader workers
+or processes changes no batch.
 
-A global batch is cut into equal slices, one a process, so two processes see the rows one process would see.
+A global batch is cut into equal slices, one per process, so that two processes together read the rows that a single
+process would read.
 """
 
 from __future__ import annotations
@@ -8,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -22,15 +24,19 @@ BatchT = TypeVar("BatchT")
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """Which rows each training step takes.
+    """The training rows that every step reads.
+
+    The last, incomplete batch of an epoch is left out; other rows are left out in every epoch.
 
     Args:
-        num_rows: training rows.
+        num_rows: number of training rows.
         batch_size: rows of a step over all processes together.
-        rank, world_size: this process and how many there are.
+        seed: seed of the run.
+        rank: number of this process.
+        world_size: number of processes.
 
-    The last, incomplete batch of an epoch is left out: other rows fall into it each epoch. Raises ValueError when
-    a batch does not fit the rows or the processes.
+    Raises:
+        ValueError: `batch_size` is less than 1, more than `num_rows`, or not a multiple of `world_size`.
     """
 
     num_rows: int
@@ -51,34 +57,67 @@ class BatchPlan:
 
     @property
     def steps_per_epoch(self) -> int:
+        """Number of complete batches in an epoch."""
         return self.num_rows // self.batch_size
 
     def order(self, epoch: int) -> np.ndarray:
-        """(num_rows,) the permutation of an epoch."""
+        """The (num_rows,) permutation of the training rows in an epoch."""
         return np.random.default_rng(stream_seed(self.seed, "order of rows", epoch)).permutation(self.num_rows)
 
     def rows(self, step: int, order: np.ndarray) -> np.ndarray:
-        """This process's rows of a step of the whole run, given its epoch's order."""
+        """The rows that this process reads in a step.
+
+        Args:
+            step: step of the whole run, from 0.
+            order: result of `order` for the epoch of the step.
+
+        Returns:
+            (batch_size / world_size,) training rows.
+        """
         size = self.batch_size // self.world_size
         start = (step % self.steps_per_epoch) * self.batch_size + self.rank * size
         return order[start : start + size]
+
+
+class Plan(Protocol):
+    """The rows that every training step reads, in a form that the collate function of `TrainBatches` understands."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Number of steps in an epoch."""
+        ...
+
+    def order(self, epoch: int) -> Any:
+        """The order of the rows in an epoch."""
+        ...
+
+    def rows(self, step: int, order: Any) -> Any:
+        """The rows of a step, given the order of the epoch."""
+        ...
 
 
 class TrainBatches(Generic[BatchT]):
     """Training batches from any step on: `for step, batch in batches.iterate(start, stop)`.
 
     Args:
-        collate: `(rows, step) -> batch`, a pure function of both.
-        num_workers: processes that collate ahead; 0 collates in the loop.
+        plan: the rows of every step, a `BatchPlan` or another `Plan`.
+        collate: `collate(rows, step)` returns the batch, a pure function of both arguments.
+        num_workers: processes that collate in advance; 0 collates in the training loop.
     """
 
-    def __init__(self, plan: BatchPlan, collate: Callable[[np.ndarray, int], BatchT], num_workers: int = 0):
+    def __init__(self, plan: Plan, collate: Callable[[Any, int], BatchT], num_workers: int = 0):
         self.plan = plan
         self.steps_per_epoch = plan.steps_per_epoch
         self._steps = _Steps(plan, collate)
         self._num_workers = num_workers
 
     def iterate(self, start: int, stop: int) -> Iterator[tuple[int, BatchT]]:
+        """Pairs of step and batch for the steps `start` to `stop - 1` of the whole run.
+
+        Args:
+            start: first step.
+            stop: step after the last one.
+        """
         loader = DataLoader(
             self._steps,
             batch_size=None,
@@ -92,11 +131,12 @@ class TrainBatches(Generic[BatchT]):
 
 
 class _Steps(TorchDataset):
-    """Item `step` is the whole batch of that step; the order of the current epoch is kept between steps."""
+    """A torch dataset whose item `step` is the whole batch of a step; the order of the current epoch is stored."""
 
-    def __init__(self, plan: BatchPlan, collate: Callable[[np.ndarray, int], Any]):
+    def __init__(self, plan: Plan, collate: Callable[[Any, int], Any]):
         self.plan, self.collate = plan, collate
-        self._epoch, self._order = -1, np.empty(0, np.int64)
+        self._epoch = -1
+        self._order: Any = None
 
     def __getitem__(self, step: int) -> Any:
         epoch = step // self.plan.steps_per_epoch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,42 +13,60 @@ from torch import Tensor
 
 from mmctr.files import read_json
 
-if TYPE_CHECKING:
-    pass
-
-
 CACHE_FORMAT = 2
 
 
 class Pictures:
-    """Decoded pictures of a catalog in one memory-mapped uint8 file: (M, 3, S, S), and where each item's is."""
+    """Decoded pictures of a catalog in one memory-mapped (M, 3, S, S) uint8 file, and the index of pictures by item.
+
+    Args:
+        folder: folder of a cache that `Catalog.pictures` has built.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.values = np.load(folder / "values.npy", mmap_mode="r", allow_pickle=False)
         self.index: np.ndarray = np.load(folder / "index.npy", allow_pickle=False)
-        """(N,) int32 positions in `values`, -1 for items without a readable picture"""
+        """(N,) int32 positions in `values`, -1 for an item without a readable picture"""
         self.hashes: np.ndarray = np.load(folder / "hashes.npy", allow_pickle=False)
-        """(M,) int64 of the pixels: equal for equal pictures"""
+        """(M,) int64 hashes of the pixels, equal for equal pictures"""
         self.report: dict[str, Any] = read_json(folder / "report.json")
 
     def __reduce__(self) -> tuple[type[Pictures], tuple[Path]]:
-        return Pictures, (self.folder,)  # a worker process maps the file anew: a pickled map is a copy of it all
+        return Pictures, (self.folder,)  # a worker process maps the file anew: a pickled map copies the whole file
 
     def take(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Pictures of the given catalog rows: (n, 3, S, S) uint8, black where missing, and the (n,) bool mask."""
+        """The pictures of some items.
+
+        Args:
+            rows: (n,) catalog rows.
+
+        Returns:
+            (n, 3, S, S) uint8 pictures, black for an item without a picture, and the (n,) bool mask of items with a
+            picture.
+        """
         position = self.index[rows.numpy()]
-        there = position >= 0
-        if there.all():
+        has_image = position >= 0
+        if has_image.all():
             images = self.values[position]
         else:
             images = np.zeros((len(position), *self.values.shape[1:]), np.uint8)
-            images[there] = self.values[position[there]]
-        return torch.from_numpy(images), torch.from_numpy(there)
+            images[has_image] = self.values[position[has_image]]
+        return torch.from_numpy(images), torch.from_numpy(has_image)
 
 
 def reserve(path: Path, shape: tuple[int, ...], dtype: type[np.integer] = np.uint8) -> np.ndarray:
-    """A new mapped array on disk. Raises OSError now if the disk has no room: later it would kill the process."""
+    """Create a memory-mapped array on disk with all disk blocks allocated, since a disk that becomes full while the
+    array is written would kill the process.
+
+    Args:
+        path: path of the .npy file.
+        shape: shape of the array.
+        dtype: type of the array.
+
+    Raises:
+        OSError: the disk has no room for the array.
+    """
     try:
         if not np.prod(shape):  # an empty file cannot be mapped
             np.save(path, np.zeros(shape, dtype), allow_pickle=False)

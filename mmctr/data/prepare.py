@@ -1,8 +1,9 @@
-"""Check a dataset folder once, say what was rejected and why, and store it in the form training reads.
+"""Preparation of a dataset: check a dataset folder once, report the rejected rows, and store the tables that training
+reads.
 
-A prepared folder holds `prepared.json`, `report.json`, `items.parquet` (unique ids), and, where there is a log,
-`interactions/` (columns sorted by user and time), `context.parquet` (its further columns in the same order) and
-`users.parquet` (one row a user row). Picture and token caches are added beside them when they are first asked for.
+A prepared folder holds `prepared.json`, `report.json`, `items.parquet` (unique ids), and, for a dataset with a click
+log, `interactions/` (columns sorted by user and time), `context.parquet` (the further columns of the log in the same
+order) and `users.parquet` (one row per user). Caches of pictures and tokens are added to the folder on first use.
 """
 
 from __future__ import annotations
@@ -38,29 +39,52 @@ _CACHES = ("pictures-", "tokens-", "features-")
 
 @dataclass(frozen=True)
 class Dataset:
-    """A prepared dataset: catalog, click log, users."""
+    """A prepared dataset: catalog, click log and users."""
 
     folder: Path
+    """the prepared folder"""
     catalog: Catalog
+    """the items"""
     report: dict[str, Any]
+    """counts of the rows, and of the rejected rows by reason"""
 
     @cached_property
     def interactions(self) -> Interactions:
-        """Raises ValueError when the dataset has no log."""
-        return Interactions.load(self._of_log("interactions"))
+        """The click log, sorted by user and time, memory-mapped.
+
+        Raises:
+            ValueError: the dataset has no click log.
+        """
+        return Interactions.load(self._log_path("interactions"))
 
     @cached_property
     def context(self) -> pa.Table:
-        """Further columns of the log, in the order of `interactions`."""
-        return pyarrow.parquet.read_table(self._of_log("context.parquet"))
+        """Further columns of the click log, in the order of `interactions`.
+
+        Raises:
+            ValueError: the dataset has no click log.
+        """
+        return pyarrow.parquet.read_table(self._log_path("context.parquet"))
 
     @cached_property
     def users(self) -> pa.Table:
-        """One row a user row: `user_id` and the columns of the users table, null for users it lacks."""
-        return pyarrow.parquet.read_table(self._of_log("users.parquet"))
+        """The users of the click log by user row: `user_id` and the columns of the users table, null for a user that
+        is missing from the users table.
+
+        Raises:
+            ValueError: the dataset has no click log.
+        """
+        return pyarrow.parquet.read_table(self._log_path("users.parquet"))
 
     def user_row(self, user_id: Any) -> int:
-        """The row of a user; an id typed as text is understood as an integer one. Raises UnknownId."""
+        """The row of a user in `users`.
+
+        Args:
+            user_id: raw id; text is converted where the ids are integers.
+
+        Raises:
+            UnknownId: the user is not in the click log.
+        """
         ids = one_array(self.users["user_id"])
         try:
             wanted = pa.array([user_id]).cast(ids.type) if type(user_id) in (int, str) else pa.nulls(1, ids.type)
@@ -71,16 +95,36 @@ class Dataset:
             raise UnknownId(f"user {user_id!r} is not in the log; ids look like {ids[0].as_py()!r}")
         return row
 
-    def _of_log(self, name: str) -> Path:
+    def _log_path(self, name: str) -> Path:
         if not (self.folder / name).exists():
             raise ValueError(f"{self.report['source']}: there is no interactions table; a ranker needs a click log")
         return self.folder / name
 
 
 def open_dataset(path: str | Path, items: str | None = None) -> Dataset:
-    """Open a prepared folder, or prepare a dataset folder into the cache and open that.
+    """Open a dataset: a prepared folder as it is, or a dataset folder after preparing it into the cache.
 
-    The cache is `$MMCTR_CACHE`, else `~/.cache/mmctr`; an entry is made anew when a file of the dataset changes.
+    The cache is `$MMCTR_CACHE`, else `~/.cache/mmctr`; a dataset is prepared again when one of the tables has changed.
+
+    Args:
+        path: a folder of `mmctr prepare`, or a dataset folder with `items.parquet` and optionally
+            `interactions.parquet` and `users.parquet` (or .csv or .jsonl files of these names).
+        items: a `datasets` dataset to read the items from instead: a Hub name, `NAME:SPLIT`, or a folder written by
+            `save_to_disk`.
+
+    Returns:
+        The dataset, with `catalog`, `interactions`, `users` and `report`.
+
+    Raises:
+        ValueError: the folder is missing, or a table is missing or malformed; the message names the file, the column
+            and the remedy.
+
+    Example:
+        ```python
+        dataset = mmctr.open_dataset("demo/data")
+        print(len(dataset.catalog), "items,", len(dataset.interactions), "impressions,", len(dataset.users), "users")
+        print(dataset.report["interactions"]["set aside"])
+        ```
     """
     path = Path(path)
     if (path / "prepared.json").is_file():
@@ -93,10 +137,17 @@ def open_dataset(path: str | Path, items: str | None = None) -> Dataset:
 
 
 def prepare(path: str | Path, out: str | Path, items: str | None = None) -> Dataset:
-    """Check the dataset folder `path` and write the prepared folder `out`; a finished one is reused when unchanged.
+    """Check a dataset folder and write a prepared folder; a finished prepared folder of an unchanged dataset is reused.
 
-    `items` names a `datasets` dataset (Hub name, `name:split`, or a folder written by `save_to_disk`) to take the
-    catalog from instead of `path/items.*`. Raises ValueError naming the file, the column and the remedy.
+    Args:
+        path: the dataset folder.
+        out: the prepared folder to write.
+        items: a `datasets` dataset to read the items from instead of `path/items.*`: a Hub name, `NAME:SPLIT`, or a
+            folder written by `save_to_disk`.
+
+    Raises:
+        ValueError: a table is missing or malformed, or `out` holds other files; the message names the file, the column
+            and the remedy.
     """
     path, out = Path(path), Path(out)
     if (path / "prepared.json").is_file():
@@ -123,7 +174,7 @@ def _prepare(path: Path, out: Path, items: str | None) -> Dataset:
     log_path, users_path = find_table(path, "interactions"), find_table(path, "users")
     log = read_table(log_path, ("user_id", "item_id", "timestamp", "label")) if log_path else None
     if log is not None:
-        # ids of a CSV that look like integers are text where those of the other side are
+        # ids of a CSV that look like integers are text where the ids of the other table are text
         items_path = find_table(path, "items") if items is None else None
         log = same_kind(log, log_path, "item_id", catalog_table.schema.field("item_id").type)
         catalog_table = same_kind(catalog_table, items_path, "item_id", log.schema.field("item_id").type)
@@ -156,7 +207,7 @@ def _load(folder: Path) -> Dataset:
 
 
 def _source_key(path: Path, items: str | None) -> str:
-    """Changes with any table of the dataset (pictures are judged when they are decoded)."""
+    """A fingerprint that changes with any table of the dataset (pictures are checked when they are decoded)."""
     tables = [find_table(path, stem) for stem in ("items", "interactions", "users")] if path.is_dir() else []
     if items is not None and Path(_name_and_split(items)[0]).is_dir():
         tables += sorted(file for file in Path(_name_and_split(items)[0]).rglob("*") if file.is_file())
@@ -192,7 +243,7 @@ def _read_items(path: Path, items: str | None) -> tuple[pa.Table, str]:
 
 
 def _write_log(log: pa.Table, log_path: Path, users_path: Path | None, items: pa.Table, folder: Path) -> dict[str, Any]:
-    """Check, sort and write the click log; returns its report."""
+    """Check, sort and write the click log; returns the report of the log."""
     users = as_ids(log.column("user_id"), "user_id", log_path)
     item_ids = as_ids(log.column("item_id"), "item_id", log_path)
     item = rows_of(item_ids, one_array(items.column("item_id")), f"{log_path} and the items table")
@@ -225,14 +276,14 @@ def _write_log(log: pa.Table, log_path: Path, users_path: Path | None, items: pa
     if len(order):
         same[1:] = (np.diff(user[order]) == 0) & (np.diff(item[order]) == 0) & (np.diff(time[order]) == 0)
     aside["repeated (same user, item and time)"] = {"count": int(same.sum())}
-    kept = np.sort(order[~same])
-    if not len(kept):
+    rows = np.sort(order[~same])
+    if not len(rows):
         raise ValueError(f"{log_path}: no interaction is left of {len(log)}; set aside: {_counts(aside)}")
 
-    interactions, sorting = Interactions.from_columns(user[kept], item[kept], time[kept], label[kept])
+    interactions, sorting = Interactions.from_columns(user[rows], item[rows], time[rows], label[rows])
     (folder / "interactions").mkdir()
     interactions.save(folder / "interactions")
-    extra = log.drop_columns(["user_id", "item_id", "timestamp", "label"]).take(pa.array(kept[sorting]))
+    extra = log.drop_columns(["user_id", "item_id", "timestamp", "label"]).take(pa.array(rows[sorting]))
     pyarrow.parquet.write_table(extra, folder / "context.parquet")
     users_table = _users_table(users_path, known_users, log_path.suffix == ".csv")
     pyarrow.parquet.write_table(users_table, folder / "users.parquet")
@@ -263,7 +314,7 @@ def _users_table(users_path: Path | None, known_users: pa.Array, log_is_csv: boo
     ids = as_ids(table.column("user_id"), "user_id", users_path)
     if pa.types.is_integer(known_users.type) and pa.types.is_string(ids.type) and log_is_csv:
         known_users = known_users.cast(pa.string())
-    # a repeated user keeps its first row; users the table lacks get nulls
+    # of a repeated user the first row counts; users that are missing from the table get nulls
     rows = rows_of(known_users, ids, f"{users_path} and the interactions table")
     index = pa.array(np.where(rows < 0, 0, rows), mask=rows < 0)
     columns = {name: table.column(name).take(index) for name in table.column_names if name != "user_id"}
@@ -271,9 +322,10 @@ def _users_table(users_path: Path | None, known_users: pa.Array, log_is_csv: boo
 
 
 def _times(column: pa.ChunkedArray, path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """(n,) int64 times (0 where missing) and the (n,) bool mask of those that are there.
+    """(n,) int64 times, 0 where missing, and the (n,) bool mask of rows with a time.
 
-    Integers and timestamps keep their unit. Floats with fractions become millionths, so that no order is lost.
+    Integers and timestamps keep the unit of the column. Floats with fractions become millionths, so that the order of
+    the rows is preserved.
     """
     kind = column.type
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
@@ -298,7 +350,7 @@ def _times(column: pa.ChunkedArray, path: Path) -> tuple[np.ndarray, np.ndarray]
 
 
 def _labels(column: pa.ChunkedArray, path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """(n,) uint8 labels and the (n,) bool mask of rows that have one. Raises ValueError for values but 0 and 1."""
+    """(n,) uint8 labels and the (n,) bool mask of rows with a label. Raises ValueError for labels but 0 and 1."""
     try:
         values = column.cast(pa.float64()).to_numpy()
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):

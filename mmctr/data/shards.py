@@ -7,7 +7,7 @@ import json
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 from pyarrow.parquet import ParquetFile, write_table
@@ -17,21 +17,30 @@ from mmctr.data.catalog import picture_sources
 from mmctr.data.tables import as_ids, as_text, require_columns
 from mmctr.files import fingerprint, locked, replace_file
 
-SAMPLES = 1024  # of a tar in a group
-PROBLEM = "__problem"  # column of what is wrong with a row apart from its picture
+SAMPLES = 1024  # samples of a tar per group
+PROBLEM = "__problem"  # column with the reason why a row is damaged, apart from the picture
 _KINDS = dict.fromkeys((".jpg", ".jpeg", ".png", ".webp"), "image") | {".txt": "txt", ".json": "json"}
 
 
 class ShardedItems:
-    """The shards of a folder or a glob, read in groups of rows: Parquet row groups, or blocks of a tar's samples.
+    """The shards of a folder or a glob, read in groups of rows: Parquet row groups, or blocks of samples of a tar.
 
-    Parquet: `item_id`, text columns, and `image`: bytes, paths relative to the shard's folder, or structs of either.
-    Tar (WebDataset, uncompressed): `KEY.jpg|jpeg|png|webp`, `KEY.txt` (the column `text`), `KEY.json` (its fields are
-    columns, as text); `item_id` is the json's, else KEY. A second picture, txt or json of a KEY begins a new sample.
+    Parquet shards have the columns `item_id`, text columns, and `image`: bytes, paths relative to the folder of the
+    shard, or structs of bytes and path. Tar shards (WebDataset, uncompressed) have the members
+    `KEY.jpg|jpeg|png|webp`, `KEY.txt` (the column `text`) and `KEY.json` (one text column per field); `item_id` is the
+    field of that name in the JSON file, else KEY. A second picture, txt or json with the same KEY begins a new sample.
 
-    `columns` are the text columns wanted. `cache_folder` keeps the texts of each tar and where its pictures are, until
-    its path, size or time change; else only schemas are read here. Raises ValueError naming the pattern when there are
-    no rows, and naming the file (and column) when one cannot be read or lacks a column.
+    Only schemas are read when the shards are opened, and every tar is indexed once.
+
+    Args:
+        pattern: a folder, or a glob of .parquet, .tar or .tgz files.
+        columns: names of the text columns to read.
+        cache_folder: folder for the index of every tar: texts and positions of the pictures. An index is rebuilt when
+            the path, size or modification time of the tar changes.
+
+    Raises:
+        ValueError: there are no rows, a file cannot be read, or a column is missing; the message names the pattern, or
+            the file and the column.
     """
 
     def __init__(self, pattern: str | Path, columns: Sequence[str], cache_folder: Path):
@@ -46,8 +55,18 @@ class ShardedItems:
             raise ValueError(f"{pattern}: no rows in {len(shards)} shards; name a folder or glob of .parquet or .tar")
 
     def read(self, group: int) -> pa.Table:
-        """A group, by its place in `groups`: `item_id` (int64 or string), the text columns (string, null for blank),
-        `image` (large_binary, or string for paths), `PROBLEM`. Raises ValueError naming a damaged or changed file."""
+        """Read one group of rows.
+
+        Args:
+            group: position in `groups`.
+
+        Returns:
+            A table of `item_id` (int64 or string), the text columns (string, null for blank), `image` (large_binary,
+            or string for paths) and `PROBLEM` (string, null for a sound row).
+
+        Raises:
+            ValueError: the file is damaged, or has changed since the shards were opened; the message names the file.
+        """
         path, number, num_rows = self.groups[group]
         try:
             with ParquetFile(self._file(path)) as file, open(path, "rb") as shard:
@@ -55,8 +74,8 @@ class ShardedItems:
                 table = self._plain(file.read_row_group(number, list(wanted), use_threads=False), path)
                 if path.suffix != ".parquet":
                     spans = [span and [int(part) for part in span.split()] for span in table["image"].to_pylist()]
-                    found = [span and (shard.seek(span[0]), shard.read(span[1]))[1] for span in spans]
-                    table = table.set_column(len(self.columns) + 1, "image", pa.array(found, pa.large_binary()))
+                    images = [span and (shard.seek(span[0]), shard.read(span[1]))[1] for span in spans]
+                    table = table.set_column(len(self.columns) + 1, "image", pa.array(images, pa.large_binary()))
             if len(table) != num_rows:
                 raise OSError("another number of rows")
         except (pa.ArrowException, OSError) as error:
@@ -64,8 +83,11 @@ class ShardedItems:
         return table
 
     def item_ids(self) -> pa.Array:
-        """(number of rows,) raw ids, null where a row has none. Raises ValueError where shards hold both integers and
-        strings, or an id repeats."""
+        """The (number of rows,) raw ids of all shards, null for a row without an id.
+
+        Raises:
+            ValueError: some ids are integers and others strings, or an id repeats.
+        """
         parts = []
         for path in dict.fromkeys(path for path, _, _ in self.groups):
             ids = read_parquet(self._file(path), columns=["item_id"])["item_id"]
@@ -94,7 +116,7 @@ class ShardedItems:
         return [(path, at, size) for at in range(metadata.num_row_groups) if (size := metadata.row_group(at).num_rows)]
 
     def _file(self, path: Path) -> Path:
-        """The Parquet file of a shard: for a tar that of its texts and places."""
+        """The Parquet file of a shard: for a tar the index of texts and picture positions."""
         stat = path.stat()
         index = f"tar-{fingerprint(SAMPLES, str(path.resolve()), stat.st_size, stat.st_mtime_ns)}.parquet"
         return path if path.suffix == ".parquet" else self.cache_folder / index
@@ -107,12 +129,14 @@ class ShardedItems:
 
 
 def _index_tar(path: Path, out: Path) -> None:
-    """Write the texts of the samples and where their pictures are. Raises ValueError if it is no whole, plain tar."""
-    samples, latest = [], {}
+    """Write the texts and the picture positions of the samples of a tar. Raises ValueError for a damaged, compressed or
+    concatenated tar."""
+    samples: list[dict[str, Any]] = []
+    latest: dict[str, dict[str, Any]] = {}
     try:
         with tarfile.open(path, "r:") as tar, open(path, "rb") as file:
             while (member := tar.next()) is not None:
-                tar.members.clear()  # type: ignore[attr-defined]  # it would keep them all
+                cast(Any, tar).members.clear()  # the object would keep every member in memory
                 folder, slash, name = member.name.rpartition("/")
                 stem, dot, suffix = name.partition(".")
                 key, kind = folder + slash + stem, _KINDS.get(dot + suffix.lower())
@@ -125,7 +149,7 @@ def _index_tar(path: Path, out: Path) -> None:
                     samples.append(latest[key])
                 file.seek(start := member.offset_data)
                 latest[key][kind] = f"{start} {member.size}" if kind == "image" else file.read(member.size)
-            # it takes a damaged header for the end, and does not see a second archive behind the first
+            # tarfile takes a damaged header for the end, and does not notice a second archive after the first
             file.seek(tar.offset)
             if len(tail := file.read(20_480)) < 512 or any(tail):
                 raise tarfile.ReadError("damaged, cut off or two in one")
@@ -138,7 +162,7 @@ def _index_tar(path: Path, out: Path) -> None:
 
 
 def _texts(sample: dict[str, Any]) -> dict[str, Any]:
-    """The row of a sample, with what can be read of it."""
+    """The row of a sample, with the fields that can be read."""
     try:
         fields = json.loads(sample.get("json", b"{}")).items()
         row: dict[str, Any] = {_written(name): _written(value) for name, value in fields} | {PROBLEM: None}

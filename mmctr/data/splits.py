@@ -1,4 +1,4 @@
-"""Splits of a click log into training, validation and test impressions: temporal, cold items, staged."""
+"""Splits of a click log into training, validation and test impressions: by time, by cold items, or in stages."""
 
 from __future__ import annotations
 
@@ -14,79 +14,85 @@ from mmctr.data.interactions import Impressions, Interactions
 
 
 class TemporalSplit(Config):
-    """Train on the past, test on the last part of the log by global time. Cold items are those unseen before it."""
+    """Train on the past and test on the last part of the log by global time. Cold items are items without a training
+    row."""
 
     name: Literal["temporal"] = "temporal"
     test: float = Field(default=0.1, gt=0, lt=1)
-    """fraction of all interactions, the latest"""
+    """fraction of all interactions that is tested, the latest ones"""
     validation: float = Field(default=0.1, gt=0, lt=1)
-    """fraction of what is left, the latest"""
+    """fraction of the remaining interactions that is used for validation, the latest ones"""
 
 
 class ColdItemsSplit(Config):
-    """A seeded fraction of items is kept out of training and of all histories; each user's last part is tested.
+    """A seeded fraction of the items, the cold items, is excluded from training and from all histories; the last rows
+    of each user are tested.
 
-    A cold item has never been clicked, so none stands in a history, not even a test history: a click on one there
-    would give away that its user likes items like it, and a ranker that knows no cold item apart from another would
-    see the labels of the user's earlier cold rows through it.
+    A cold item has never been clicked, so no history holds a cold item, not even a test history. A click on a cold item
+    in a history would reveal labels: a ranker that cannot distinguish cold items would read from such a history whether
+    the user clicked on earlier cold rows.
 
-    Validation is cut the same way from what is left: further items are held out, and each user's last part of the
-    remaining rows is taken. Test rows of items held out for validation alone are set aside (and counted): they are
-    neither warm nor part of the cold set asked for.
+    The validation rows are cut in the same way from the remaining rows: further items are excluded from training, and
+    the last remaining rows of each user are taken. Test rows of the items that were excluded for validation alone are
+    set aside and counted, because these items are neither warm nor among the cold items of the test.
     """
 
     name: Literal["cold_items"] = "cold_items"
     cold: float = Field(default=0.15, gt=0, lt=1)
-    """fraction of the items in the log that no training row and no training history holds"""
+    """fraction of the items in the log that are cold: in no training row and in no history"""
     test: float = Field(default=0.2, gt=0, lt=1)
-    """fraction of each user's interactions, the latest"""
+    """fraction of the interactions of each user that is tested, the latest ones"""
     validation_cold: float = Field(default=0.05, ge=0, lt=1)
-    """fraction of the remaining items held out for validation"""
+    """fraction of the remaining items that are excluded from training for validation"""
     validation: float = Field(default=0.1, gt=0, lt=1)
-    """fraction of each user's remaining interactions, the latest"""
+    """fraction of the remaining interactions of each user that is used for validation, the latest ones"""
     seed: int = 0
-    """which items are held out; separate from the training seed so that seeds can be compared on the same rows"""
+    """seed of the choice of cold items; separate from the training seed, so that training seeds can be compared on the
+    same rows"""
 
 
 class StagedSplit(Config):
-    """New items are warmed up in stages: old items train, the first rows of each new item come `rows` at a time, and
-    its later rows are tested before the first stage ("cold") and after each ("warm_a", "warm_b", ...).
+    """New items are trained in stages: the ranker trains on old items, then on the first rows of each new item in
+    stages of `rows` rows. The later rows of the new items are tested before the first stage ("cold") and after every
+    stage ("warm_a", "warm_b", ...).
 
     The protocol of Meta-Embedding (Pan et al. 2019, arXiv 1904.12214), MWUF (Zhu et al. 2021, arXiv 2105.04790) and
-    CVAR (Zhao et al. 2022, arXiv 2205.13795). What keeps the later rows of a new item out of the earlier stages:
+    CVAR (Zhao et al. 2022, arXiv 2205.13795). Three rules keep labels of later rows out of earlier stages:
 
-    - New items stand in no history: of training, of stages or of the test. A click on one is the label of a row of
-      some stage or of the test, and a history that held it would tell that label to whatever is scored or trained
-      before its turn. (Also `cold_items`: until they have rows of their own all new items look alike, so a click on
-      one would say "likes the cold ones".) So a test row reads the same at all stages, but for its item's vector.
-    - Stages go by the time of the item's own rows, so a stage trains an item on what came before its test rows. Other
-      items' stages may be later in time: they cannot tell, as long as a stage trains the vectors of new items alone.
-    - Old items train on rows of any time, as in the papers: what a user did to old items after a test row is known,
-      to all methods alike. `temporal` is the split that hides it.
+    - No history of training, stages or test holds a new item. A click on a new item is the label of a row of some stage
+      or of the test, and a history with that click would reveal the label to stages that come earlier. The inputs of a
+      test row are therefore equal in all stages, except for the vector of the target item.
+    - The rows of each new item are divided into stages by time, so a stage trains an item on rows before the test rows
+      of the same item. Stages of other items may be later in time, which reveals nothing as long as a stage trains the
+      vectors of new items alone.
+    - Old items are trained on rows of any time, as in the papers: interactions with old items after a test row are
+      known to all methods. The split `temporal` excludes such rows.
 
-    Validation is each user's last part of the rows of old items.
+    The validation rows are the last rows of old items of each user.
     """
 
     name: Literal["staged"] = "staged"
     new: float | None = Field(default=None, gt=0, lt=1)
-    """new are this seeded fraction of the items with rows for all stages and the test; all others are old"""
+    """fraction of the items with enough rows for all stages and the test that are new, chosen by `seed`; all other
+    items are old"""
     old_from: int | None = Field(default=None, ge=1)
-    """instead: old are the items with at least so many rows, as in the papers; of the others those with rows for all
-    stages and the test are new, and the rest are set aside"""
+    """alternative to `new`: items with at least this many rows are old, as in the papers; other items are new where the
+    rows suffice for all stages and the test, and are set aside otherwise"""
     rows: int = Field(default=20, ge=1)
-    """rows of each new item in a stage"""
+    """number of rows of each new item in a stage"""
     stages: int = Field(default=3, ge=1, le=26)
     """number of stages"""
     test_rows: int = Field(default=20, ge=1)
-    """rows a new item has at least for the test; all that follow its stages are tested"""
+    """least number of test rows of a new item; all rows after the rows of the stages are tested"""
     validation: float = Field(default=0.1, gt=0, lt=1)
-    """fraction of each user's rows of old items, the latest"""
+    """fraction of the rows of old items of each user that is used for validation, the latest ones"""
     seed: int = 0
-    """which items are new; separate from the training seed so that seeds can be compared on the same rows"""
+    """seed of the choice of new items; separate from the training seed, so that training seeds can be compared on the
+    same rows"""
 
     @property
     def needed(self) -> int:
-        """Rows without which an item cannot be new."""
+        """Least number of rows of a new item: the rows of all stages and `test_rows`."""
         return self.stages * self.rows + self.test_rows
 
     @model_validator(mode="after")
@@ -108,25 +114,45 @@ SplitConfig = Annotated[TemporalSplit | ColdItemsSplit | StagedSplit, Field(disc
 
 @dataclass(frozen=True)
 class Splits:
+    """Training, validation and test impressions, and the number of training rows of every item."""
+
     train: Impressions
+    """impressions to train on"""
     validation: Impressions
+    """impressions for early stopping and the choice of hyperparameters"""
     test: Impressions
+    """impressions of the reported metrics"""
     seen: np.ndarray
-    """(N,) int64: training impressions of each catalog item; 0 means cold"""
+    """(N,) int64: number of training impressions of each catalog item; 0 for a cold item"""
     clicks: np.ndarray
-    """(N,) int64: training clicks of each catalog item"""
+    """(N,) int64: number of training clicks on each catalog item"""
     report: dict[str, Any]
-    """row counts, with everything set aside and why"""
+    """row counts of the parts, and of the rows set aside by reason"""
     stages: dict[str, Impressions] = field(default_factory=dict)
-    """impressions of the test's items that each stage trains on, by stage in order; of `StagedSplit` alone"""
+    """for `StagedSplit`: stage name -> training impressions of new items, in the order of the stages"""
 
     def is_cold(self, part: Impressions) -> np.ndarray:
-        """(n,) bool: the target of an impression is in no training impression."""
+        """Whether the target of an impression is a cold item, an item without training impressions.
+
+        Args:
+            part: n impressions of any part.
+
+        Returns:
+            (n,) bool.
+        """
         return self.seen[part.item] == 0
 
 
 def require_both_labels(train: Impressions, source: str) -> None:
-    """Raises ValueError where all training impressions have one label: nothing can then be learned."""
+    """Check that the training impressions have both labels, without which nothing can be learned.
+
+    Args:
+        train: training impressions.
+        source: name of the dataset, for the error message.
+
+    Raises:
+        ValueError: all labels are equal.
+    """
     if len(np.unique(train.label)) < 2:
         raise ValueError(
             f"{source}: all training labels are {train.label[0]}; a ranker needs clicks and impressions without a click"
@@ -136,17 +162,35 @@ def require_both_labels(train: Impressions, source: str) -> None:
 def split_interactions(
     log: Interactions, num_items: int, config: TemporalSplit | ColdItemsSplit | StagedSplit
 ) -> Splits:
-    """Cut a log into training, validation and test impressions without leaking the future or the cold items.
+    """Cut a click log into training, validation and test impressions without leaking the future or the cold items.
 
-    Raises ValueError when a part comes out empty.
+    Args:
+        log: the interactions of a dataset.
+        num_items: N, number of items of the catalog.
+        config: the way to split, and the fractions of the parts.
+
+    Returns:
+        The three parts, with the history of every impression, and the number of training rows of every item.
+
+    Raises:
+        ValueError: a part is empty.
+
+    Example:
+        ```python
+        from mmctr.data.splits import ColdItemsSplit
+
+        dataset = mmctr.open_dataset("demo/data")
+        splits = mmctr.split_interactions(dataset.interactions, len(dataset.catalog), ColdItemsSplit(cold=0.2))
+        print(len(splits.train), "training rows;", splits.is_cold(splits.test).sum(), "test rows of cold items")
+        ```
     """
     stages: dict[str, np.ndarray] = {}
     everything = np.ones(len(log), bool)
     if isinstance(config, TemporalSplit):
         # rows at the very moment of the cut go to the later part together
         test = log.time >= _cut_time(log.time, config.test)
-        rest = np.sort(log.time[~test])
-        validation = ~test & (log.time >= _cut_time(rest, config.validation)) if len(rest) else ~everything
+        earlier = np.sort(log.time[~test])
+        validation = ~test & (log.time >= _cut_time(earlier, config.validation)) if len(earlier) else ~everything
         train = ~test & ~validation
         aside: dict[str, int] = {}
         keep_train, keep_validation, keep_test = train, ~test, everything
@@ -155,21 +199,21 @@ def split_interactions(
         validation = _latest_of_users(log, old, config.validation)
         train = old & ~validation
         keep_train, keep_validation, keep_test = train, old, old
-        used = sum(int(rows.sum()) for rows in (old, test, *stages.values()))  # of each row one at most
+        used = sum(int(rows.sum()) for rows in (old, test, *stages.values()))  # the masks are disjoint
         aside = {"rows of items too rare to be new": len(log) - used}
     else:
         cold, validation_cold = _cold_items(log, num_items, config)
-        place, size = log.user_position()
-        late = place >= np.ceil(size * (1 - config.test) - 1e-9)
+        position, size = log.user_position()
+        late = position >= np.ceil(size * (1 - config.test) - 1e-9)
         test = late & ~validation_cold[log.item]
-        left = ~late & ~cold[log.item]
-        validation = _latest_of_users(log, left, config.validation)
-        train = left & ~validation & ~validation_cold[log.item]
+        rest = ~late & ~cold[log.item]
+        validation = _latest_of_users(log, rest, config.validation)
+        train = rest & ~validation & ~validation_cold[log.item]
         keep_test = ~(cold | validation_cold)[log.item]
-        keep_train, keep_validation = train, left & keep_test
+        keep_train, keep_validation = train, rest & keep_test
         aside = {
             "early rows of items held out for test": int((~late & cold[log.item]).sum()),
-            "early rows of items held out for validation": int((left & ~validation & validation_cold[log.item]).sum()),
+            "early rows of items held out for validation": int((rest & ~validation & validation_cold[log.item]).sum()),
             "test rows of items held out for validation": int((late & validation_cold[log.item]).sum()),
         }
     parts = {
@@ -217,7 +261,7 @@ def _cut_time(times: np.ndarray, fraction: float) -> int:
 
 
 def _cold_items(log: Interactions, num_items: int, config: ColdItemsSplit) -> tuple[np.ndarray, np.ndarray]:
-    """Two (N,) bool masks: items held out for test, and further ones held out for validation."""
+    """Two (N,) bool masks: the cold items of the test, and the further items that are cold in validation."""
     active = np.unique(log.item)
     shuffled = np.random.default_rng([config.seed, len(active)]).permutation(active)
     num_cold = round(len(active) * config.cold)
@@ -229,11 +273,11 @@ def _cold_items(log: Interactions, num_items: int, config: ColdItemsSplit) -> tu
 
 
 def _latest_of_users(log: Interactions, rows: np.ndarray, fraction: float) -> np.ndarray:
-    """(n,) mask of the latest `fraction` of each user's rows among the masked ones."""
-    left = np.flatnonzero(rows)
-    place, size = Interactions(*(getattr(log, name)[left] for name in Interactions.NAMES)).user_position()
+    """(n,) mask of the latest `fraction` of the rows of each user among the rows of the mask `rows`."""
+    selected = np.flatnonzero(rows)
+    position, size = Interactions(*(getattr(log, name)[selected] for name in Interactions.NAMES)).user_position()
     latest = np.zeros(len(log), bool)
-    latest[left[place >= np.ceil(size * (1 - fraction) - 1e-9)]] = True
+    latest[selected[position >= np.ceil(size * (1 - fraction) - 1e-9)]] = True
     return latest
 
 
@@ -258,10 +302,10 @@ def _staged_rows(
             f"longest has {count.max(initial=0)}: lower rows or test_rows"
             + (", or raise old_from" if config.old_from is not None else ", or raise new")
         )
-    # the place of a row among those of its item, by time; rows of one moment are of different users, in their order
+    # position of a row among the rows of the same item by time; rows with equal times stay in the order of the users
     order = np.lexsort((log.time, log.item))
-    place = np.empty(len(log), np.int64)
-    place[order] = np.arange(len(log)) - np.repeat(np.cumsum(count) - count, count)
-    own = is_new[log.item]
-    stages = {f"warm_{string.ascii_lowercase[i]}": own & (place // config.rows == i) for i in range(config.stages)}
-    return is_old[log.item], stages, own & (place >= config.stages * config.rows)
+    position = np.empty(len(log), np.int64)
+    position[order] = np.arange(len(log)) - np.repeat(np.cumsum(count) - count, count)
+    new = is_new[log.item]
+    stages = {f"warm_{string.ascii_lowercase[i]}": new & (position // config.rows == i) for i in range(config.stages)}
+    return is_old[log.item], stages, new & (position >= config.stages * config.rows)

@@ -1,4 +1,4 @@
-"""Reading the tables of a dataset folder: Parquet, CSV or JSON lines, with ids kept as given."""
+"""Reading of the tables of a dataset folder: Parquet, CSV or JSON lines files, with ids as they are written."""
 
 from __future__ import annotations
 
@@ -14,20 +14,40 @@ from mmctr.data.arrow import pc
 
 ID_COLUMNS = ("item_id", "user_id")
 TEXT_COLUMNS = ("title", "description", "category", "brand", "shop", "image")
-"""columns of a CSV that are never read as numbers: a title may be "1984", a brand "007" """
+"""columns of a CSV file that are read as text, not as numbers: a title may be "1984", a brand "007" """
 SUFFIXES = (".parquet", ".csv", ".jsonl")
 
 
 def find_table(folder: Path, stem: str) -> Path | None:
-    """The file `stem.parquet`, `stem.csv` or `stem.jsonl` of a folder; ValueError when there are several."""
-    found = [folder / (stem + suffix) for suffix in SUFFIXES if (folder / (stem + suffix)).is_file()]
-    if len(found) > 1:
-        raise ValueError(f"{folder}: both {found[0].name} and {found[1].name} are there; keep one")
-    return found[0] if found else None
+    """The file of one table of a dataset folder: `stem.parquet`, `stem.csv` or `stem.jsonl`.
+
+    Args:
+        folder: the dataset folder.
+        stem: name of the table, such as "items".
+
+    Returns:
+        None when the folder has none of these files.
+
+    Raises:
+        ValueError: the folder has several of these files.
+    """
+    files = [folder / (stem + suffix) for suffix in SUFFIXES if (folder / (stem + suffix)).is_file()]
+    if len(files) > 1:
+        raise ValueError(f"{folder}: both {files[0].name} and {files[1].name} are there; keep one")
+    return files[0] if files else None
 
 
 def read_table(path: Path, required: tuple[str, ...] = ()) -> pa.Table:
-    """Read one table. Raises ValueError naming the file and, for a missing column, the nearest one there is."""
+    """Read one table.
+
+    Args:
+        path: a .parquet, .csv or .jsonl file.
+        required: columns that the table must have.
+
+    Raises:
+        ValueError: the file cannot be read, a column name repeats, or a required column is missing; the message names
+            the file and the column name most similar to the missing one.
+    """
     try:
         if path.suffix == ".parquet":
             table = parquet.read_table(path)
@@ -70,9 +90,15 @@ def _read_json(path: Path, block_size: int) -> pa.Table:
 
 
 def same_kind(table: pa.Table, path: Path | None, name: str, kind: pa.DataType) -> pa.Table:
-    """The table with its ids as text where a CSV's look like integers but those of the other side, `kind`, are text.
+    """A table of a CSV file with integer ids converted to text where the ids of the other table are text.
 
-    A CSV has no types: "8" is the text "8" when the catalog also knows "007".
+    A CSV file has no types: "8" is the text "8" when the ids of the catalog include "007".
+
+    Args:
+        table: a table that was read from `path`.
+        path: the file; only tables of CSV files are changed.
+        name: name of the id column.
+        kind: type of the ids of the other table.
     """
     index = table.column_names.index(name)
     if path is None or path.suffix != ".csv" or not _is_text(kind) or _is_text(table.schema.field(index).type):
@@ -87,6 +113,16 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def require_columns(table: pa.Table, required: tuple[str, ...] | list[str], path: Path | str) -> None:
+    """Check that a table has some columns.
+
+    Args:
+        table: the table.
+        required: names of the columns.
+        path: name of the file or table, for the error message.
+
+    Raises:
+        ValueError: a column is missing; the message suggests the most similar column name.
+    """
     for name in required:
         if name not in table.column_names:
             near = difflib.get_close_matches(name, table.column_names, n=1, cutoff=0.5)
@@ -95,7 +131,7 @@ def require_columns(table: pa.Table, required: tuple[str, ...] | list[str], path
 
 
 def _integers_if_exact(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Text ids as int64 when every one is written just as the integer would be, else unchanged."""
+    """Text ids as int64 when every id is written exactly as the integer would be written, else unchanged."""
     try:
         numbers = column.cast(pa.int64())
     except pa.ArrowInvalid:
@@ -105,14 +141,24 @@ def _integers_if_exact(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def one_array(column: pa.ChunkedArray | pa.Array) -> pa.Array:
-    """A column as one array, whatever its chunks; `combine_chunks` gives now an array, now a chunked one."""
+    """A column as one array. (`combine_chunks` of pyarrow returns an array for some types and a chunked array for
+    others.)"""
     if isinstance(column, pa.Array):
         return column
     return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], type=column.type)
 
 
 def as_ids(column: pa.ChunkedArray | pa.Array, name: str, path: Path | str) -> pa.Array:
-    """Ids as one int64 or string array, nulls kept. Raises ValueError for other types and inexact floats."""
+    """A column of ids as one int64 or string array; nulls stay nulls.
+
+    Args:
+        column: integers, strings, floats that hold exact integers, or dictionaries of these.
+        name: name of the column, for error messages.
+        path: name of the file or table, for error messages.
+
+    Raises:
+        ValueError: the ids have another type, or are floats that are not exact integers.
+    """
     array = one_array(column)
     kind = array.type
     if pa.types.is_dictionary(kind):
@@ -130,7 +176,7 @@ def as_ids(column: pa.ChunkedArray | pa.Array, name: str, path: Path | str) -> p
         values = array.to_numpy(zero_copy_only=False)
         missing = np.isnan(values)
         whole = values[~missing]
-        exact = 2 ** (np.finfo(values.dtype).nmant + 1)  # from here on neighbours are rounded together
+        exact = 2 ** (np.finfo(values.dtype).nmant + 1)  # from this value on neighbouring integers are rounded together
         if len(whole) and (np.abs(whole).max() >= exact or (whole != np.round(whole)).any()):
             raise ValueError(
                 f"{path}: column {name!r} holds floats that are not exact ids; store them as integers or strings"
@@ -142,7 +188,8 @@ def as_ids(column: pa.ChunkedArray | pa.Array, name: str, path: Path | str) -> p
 
 
 def as_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Any column as strings: numbers are written out, lists joined by spaces, blank text becomes null."""
+    """A column of any type as trimmed strings: numbers are written out, the values of a list are joined by spaces, and
+    blank text becomes null."""
     kind = column.type
     if pa.types.is_dictionary(kind):
         column = pa.chunked_array([chunk.dictionary_decode() for chunk in column.chunks], type=kind.value_type)
@@ -169,30 +216,51 @@ def _written(value: Any) -> str | None:
 
 
 def rows_of(wanted: pa.Array, known: pa.Array, what: str) -> np.ndarray:
-    """Position of each wanted id in `known`, -1 for unknown or null: (n,) int64.
+    """Positions of ids in an array of known ids.
 
-    Raises ValueError when one side holds integers and the other strings: "1" and 1 are different ids.
+    Args:
+        wanted: (n,) ids.
+        known: ids without repetition.
+        what: names of the two sides, for the error message.
+
+    Returns:
+        (n,) int64 positions in `known`, -1 for an unknown or null id.
+
+    Raises:
+        ValueError: one side holds integers and the other side strings: "1" and 1 are different ids.
     """
     if wanted.null_count == len(wanted) or not len(known):
         return np.full(len(wanted), -1, dtype=np.int64)
     if wanted.type != known.type:
-        shown = [array.drop_null()[0].as_py() if array.null_count < len(array) else None for array in (wanted, known)]
+        first = [array.drop_null()[0].as_py() if array.null_count < len(array) else None for array in (wanted, known)]
         raise ValueError(
             f"{what}: ids are {wanted.type} on one side and {known.type} on the other "
-            f"({shown[0]!r} and {shown[1]!r}); store both as integers or both as strings"
+            f"({first[0]!r} and {first[1]!r}); store both as integers or both as strings"
         )
     index = pc.index_in(wanted, value_set=known, skip_nulls=True)
     return index.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
 
 
 def examples(values: pa.Array | np.ndarray | list[Any], count: int = 3) -> list[Any]:
-    """A few values to show in a report."""
+    """The first `count` values as plain Python objects, for a report."""
     head = values[:count]
     return [v.as_py() if isinstance(v, pa.Scalar) else v.item() if hasattr(v, "item") else v for v in head]
 
 
 def value_codes(table: pa.Table, column: str, source: Any) -> tuple[np.ndarray, list[str]]:
-    """(N,) int64 number of each row's value in a column, -1 for none, and the values by number."""
+    """Encode the values of a column as numbers.
+
+    Args:
+        table: a table of N rows.
+        column: name of the column.
+        source: name of the file or table, for the error message.
+
+    Returns:
+        (N,) int64 number of the value of each row, -1 for a row without a value, and the values by number.
+
+    Raises:
+        ValueError: the column is missing.
+    """
     require_columns(table, [column], source)
     encoded = one_array(as_text(table.column(column))).dictionary_encode()
     codes = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)

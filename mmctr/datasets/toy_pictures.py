@@ -1,4 +1,4 @@
-"""The drawings of the toy world: coloured shapes by signed distances, anti-aliased, a batch at a time."""
+"""The drawings of ToyWorld: coloured shapes computed from signed distances, anti-aliased, in batches."""
 
 from __future__ import annotations
 
@@ -34,12 +34,21 @@ _RGB = {
 PALETTE, BACKGROUNDS = (
     np.array([_RGB[value] for value in FACTOR_VALUES[name]], dtype=np.float32) for name in ("colour", "background")
 )
-RADII = np.array([0.46, 0.66, 0.9], dtype=np.float32)  # of each size, in half picture widths
-RIM = 0.08  # of the radius
+RADII = np.array([0.46, 0.66, 0.9], dtype=np.float32)  # radius of each size, in half picture widths
+RIM = 0.08  # width of the rim, as a fraction of the radius
 
 
 def draw_pictures(factors: dict[str, np.ndarray], nuisance: np.ndarray, size: int) -> np.ndarray:
-    """(n, 3, size, size) uint8 pictures. nuisance: (n, 4) in [0, 1): shift in x and y, rotation, brightness."""
+    """Draw one picture for every combination of factor values.
+
+    Args:
+        factors: factor name -> (n,) positions in `FACTOR_VALUES[name]`.
+        nuisance: (n, 4) in [0, 1): shift in x, shift in y, rotation and brightness.
+        size: side of a picture in pixels.
+
+    Returns:
+        (n, 3, size, size) uint8 RGB.
+    """
     radius = RADII[factors["size"]]
     shift = (2 * nuisance[:, :2] - 1) * (0.97 - radius[:, None]) * 0.8
     angle = (2 * nuisance[:, 2] - 1) * np.float32(math.radians(18))
@@ -96,7 +105,7 @@ def _distance(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 def _pattern(pattern: str, u: np.ndarray, v: np.ndarray, pixels_per_radius: np.ndarray) -> np.ndarray:
-    """How much of the second tone there is at each point, in [0, 1]."""
+    """The share of the second tone at each point, in [0, 1]."""
     if pattern == "solid":
         return np.zeros_like(u)
     period = 0.5
@@ -111,7 +120,7 @@ def _pattern(pattern: str, u: np.ndarray, v: np.ndarray, pixels_per_radius: np.n
 
 
 def encode_jpeg(pixels: np.ndarray) -> bytes:
-    """JPEG of one (3, S, S) uint8 picture."""
+    """The JPEG file of one (3, S, S) uint8 RGB picture."""
     buffer = io.BytesIO()
     # full chroma resolution: at this size the usual halving smears the colours, and colour is a factor
     Image.fromarray(pixels.transpose(1, 2, 0)).save(buffer, "JPEG", quality=90, subsampling=0)

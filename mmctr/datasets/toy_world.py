@@ -1,10 +1,10 @@
-"""A drawn catalog whose truth is known: what every picture shows, what every user likes, why every click happened.
+"""ToyWorld: a synthetic dataset with known ground truth for pictures, tastes and clicks.
 
-It is the default data set and the instrument the rest is measured with. Items are coloured shapes with noisy titles;
-users have a drifting taste over the factors of a drawing, so content predicts clicks; every item also has a quality
-that no picture or title shows, so item ids predict something that content cannot.
+ToyWorld is the default dataset of demos and tests. Items are coloured shapes with noisy titles. Users have a drifting
+taste over the factors of a drawing, so content predicts clicks. Every item also has a hidden quality that no picture or
+title reveals, so item ids predict a part of the clicks that content cannot predict.
 
-The columns `factor_*` of items.parquet are ground truth for metrics; training on them is cheating.
+The columns `factor_*` of items.parquet are ground truth for metrics and are not meant for training.
 """
 
 from __future__ import annotations
@@ -14,34 +14,18 @@ import zlib
 from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Literal, Self
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field, model_validator
 
-from mmctr.config import Config
+from mmctr.datasets.toy_config import ToyWorldConfig
 from mmctr.datasets.toy_pictures import FACTOR_VALUES, draw_pictures, encode_jpeg
+from mmctr.datasets.toy_words import BRANDS, FILLERS, WORDS
 from mmctr.files import replace_file
 
-# How much of a user's taste hangs on each factor.
+# Weight of each factor in the taste of a user.
 FACTOR_WEIGHTS = {"shape": 1.0, "colour": 1.0, "pattern": 0.7, "size": 0.4, "background": 0.3}
-# Words for each value, in the order of FACTOR_VALUES. No word stands for two values.
-_WORDS = {
-    "shape": "circle disc round|ring hoop loop|square block tile|triangle pyramid wedge|star starburst asterisk|"
-    "cross plus crosspiece",
-    "colour": "red crimson scarlet|orange tangerine amber|yellow lemon golden|green emerald fern|blue navy cobalt|"
-    "purple violet plum|pink rose fuchsia|black ebony jet",
-    "pattern": "solid plain uniform|striped stripy lined|dotted polka-dot spotted|checked chequered gingham",
-    "size": "small mini petite|medium mid-size regular|large big oversized",
-    "background": "cream-backed on-ivory|mint-backed on-jade|sky-backed on-azure|blush-backed on-peach",
-}
-WORDS = {name: [words.split() for words in text.split("|")] for name, text in _WORDS.items()}
-_BRANDS = """Arvello Bontek Cassiro Dunvale Elmora Fintry Gradova Holmqvist Istria Jorvane
-    Kelbrook Lumaro Morvek Nestano Ostrava Pellmar Quenby Rostova Silvano Tarkin"""
-_FILLERS = "new classic premium original handmade limited everyday deluxe signature essential gift vintage"
-BRANDS, FILLERS = _BRANDS.split(), _FILLERS.split()
 CATEGORIES = ["round", "round", "cornered", "cornered", "pointed", "pointed"]  # of each shape
 AGE_GROUPS = ["18-24", "25-34", "35-44", "45-54", "55-64", "65+"]
 REGIONS = ["north", "east", "south", "west", "centre", "coast", "islands", "abroad"]
@@ -50,68 +34,37 @@ START = 1_700_000_000  # seconds; the log begins here
 SPAN = 90 * 86_400  # seconds; and is this long
 _SESSION_GAP = 600  # seconds between the starts of a user's sessions, at least: sessions do not overlap
 _ITEM_BASE, _USER_BASE = 7_000_000_000, 5_000_000_000  # integer ids beyond 32 bits, as many shops have
-_BLOCK = 4096  # items share a random generator by blocks of this many rows, whatever batches they are asked for in
+_BLOCK = 4096  # blocks of this many items share a random generator, so that draws do not depend on batches
 _USERS_PER_CHUNK = 512
 _DRAW_BATCH = 512
 
 
-class ToyWorldConfig(Config):
-    """What the drawn catalog and its log look like."""
-
-    num_items: int = Field(default=1200, ge=50, le=10_000_000)
-    """items of the catalog"""
-    num_users: int = Field(default=1500, ge=1, le=10_000_000)
-    """users of the log"""
-    impressions_per_user: int = Field(default=60, ge=1, le=10_000)
-    """Mean over users; the spread is log-normal."""
-    session_length: int = Field(default=6, ge=1, le=20)
-    """Mean number of positions a session shows."""
-    image_size: int = Field(default=48, ge=16, le=512)
-    """side of a picture in pixels"""
-    seed: int = Field(default=0, ge=0)
-    """of everything random in the world"""
-    title_noise: float = Field(default=0.05, ge=0, le=1)
-    """Probability that a mentioned factor is the wrong one."""
-    missing_picture: float = Field(default=0.03, ge=0, le=1)
-    """Probability that an item has no picture."""
-    missing_title: float = Field(default=0.03, ge=0, le=1)
-    """Probability that an item has no title."""
-    click_rate: float = Field(default=0.3, ge=0.01, le=0.99)
-    """Mean of the label; the bias of the click model is solved for it."""
-    taste_strength: float = Field(default=2.5, ge=0, le=20)
-    """Logits per standard deviation of the user's utility."""
-    quality_strength: float = Field(default=1.0, ge=0, le=20)
-    """Logits per standard deviation of the item's hidden quality."""
-    drift: float = Field(default=0.5, ge=0, le=1)
-    """How far a user's taste moves to his second taste over the log: 0 stays, 1 arrives."""
-    position_effect: float = Field(default=0.5, ge=0, le=10)
-    """Logits lost per unit of log(1 + position)."""
-    popularity_exponent: float = Field(default=0.8, ge=0, le=2)
-    """Exposure of the item of rank r is proportional to r to the minus this; 0 is uniform."""
-    pictures: Literal["files", "bytes"] = "files"
-    """Whether items.parquet holds paths into images/ or the JPEG bytes."""
-    string_ids: bool = False
-    """Ids such as "toy-000123"; otherwise integers beyond 32 bits."""
-
-    @model_validator(mode="after")
-    def _sessions_fit(self) -> Self:
-        if self.impressions_per_user < self.session_length:
-            raise ValueError(
-                f"impressions_per_user: {self.impressions_per_user} is less than one session of session_length "
-                f"{self.session_length}; raise the one or lower the other"
-            )
-        return self
-
-
 class ToyWorld:
-    """The world of a config. Equal configs give equal worlds, whatever order or batches its parts are asked for in.
+    """A synthetic dataset of N items and U users, computed from a config.
 
-    factors: for each factor the true value of every item, (N,) integers into `factor_values[factor]`.
-    taste: for each factor (U, 2, V) float32, the user's liking of each value at the begin and the end of a full drift,
-        standardised over the values.
-    quality: (N,) standard normal, hidden from pictures and titles.
-    popularity: (N,) probability of exposure.
-    item_ids, user_ids: (N,), (U,) as written to the parquet files.
+    Equal configs give equal worlds, in whatever order and batches the parts of a world are computed.
+
+    Args:
+        config: size, noise and click model; None: the defaults.
+
+    Attributes:
+        config: the config.
+        factors: factor name -> (N,) int64 true value of every item, as a position in `factor_values[name]`.
+        brand: (N,) int64 brand of every item.
+        taste: factor name -> (U, 2, V) float32 utility of each of the V values for a user at the begin and the end of a
+            full drift, standardised over the values.
+        quality: (N,) standard normal numbers that pictures and titles do not reveal.
+        popularity: (N,) probability of exposure of every item.
+        item_ids: (N,) raw ids as written to items.parquet.
+        user_ids: (U,) raw ids as written to users.parquet.
+
+    Example:
+        ```python
+        world = mmctr.ToyWorld(mmctr.ToyWorldConfig(num_items=100, num_users=20, image_size=32))
+        pictures, titles = world.draw([0, 1]), world.titles([0, 1])  # (2, 3, 32, 32) uint8; strings or None
+        log = world.interactions()  # the click log as a pyarrow table
+        assert pictures.shape == (2, 3, 32, 32) and 0.1 < log["label"].to_numpy().mean() < 0.5
+        ```
     """
 
     factor_values = FACTOR_VALUES
@@ -157,17 +110,24 @@ class ToyWorld:
         return np.char.mod(f"{prefix}-%06d", np.arange(count)) if self.config.string_ids else base + np.arange(count)
 
     def item_rows(self, item_ids: np.ndarray) -> np.ndarray:
-        """Rows of items by the ids in the parquet files."""
+        """The (n,) int64 item rows of n raw item ids."""
         return _rows(item_ids, _ITEM_BASE)
 
     def user_rows(self, user_ids: np.ndarray) -> np.ndarray:
-        """Rows of users by the ids in the parquet files."""
+        """The (n,) int64 user rows of n raw user ids."""
         return _rows(user_ids, _USER_BASE)
 
     # Items ----------------------------------------------------------------------------------------------------------
 
-    def draw(self, rows: np.ndarray) -> np.ndarray:
-        """The pictures of some items, (n, 3, S, S) uint8 RGB."""
+    def draw(self, rows: np.ndarray | Sequence[int]) -> np.ndarray:
+        """Draw the pictures of some items.
+
+        Args:
+            rows: (n,) item rows.
+
+        Returns:
+            (n, 3, S, S) uint8 RGB, S being `config.image_size`.
+        """
         rows = np.asarray(rows)
         size = self.config.image_size
         result = np.empty((len(rows), 3, size, size), dtype=np.uint8)
@@ -177,8 +137,16 @@ class ToyWorld:
             result[start : start + len(batch)] = draw_pictures(factors, self._uniform("nuisance", batch, 4), size)
         return result
 
-    def titles(self, rows: np.ndarray) -> list[str | None]:
-        """Some of the factors in random words and order, a filler or two, now and then a brand; some are None."""
+    def titles(self, rows: np.ndarray | Sequence[int]) -> list[str | None]:
+        """The titles of some items: factors in random words and order, one or two filler words, and sometimes a brand.
+
+        Args:
+            rows: (n,) item rows.
+
+        Returns:
+            n titles, None for an item without a title.
+        """
+        rows = np.asarray(rows)
         extra = self._uniform("title extras", rows, 5)
         result: list[str | None] = []
         for row, words, (missing, brand, filler, second, place) in zip(
@@ -197,7 +165,8 @@ class ToyWorld:
         return result
 
     def descriptions(self, rows: np.ndarray) -> list[str | None]:
-        """A sentence or two for about half of the items, with mentions of its own; None for the others."""
+        """The descriptions of n items: factors in random words and order, independent of the title; None for about half
+        of the items."""
         result: list[str | None] = []
         extra = self._uniform("description extras", rows, 2)
         for words, (missing, filler) in zip(self._mentions("description", rows), extra.tolist(), strict=True):
@@ -211,21 +180,26 @@ class ToyWorld:
         truth = np.stack([self.factors[name][rows] for name in WORDS], axis=1)
         counts = np.array([len(values) for values in WORDS.values()])
         wrong = draws[..., 1] < self.config.title_noise
-        # given that it is wrong, the same number is uniform again and says which of the other values it is
+        # given that the value is wrong, the same number is uniform again and selects one of the other values
         shift = 1 + (draws[..., 1] / max(self.config.title_noise, 1e-9) * (counts - 1)).astype(np.int64)
-        told = np.where(wrong, (truth + np.minimum(shift, counts - 1)) % counts, truth)
+        named = np.where(wrong, (truth + np.minimum(shift, counts - 1)) % counts, truth)
         words = list(WORDS.values())
-        for values, said, pick, order in zip(
-            told.tolist(),
+        for values, mentioned, pick, order in zip(
+            named.tolist(),
             (draws[..., 0] < 0.75).tolist(),
             draws[..., 2].tolist(),
             draws[..., 3].argsort(1),
             strict=True,
         ):
-            yield [_pick(words[f][values[f]], pick[f]) for f in order.tolist() if said[f]]
+            yield [_pick(words[f][values[f]], pick[f]) for f in order.tolist() if mentioned[f]]
 
     def items(self, rows: np.ndarray, images: list[str | None] | list[bytes | None]) -> pa.Table:
-        """The rows of items.parquet of some items, given what goes into their image column."""
+        """The rows of items.parquet of some items.
+
+        Args:
+            rows: (n,) item rows.
+            images: n values of the column `image`: paths, JPEG bytes, or None for an item without a picture.
+        """
         names = FACTOR_VALUES.items()
         return pa.table(
             {
@@ -242,7 +216,7 @@ class ToyWorld:
     # Users and clicks -----------------------------------------------------------------------------------------------
 
     def users(self) -> pa.Table:
-        """users.parquet: the age group leans a little on the taste, the region not at all."""
+        """The table users.parquet: the age group correlates weakly with the taste, the region is independent."""
         rng = self._rng("users")
         lean = 0.3 * self.taste["colour"][:, 0, 0] + rng.standard_normal(self.config.num_users)
         ages = np.searchsorted([-1.0, -0.4, 0.1, 0.6, 1.2], lean)
@@ -256,30 +230,49 @@ class ToyWorld:
         )
 
     def oracle(self, user_rows: np.ndarray, item_rows: np.ndarray, timestamps: np.ndarray) -> np.ndarray:
-        """How much the users like the factors of the items at these times (seconds): (n,), of about unit variance.
+        """The true utility of items for users, as far as pictures and titles reveal it.
 
-        The ceiling of every model of content; `click_logits` adds what is not content.
+        The AUC of these scores is the upper limit for every model of content; `click_logits` adds the hidden quality
+        and the position.
+
+        Args:
+            user_rows: (n,) user rows.
+            item_rows: (n,) item rows.
+            timestamps: (n,) times in seconds.
+
+        Returns:
+            (n,) scores of about unit variance.
         """
         progress = np.clip((np.asarray(timestamps) - START) / SPAN, 0.0, 1.0)
         angle = progress * self.config.drift * (math.pi / 2)
         total = np.zeros(len(angle))
         for name, weight in FACTOR_WEIGHTS.items():
             values = self.factors[name][item_rows]
-            before, after = (self.taste[name][user_rows, which, values] for which in (0, 1))
+            before, after = (self.taste[name][user_rows, end, values] for end in (0, 1))
             total += weight * (np.cos(angle) * before + np.sin(angle) * after)
         return total / math.sqrt(sum(weight**2 for weight in FACTOR_WEIGHTS.values()))
 
     def click_logits(
         self, user_rows: np.ndarray, item_rows: np.ndarray, timestamps: np.ndarray, positions: np.ndarray
     ) -> np.ndarray:
-        """(n,) logits of a click, without the bias that all share."""
+        """The true logits of a click, without the common bias.
+
+        Args:
+            user_rows: (n,) user rows.
+            item_rows: (n,) item rows.
+            timestamps: (n,) times in seconds.
+            positions: (n,) positions on the page, from 0.
+
+        Returns:
+            (n,) logits.
+        """
         logits = self.config.taste_strength * self.oracle(user_rows, item_rows, timestamps)
         logits += self.config.quality_strength * self.quality[item_rows]
         return logits - self.config.position_effect * np.log1p(positions)
 
     @cached_property
     def bias(self) -> float:
-        """The bias of the click model for which the first users click at `click_rate`."""
+        """The bias of the click model, for which the first 512 users have a mean label of `config.click_rate`."""
         logits = self.click_logits(*self._exposures(0)[:4])
         low, high = -100.0, 100.0
         for _ in range(60):
@@ -288,7 +281,8 @@ class ToyWorld:
         return (low + high) / 2
 
     def _exposures(self, chunk: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """What one chunk of users is shown: user rows, item rows, timestamps, positions, and a uniform to click by."""
+        """The impressions of one chunk of users: user rows, item rows, timestamps, positions, and uniform numbers from
+        which the labels follow."""
         config, rng = self.config, self._rng("log", chunk)
         users = np.arange(chunk * _USERS_PER_CHUNK, min((chunk + 1) * _USERS_PER_CHUNK, config.num_users))
         spread = rng.lognormal(-0.125, 0.5, len(users))  # of mean 1
@@ -305,8 +299,8 @@ class ToyWorld:
         lengths = rng.integers(config.session_length - spare, config.session_length + spare + 1, len(user))
         session, position = np.repeat(np.arange(len(user)), lengths), _count_up(lengths)
         item = self._distinct_items(rng, session)
-        # a session is one page: all its positions have one time. Were they seconds apart, the clicks above would stand
-        # in the history of those below, and a ranker could read the position off it
+        # a session is one page, so all positions have the same time. With different times, clicks on upper positions
+        # would be in the histories of lower positions, and a ranker could infer the position from the history
         return user[session], item, begin[session], position, rng.random(len(session))
 
     def _distinct_items(self, rng: np.random.Generator, session: np.ndarray) -> np.ndarray:
@@ -340,13 +334,33 @@ class ToyWorld:
             )
 
     def interactions(self) -> pa.Table:
-        """interactions.parquet: user by user, in the order of time."""
+        """The table interactions.parquet: the click log, sorted by user and time."""
         return pa.concat_tables(self._log_chunks())
 
     # Files ----------------------------------------------------------------------------------------------------------
 
     def write(self, folder: Path) -> Path:
-        """Write the dataset folder, over an older one if there is one; returns it. Memory does not grow with items."""
+        """Write the world as a dataset folder, over an existing one. The memory needed does not grow with the catalog.
+
+        Args:
+            folder: the dataset folder.
+
+        Returns:
+            The folder, which `open_dataset` reads.
+
+        Raises:
+            OSError: a file cannot be written.
+
+        Example:
+            ```python
+            import tempfile
+            from pathlib import Path
+
+            world = mmctr.ToyWorld(mmctr.ToyWorldConfig(num_items=100, num_users=20))
+            folder = world.write(Path(tempfile.mkdtemp()) / "toy")
+            assert len(mmctr.open_dataset(folder).catalog) == 100
+            ```
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         replace_file(folder / "items.parquet", partial(_write_parquet, self._item_chunks(folder)))
@@ -359,12 +373,12 @@ class ToyWorld:
             rows = np.arange(start, min(start + _BLOCK, self.config.num_items))
             missing = self._uniform("missing picture", rows, 1)[:, 0] < self.config.missing_picture
             images: list = [None] * len(rows)
-            shown = np.flatnonzero(~missing)
-            for batch in np.split(shown, range(_DRAW_BATCH, len(shown), _DRAW_BATCH)):
+            drawn = np.flatnonzero(~missing)
+            for batch in np.split(drawn, range(_DRAW_BATCH, len(drawn), _DRAW_BATCH)):
                 for at, pixels in zip(batch.tolist(), self.draw(rows[batch]), strict=True):
                     images[at] = encode_jpeg(pixels)
             if self.config.pictures == "files":
-                for at in shown.tolist():
+                for at in drawn.tolist():
                     row = start + at
                     path = folder / "images" / f"{row // 1000:04d}" / f"{row:07d}.jpg"
                     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Impressions of a click log -> BehaviorBatch: targets, jagged histories, drawn negatives, features."""
+"""BehaviorCollator: batches of impressions with targets, jagged histories, sampled negatives and side features."""
 
 from __future__ import annotations
 
@@ -17,14 +17,16 @@ from mmctr.features.columns import BehaviorView, FeatureColumns
 
 
 class NegativeSampler:
-    """Items a user has never clicked, drawn as often as they are shown in the training impressions.
+    """Draws items that a user has never clicked, with probabilities proportional to the impressions of the items.
 
     Args:
-        impressions: the training rows. Items clicked later on are no negatives either.
+        impressions: training rows. An item that the user clicks later in training is not drawn either.
+        seed: seed of the run.
     """
 
     ROUNDS = 24
-    """draws, of what collides alone, before what is left (users who clicked nearly all there is) is done one by one"""
+    """number of rounds in which clicked items are drawn again, before the remaining draws (for users who clicked nearly
+    all items) are made one by one from the items that the user has not clicked"""
 
     def __init__(self, impressions: Impressions, seed: int):
         self.shown = impressions.item
@@ -35,9 +37,15 @@ class NegativeSampler:
         self.seed = seed
 
     def __call__(self, users: np.ndarray, keys: np.ndarray, step: int) -> np.ndarray:
-        """(n,) catalog rows for users (n,); `keys` (n,) tell the draws of a step apart, in whatever process they are.
+        """Draw one negative for every user.
 
-        A user who has clicked every item there is gets any item.
+        Args:
+            users: (n,) user rows.
+            keys: (n,) integers that identify the draws of a step over all processes.
+            step: training step.
+
+        Returns:
+            (n,) catalog rows; any item for a user who has clicked every item.
         """
         items = self._draw(keys, step, 0)
         wrong = np.flatnonzero(self._is_clicked(users, items))
@@ -48,10 +56,10 @@ class NegativeSampler:
             wrong = wrong[self._is_clicked(users[wrong], items[wrong])]
         for i in wrong:
             start, end = np.searchsorted(self.clicked, self._keys(users[i] + np.arange(2), np.zeros(2, np.int64)))
-            left = np.setdiff1d(self.distinct, self.clicked[start:end] % self.num_items, assume_unique=True)
-            if len(left):
+            unclicked = np.setdiff1d(self.distinct, self.clicked[start:end] % self.num_items, assume_unique=True)
+            if len(unclicked):
                 uniform = hashed_uniform(stream_seed(self.seed, "last negatives"), step, keys[i : i + 1])[0]
-                items[i] = left[int(uniform * len(left))]
+                items[i] = unclicked[int(uniform * len(unclicked))]
         return items
 
     def _draw(self, keys: np.ndarray, step: int, draw: int) -> np.ndarray:
@@ -65,12 +73,21 @@ class NegativeSampler:
         if not len(self.clicked):
             return np.zeros(len(users), bool)
         wanted = self._keys(users, items)
-        place = np.minimum(np.searchsorted(self.clicked, wanted), len(self.clicked) - 1)
-        return self.clicked[place] == wanted
+        position = np.minimum(np.searchsorted(self.clicked, wanted), len(self.clicked) - 1)
+        return self.clicked[position] == wanted
 
 
 def behaviors_read(part: Impressions, rows: np.ndarray | slice, max_history: int) -> tuple[Tensor, Tensor]:
-    """The latest behaviours of each impression: (H,) places in `part.history` and the (n + 1,) offsets."""
+    """The latest behaviours of every impression.
+
+    Args:
+        part: impressions of a split.
+        rows: (n,) rows of `part`, or a slice.
+        max_history: largest number of behaviours of an impression.
+
+    Returns:
+        (H,) positions in `part.history` and the (n + 1,) offsets of the impressions.
+    """
     end = torch.from_numpy(part.history_end[rows])
     start = torch.maximum(torch.from_numpy(part.history_start[rows]), end - max_history)
     return jagged_rows(start, end)
@@ -78,41 +95,52 @@ def behaviors_read(part: Impressions, rows: np.ndarray | slice, max_history: int
 
 @dataclass(frozen=True)
 class BehaviorCollator:
-    """Rows of a split -> BehaviorBatch. Everything is columns; there is no Python per row.
-
-    `content` is given when items are encoded inside the ranker; `encode_history` says whether behaviours are too.
-    """
+    """Makes a `BehaviorBatch` from rows of a split, by operations on columns without a Python loop over rows."""
 
     impressions: Impressions
+    """the rows of the split"""
     items: FeatureColumns
-    """`item_id` and the declared item features"""
+    """`item_id` and the declared item features, over the catalog"""
     user_rows: Tensor
-    """(num users,) rows of the user vocabulary"""
+    """(number of users,) rows of the user vocabulary"""
     users: FeatureColumns
+    """declared user features, over the users table"""
     context: FeatureColumns
+    """declared context features, over the interactions"""
     max_history: int
+    """largest number of behaviours of an impression, the latest ones"""
     content: ItemContent | None = None
+    """pictures and texts of the catalog, for a ranker that encodes items; None: no item is encoded"""
     encode_history: bool = True
+    """with `content`: whether behaviours are encoded as well as targets"""
     max_encoded: int | None = None
-    """at most this many distinct items of a step are encoded"""
+    """with `content`: largest number of distinct items of a step that are encoded; None: all"""
     derived: tuple[Callable[[BehaviorView], Features], ...] = ()
-    """make further context features: crosses, leaves of trees"""
+    """functions that compute further context features: crosses, leaves of trees"""
     negatives: NegativeSampler | None = None
-    """for rankers with an auxiliary loss"""
+    """sampler of one negative per behaviour, for rankers with an auxiliary loss"""
     id_dropout: float = 0.0
-    """chance that a distinct item of a batch shows the ID of an unknown item, so that this row is trained too"""
+    """probability that a distinct item of a batch gets the ID row of unknown items, which trains that row"""
     user_dropout: float = 0.0
+    """probability that a user gets the ID row of unknown users, the same in all impressions of a step"""
     seed: int = 0
+    """seed of the run"""
 
     def __call__(self, rows: np.ndarray, step: int = 0) -> BehaviorBatch:
+        """The batch of (B,) rows of the split.
+
+        Args:
+            rows: (B,) rows of `impressions`.
+            step: training step, which determines all draws.
+        """
         part = self.impressions
         index, offsets = behaviors_read(part, rows, self.max_history)
         target = torch.from_numpy(part.item[rows]).long()
         history = torch.from_numpy(part.history[index.numpy()]).long()
-        if self.negatives is not None:  # one for each behaviour, behind them
+        if self.negatives is not None:  # one for each behaviour, after all behaviours
             lengths = np.diff(offsets.numpy())
-            place = np.repeat(rows * self.max_history - offsets[:-1].numpy(), lengths) + np.arange(len(history))
-            drawn = self.negatives(np.repeat(part.user[rows], lengths), place, step)
+            keys = np.repeat(rows * self.max_history - offsets[:-1].numpy(), lengths) + np.arange(len(history))
+            drawn = self.negatives(np.repeat(part.user[rows], lengths), keys, step)
             history = torch.cat([history, torch.from_numpy(drawn).long()])
         if self.content is None or self.encode_history:
             distinct, position = torch.unique(torch.cat([target, history]), return_inverse=True)

@@ -1,7 +1,7 @@
-"""Side features: declared in the config, their vocabularies learned on training rows only, encoded once to columns.
+"""Side features: declared in the config, with vocabularies learned on training rows only, and encoded once as columns.
 
-Row 0 of every vocabulary means "unknown or missing". A value seen only on cold items, test users or test rows is
-unknown too: its embedding would never have been trained.
+Row 0 of every vocabulary means "unknown or missing". A value that occurs only on cold items, test users or test rows is
+unknown too, since an embedding of that value would never have been trained.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mmctr.data.tables import as_text, one_array, require_columns, rows_of
 
 
 class CategoricalFeature(Config):
-    """One value a row: brand, gender, shop."""
+    """One value per row, such as a brand, a gender or a shop."""
 
     name: Literal["categorical"] = "categorical"
     dim: int = Field(default=8, ge=1)
@@ -33,27 +33,27 @@ class CategoricalFeature(Config):
 
 
 class MultiValuedFeature(Config):
-    """Several values a row: genres, tags, the words of a text, the prefixes of a semantic ID."""
+    """Several values per row, such as genres, tags, the words of a text or the prefixes of a semantic ID."""
 
     name: Literal["multi_valued"] = "multi_valued"
     separator: str = Field(default="|", min_length=1)
-    """splits text; list columns need none. " " takes the words"""
+    """the string between two values of a text column, unused for list columns; " " splits a text into words"""
     dim: int = Field(default=8, ge=1)
     """embedding size"""
     min_count: int = Field(default=1, ge=1)
     """values on fewer training rows are unknown"""
     pooling: Literal["mean", "sum"] = "mean"
-    """of the vectors of the known values of a row; none give zeros"""
+    """how the vectors of the known values of a row are combined; a row without known values gets zeros"""
 
 
 class NumericFeature(Config):
-    """A number, standardised on training rows, with a flag for missing ones; or cut into quantile buckets."""
+    """A number, standardised on training rows, with a flag for a missing value; or cut into quantile buckets."""
 
     name: Literal["numeric"] = "numeric"
     log: bool = False
-    """take log(1 + x) first: prices, counts"""
+    """replace x by log(1 + x) first, for prices and counts"""
     buckets: int | None = Field(default=None, ge=2)
-    """embed quantile buckets instead of the number itself"""
+    """number of quantile buckets to embed instead of the number itself; null: the number itself"""
     dim: int = Field(default=8, ge=1)
     """embedding size of the buckets"""
 
@@ -63,30 +63,34 @@ FeatureConfig = Annotated[CategoricalFeature | MultiValuedFeature | NumericFeatu
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What training rows said about one column: known values, or the numbers that standardise it."""
+    """The statistics of one column over training rows: known values, or the mean and deviation of numbers."""
 
     values: list[Any]
-    """categorical values; row i + 1 embeds values[i]. For buckets, their inner edges"""
+    """categorical values, of which `values[i]` has row i + 1; for buckets, the edges between two buckets"""
     mean: float = 0.0
+    """mean of a number"""
     std: float = 1.0
+    """standard deviation of a number"""
 
     @property
     def num_rows(self) -> int:
+        """Number of vocabulary rows, row 0 for unknown values included."""
         return len(self.values) + 1
 
     def to_json(self) -> dict[str, Any]:
+        """The fields by name; `Vocabulary(**values)` restores the vocabulary."""
         return {"values": self.values, "mean": self.mean, "std": self.std}
 
 
 @dataclass(frozen=True)
 class FeatureColumns:
-    """The declared features of one table (items, users or context), encoded: `take(rows)` gives a batch."""
+    """The encoded features of one table with n rows: items, users or interactions."""
 
     columns: dict[str, Any]
-    """name -> Tensor (n, ...) or Jagged over n rows"""
+    """feature name -> Tensor (n, ...) or Jagged over n rows"""
 
     def take(self, rows: Tensor) -> Features:
-        """Features of the given (m,) rows."""
+        """The features of the (m,) rows `rows`, by name."""
         return {name: _take(column, rows) for name, column in self.columns.items()}
 
 
@@ -100,34 +104,50 @@ def _take(column: Tensor | Jagged, rows: Tensor) -> Tensor | Jagged:
 
 @dataclass(frozen=True)
 class BehaviorView:
-    """B impressions with the side features of target, behaviours and impression: what features that are derived from
-    several of these (crosses, leaves of trees) are made of. Item features are looked up when asked for."""
+    """B impressions with the side features of targets, behaviours and impressions, from which derived features
+    (crosses, leaves of trees) are computed. Item features are looked up on demand."""
 
     items: FeatureColumns
+    """item features over the catalog"""
     target_rows: Tensor
-    """(B,) catalog rows"""
+    """(B,) catalog rows of the targets"""
     history_rows: Tensor
-    """(H,)"""
+    """(H,) catalog rows of the behaviours"""
     target_ids: Tensor
-    """(B,) rows of the ID vocabulary, as the batch has them: some dropped out"""
+    """(B,) rows of the ID vocabulary after ID dropout"""
     history_ids: Tensor
-    """(H,)"""
+    """(H,) rows of the ID vocabulary after ID dropout"""
     offsets: Tensor
-    """(B + 1,) of the behaviours"""
+    """(B + 1,) offsets of the impressions in the behaviours"""
     impression: Features
     """`user_id`, user and context features, (B, ...) each"""
 
     def target(self, name: str) -> Tensor | Jagged:
-        """An item feature, or `item_id`, of the targets."""
+        """An item feature of the B targets.
+
+        Args:
+            name: name of the feature, or `item_id`.
+        """
         return self.target_ids if name == "item_id" else _take(self.items.columns[name], self.target_rows)
 
     def history(self, name: str) -> Tensor | Jagged:
-        """The same of the behaviours."""
+        """An item feature of the H behaviours.
+
+        Args:
+            name: name of the feature, or `item_id`.
+        """
         return self.history_ids if name == "item_id" else _take(self.items.columns[name], self.history_rows)
 
 
 def known_values(feature: Tensor | Jagged) -> Jagged:
-    """Rows of a vocabulary, one or several each, without the unknown ones."""
+    """The known values of n rows.
+
+    Args:
+        feature: (n,) vocabulary rows or a `Jagged` of several vocabulary rows per row, 0 for unknown.
+
+    Returns:
+        The vocabulary rows other than 0.
+    """
     if isinstance(feature, Jagged):
         values, offsets = feature.values, feature.offsets
     else:
@@ -138,12 +158,29 @@ def known_values(feature: Tensor | Jagged) -> Jagged:
 
 
 def pooled_by(feature: Jagged, offsets: Tensor) -> Jagged:
-    """Values of H behaviours -> values of B impressions, whose behaviours (B + 1,) `offsets` delimit."""
+    """The values of all behaviours of an impression as one list.
+
+    Args:
+        feature: lists of values over H behaviours.
+        offsets: (B + 1,) offsets of the impressions in the behaviours.
+
+    Returns:
+        Lists of values over B impressions.
+    """
     return Jagged(values=feature.values, offsets=feature.offsets[offsets])
 
 
 def learn_vocabulary(config: FeatureConfig, column: pa.ChunkedArray, rows: np.ndarray) -> Vocabulary:
-    """Vocabulary of a column from the given training rows (repeats count)."""
+    """Learn the vocabulary of one column.
+
+    Args:
+        config: the declared feature.
+        column: the whole column.
+        rows: (n,) training rows; a row that repeats counts several times.
+
+    Raises:
+        ValueError: the type of the column does not fit the declared feature.
+    """
     if isinstance(config, NumericFeature):
         numbers = _numbers(config, column)[rows]
         numbers = numbers[np.isfinite(numbers)]
@@ -153,7 +190,7 @@ def learn_vocabulary(config: FeatureConfig, column: pa.ChunkedArray, rows: np.nd
             edges, repeats = np.unique(
                 np.quantile(numbers, np.linspace(0, 1, config.buckets + 1)[1:-1]), return_counts=True
             )
-            # a value that fills buckets alone (the zeros of a count) is cut off from the larger ones too
+            # a value that fills whole buckets (the zeros of a count) is separated from the larger values too
             heavy = edges[((repeats > 1) | (edges == numbers.min())) & (edges < numbers.max())]
             above = [numbers[numbers > value].min() for value in heavy]
             edges = np.unique([*edges[edges > numbers.min()], *above])
@@ -171,7 +208,20 @@ def learn_vocabulary(config: FeatureConfig, column: pa.ChunkedArray, rows: np.nd
 
 
 def encode_column(config: FeatureConfig, vocabulary: Vocabulary, column: pa.ChunkedArray) -> Tensor | Jagged:
-    """A whole column in the form batches carry (see `Features`), int32 where it holds rows."""
+    """Encode a whole column of n rows as batches hold the feature.
+
+    Args:
+        config: the declared feature.
+        vocabulary: the vocabulary learned for the feature.
+        column: the whole column.
+
+    Returns:
+        (n,) int32 vocabulary rows, a `Jagged` of int32 vocabulary rows, or (n, 2) float32 [standardised value, is
+        missing].
+
+    Raises:
+        ValueError: the type of the column does not fit the declared feature.
+    """
     if isinstance(config, NumericFeature):
         numbers = _numbers(config, column)
         missing = ~np.isfinite(numbers)
@@ -188,13 +238,21 @@ def encode_column(config: FeatureConfig, vocabulary: Vocabulary, column: pa.Chun
     flat, offsets = _lists(config, column)
     rows = rows_of(flat, known, "feature") + 1
     # unknown values are left out of the pool rather than averaged in
-    kept = rows > 0
-    kept_before = np.concatenate([[0], np.cumsum(kept)])
-    return Jagged(torch.from_numpy(rows[kept].astype(np.int32)), torch.from_numpy(kept_before[offsets]))
+    is_known = rows > 0
+    known_before = np.concatenate([[0], np.cumsum(is_known)])
+    return Jagged(torch.from_numpy(rows[is_known].astype(np.int32)), torch.from_numpy(known_before[offsets]))
 
 
 def table_rows(config: FeatureConfig, vocabulary: Vocabulary) -> int | None:
-    """Embedding rows a feature needs; None for a number that enters as it is."""
+    """Number of rows of the embedding table of a feature.
+
+    Args:
+        config: the declared feature.
+        vocabulary: the vocabulary learned for the feature.
+
+    Returns:
+        None for a number without buckets, which has no embedding table.
+    """
     if isinstance(config, NumericFeature) and not config.buckets:
         return None
     return vocabulary.num_rows + (1 if isinstance(config, NumericFeature) else 0)
@@ -203,7 +261,17 @@ def table_rows(config: FeatureConfig, vocabulary: Vocabulary) -> int | None:
 def learn_vocabularies(
     configs: dict[str, FeatureConfig], table: pa.Table, rows: np.ndarray, where: str
 ) -> dict[str, Vocabulary]:
-    """Vocabularies of all declared columns. Raises ValueError when the table lacks one."""
+    """Learn the vocabularies of all declared columns of a table.
+
+    Args:
+        configs: column name -> declared feature.
+        table: the whole table.
+        rows: (n,) training rows of the table.
+        where: name of the table, for error messages.
+
+    Raises:
+        ValueError: the table lacks a column, or the type of a column does not fit the declared feature.
+    """
     require_columns(table, list(configs), where)
     return {n: _named(where, n, learn_vocabulary, c, table.column(n), rows) for n, c in configs.items()}
 
@@ -211,6 +279,17 @@ def learn_vocabularies(
 def encode_table(
     configs: dict[str, FeatureConfig], vocabularies: dict[str, Vocabulary], table: pa.Table, where: str
 ) -> FeatureColumns:
+    """Encode all declared columns of a table.
+
+    Args:
+        configs: column name -> declared feature.
+        vocabularies: column name -> vocabulary learned for the feature.
+        table: the whole table.
+        where: name of the table, for error messages.
+
+    Raises:
+        ValueError: the table lacks a column, or the type of a column does not fit the declared feature.
+    """
     require_columns(table, list(configs), where)
     return FeatureColumns(
         {n: _named(where, n, encode_column, c, vocabularies[n], table.column(n)) for n, c in configs.items()}
@@ -248,7 +327,7 @@ def _lists(config: MultiValuedFeature, column: pa.ChunkedArray) -> tuple[pa.Arra
     else:
         text = one_array(as_text(pa.chunked_array([array])))
         if config.separator == " ":
-            # words: letters with their marks (Hindi, Thai) and digits, case folded, so that "Love," and "love" are one
+            # words: letters with combining marks (Hindi, Thai) and digits, lower case, so that "Love," equals "love"
             text = pc.replace_substring_regex(pc.utf8_lower(text), r"[^\pL\pM\pN]+", " ")
         lists = pc.split_pattern(text, config.separator)
     lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)

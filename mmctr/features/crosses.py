@@ -1,4 +1,4 @@
-"""Crosses: pairs (and more) of feature values hashed to rows of a table, the way linear models see interactions."""
+"""Crosses: combinations of feature values hashed to rows of a table, with which linear models read interactions."""
 
 from __future__ import annotations
 
@@ -15,23 +15,32 @@ HISTORY = "history."
 
 
 class CrossFeature(Config):
-    """All combinations of the values of several features, each hashed to one of `buckets` rows and mean-pooled.
+    """All combinations of the values of several features, each combination hashed to one of `buckets` rows; the vectors
+    of the rows are averaged.
 
-    A combination is left out when one of its values is unknown. Tables start at zero, so a combination that training
-    has not seen says nothing, unless it shares its bucket with one that was seen.
+    A combination with an unknown value is left out. Tables start at zero, so a combination that is not in the training
+    rows contributes nothing, unless the bucket is shared with a combination that is.
     """
 
     of: list[str] = Field(min_length=2)
-    """`user_id`, `item_id`, names of side features, and `history.item_id` or `history.` and the name of an item
-    feature: the values of the behaviours read"""
+    """the features to combine: `user_id`, `item_id`, names of side features, and for the behaviours `history.item_id`
+    or `history.NAME` with the name of an item feature"""
     buckets: int = Field(default=1_000_000, ge=1)
-    """rows of the table that combinations are hashed to"""
+    """number of rows of the table to which combinations are hashed"""
     dim: int = Field(default=8, ge=1)
     """embedding size"""
 
 
 def cross(parts: list[Jagged], buckets: int) -> Jagged:
-    """Rows 1 ... buckets of all combinations of the values of each row: the first part varies slowest."""
+    """Hash all combinations of the values of several features.
+
+    Args:
+        parts: for each feature the lists of values over n rows.
+        buckets: number of buckets.
+
+    Returns:
+        Lists of rows in 1 ... `buckets` over n rows; the value of the first feature varies slowest.
+    """
     keys, offsets = _mixed(np.zeros(1, np.uint64), parts[0].values.numpy()), parts[0].offsets.numpy()
     for part in parts[1:]:
         others, other_offsets = part.values.numpy(), part.offsets.numpy()
@@ -39,8 +48,8 @@ def cross(parts: list[Jagged], buckets: int) -> Jagged:
         sizes = np.diff(offsets) * count
         ends = np.cumsum(sizes)
         row = np.repeat(np.arange(len(sizes)), sizes)
-        place = np.arange(len(row)) - (ends - sizes)[row]
-        keys = _mixed(keys[offsets[row] + place // count[row]], others[other_offsets[row] + place % count[row]])
+        position = np.arange(len(row)) - (ends - sizes)[row]
+        keys = _mixed(keys[offsets[row] + position // count[row]], others[other_offsets[row] + position % count[row]])
         offsets = np.concatenate([[0], ends])
     rows = (keys % np.uint64(buckets)).astype(np.int64) + 1
     return Jagged(values=torch.from_numpy(rows), offsets=torch.from_numpy(offsets))
@@ -53,7 +62,15 @@ def _mixed(key: np.ndarray, value: np.ndarray) -> np.ndarray:
 
 
 def cross_features(configs: dict[str, CrossFeature], view: BehaviorView) -> Features:
-    """The declared crosses of B impressions."""
+    """The declared crosses of B impressions.
+
+    Args:
+        configs: name of the cross -> declared cross.
+        view: side features of the impressions.
+
+    Returns:
+        Name of the cross -> lists of rows over B impressions.
+    """
 
     def values(name: str) -> Jagged:
         if name.startswith(HISTORY):

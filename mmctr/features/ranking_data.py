@@ -1,4 +1,4 @@
-"""Everything a ranker's batches are made of: vocabularies learned on training rows, and columns encoded with them."""
+"""RankingData: a dataset encoded with the vocabularies of a ranker, from which batches of impressions are made."""
 
 from __future__ import annotations
 
@@ -29,12 +29,19 @@ from mmctr.features.vocabulary import FeatureConfigs, RankingVocabulary, user_id
 
 
 class RankingData:
-    """A dataset seen through a vocabulary: makes collators for its impressions.
+    """A dataset encoded with a vocabulary, from which collators of impressions are made.
 
-    Works for the dataset of training and for any other with the same columns.
+    The dataset may be the dataset of training or any other dataset with the same columns.
 
     Args:
-        content: (N, D) frozen content vectors of the catalog and the (N,) mask of items that have one, for trees.
+        dataset: a prepared dataset with a click log.
+        vocabulary: items, users and feature values of training.
+        features: the declared side features.
+        max_history: largest number of behaviours of an impression.
+        content: (N, D) frozen content vectors of the catalog and the (N,) mask of items with a vector, for trees.
+
+    Raises:
+        ValueError: the dataset lacks a declared column or has no click log.
     """
 
     def __init__(
@@ -50,12 +57,12 @@ class RankingData:
         self.content = content
         catalog = dataset.catalog
         self.id_rows = vocabulary.item_rows(catalog.item_ids)
-        """(N,) row of each catalog item in the ID table, 0 for cold items"""
+        """(N,) row of each catalog item in the ID table, 0 for a cold item"""
         items = encode_table(features.item, vocabulary.item, catalog.table, "items table")
         self.items = FeatureColumns({"item_id": torch.from_numpy(self.id_rows), **items.columns})
         self.user_rows = torch.from_numpy(rows_of(user_ids(dataset), vocabulary.user_ids, "users") + 1)
         self.users = encode_table(features.user, vocabulary.user, dataset.users, "users table")
-        # nothing of the log's further columns is read unless a feature asks for one
+        # the further columns of the log are read only if a context feature is declared
         context = dataset.context if features.context else pa.table({})
         self.context = encode_table(features.context, vocabulary.context, context, "interactions table")
         self.derived: tuple[Callable[[BehaviorView], Features], ...] = ()
@@ -67,11 +74,18 @@ class RankingData:
 
     @property
     def clicks(self) -> np.ndarray:
-        """(N,) training clicks of each catalog item."""
+        """(N,) number of training clicks on each catalog item."""
         return np.concatenate([[0], self.vocabulary.clicks])[self.id_rows]
 
     def projected(self, columns: TreeColumns) -> np.ndarray | None:
-        """(N, P) what trees read of the content vectors, NaN where an item has none."""
+        """The principal components of the content vectors that trees read.
+
+        Args:
+            columns: the columns of the trees.
+
+        Returns:
+            (N, P) float32, NaN for an item without a content vector; None where the trees read no content.
+        """
         if columns.projection is None:
             return None
         if self.content is None:
@@ -80,8 +94,14 @@ class RankingData:
         return np.where(has[:, None], columns.projection(vectors), np.float32("nan"))
 
     def fit_trees(self, config: TreesConfig, impressions: Impressions, id_dropout: float, seed: int) -> Trees:
-        """Boosted trees on the given impressions. Cold items are imitated as in the training of rankers: some items
-        show no ID."""
+        """Fit boosted trees. As in the training of rankers, ID dropout imitates cold items.
+
+        Args:
+            config: number and size of the trees.
+            impressions: impressions to fit the trees on.
+            id_dropout: probability that an item gets the ID row of unknown items.
+            seed: seed of the run.
+        """
         columns = TreeColumns.learn(
             config, self.items, FeatureColumns(self.users.columns | self.context.columns), self.content
         )
@@ -100,7 +120,14 @@ class RankingData:
         return Trees.fit(config, columns, np.concatenate(parts), is_category, impressions.label, seed)
 
     def samples(self, impressions: Impressions) -> tuple[np.ndarray, np.ndarray]:
-        """For each row of the ID tables of items and of users, how many of the impressions it is in."""
+        """The number of impressions in which each row of the ID tables occurs.
+
+        Args:
+            impressions: training impressions.
+
+        Returns:
+            (rows of the item ID table,) and (rows of the user ID table,) int64 counts.
+        """
         items = samples_of_items(impressions, len(self.id_rows), self.max_history)
         users = self.user_rows.numpy()[impressions.user]
         sizes = len(self.vocabulary.item_ids) + 1, len(self.vocabulary.user_ids) + 1
@@ -119,6 +146,18 @@ class RankingData:
         user_dropout: float = 0.0,
         seed: int = 0,
     ) -> BehaviorCollator:
+        """A collator for the impressions of a split.
+
+        Args:
+            impressions: impressions of a split of the dataset.
+            content: pictures and texts of the catalog, for a ranker that encodes items; None: no item is encoded.
+            encode_history: with `content`: whether behaviours are encoded as well as targets.
+            max_encoded: with `content`: largest number of distinct items of a step that are encoded; None: all.
+            negatives: sampler of one negative per behaviour, for rankers with an auxiliary loss.
+            id_dropout: probability that a distinct item of a batch gets the ID row of unknown items.
+            user_dropout: probability that a user gets the ID row of unknown users.
+            seed: seed of the run.
+        """
         return BehaviorCollator(
             impressions=impressions,
             items=self.items,
@@ -138,7 +177,16 @@ class RankingData:
 
 
 def samples_of_items(impressions: Impressions, num_items: int, max_history: int) -> np.ndarray:
-    """(num_items,) how many impressions have each catalog row as their target or among the behaviours read."""
+    """The number of impressions with each item as the target or among the behaviours.
+
+    Args:
+        impressions: impressions of a split.
+        num_items: N, number of catalog items.
+        max_history: largest number of behaviours of an impression.
+
+    Returns:
+        (N,) int64; an item that occurs several times in one impression counts once.
+    """
     counts = np.zeros(num_items, np.int64)
     for begin in range(0, len(impressions), 1 << 16):
         part = slice(begin, begin + (1 << 16))

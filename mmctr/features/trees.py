@@ -1,8 +1,8 @@
-"""Boosted trees as a feature transform: which leaf of each tree an impression falls into (He et al. 2014).
+"""Boosted trees as a feature transform: the leaf of each tree into which an impression falls (He et al. 2014).
 
-The trees are LightGBM's, from the optional extra `gbdt`. They read what a linear model cannot combine by itself:
-numbers as they are, categories as codes, the most frequent values of lists, how much the behaviours share with the
-target, and the principal components of frozen content vectors.
+The trees are fitted by LightGBM, from the optional extra `gbdt`. The trees read features that a linear model cannot
+combine: numbers, codes of categories, the most frequent values of lists, the share of behaviours with the same value as
+the target, and the principal components of frozen content vectors.
 """
 
 from __future__ import annotations
@@ -23,65 +23,69 @@ from mmctr.features.columns import BehaviorView, FeatureColumns, known_values, p
 from mmctr.files import read_json, write_json
 
 LEAVES = "gbdt_leaves"
-"""the context feature the leaves are"""
+"""name of the context feature that holds the leaves"""
 
 
 class TreesConfig(Config):
     """Gradient-boosted trees of LightGBM, whose leaves are a feature of the linear model."""
 
     share: float = Field(default=0.25, gt=0, lt=1)
-    """of the training rows, drawn at random: trees learn on these, the linear model on the others. On rows the trees
-    have learnt, leaves would promise more than they keep"""
+    """fraction of the training rows, drawn at random, on which the trees are fitted; the linear model is trained on the
+    other rows, because leaves predict the rows better on which the trees were fitted than other rows"""
     num_trees: int = Field(default=100, ge=1)
-    """trees, each with one leaf an impression"""
+    """number of trees; an impression has one leaf in every tree"""
     num_leaves: int = Field(default=32, ge=2)
-    """at most, of each tree"""
+    """largest number of leaves of a tree"""
     learning_rate: float = Field(default=0.1, gt=0)
-    """factor on what each tree adds to the ones before"""
+    """factor on the output of every tree"""
     min_rows: int = Field(default=50, ge=1)
-    """of a leaf"""
+    """least number of rows of a leaf"""
     top_values: int = Field(default=16, ge=0)
-    """most frequent values of a multi-valued feature that get a column each"""
+    """number of the most frequent values of a multi-valued feature for which the trees have a column"""
     content_dims: int = Field(default=16, ge=0)
-    """principal components of frozen content vectors that get a column each"""
+    """number of principal components of frozen content vectors for which the trees have a column"""
 
 
 @dataclass(frozen=True)
 class Projection:
-    """Content vectors -> principal components of unit length."""
+    """Projection of content vectors onto principal components, scaled to unit norm."""
 
     mean: np.ndarray
-    """(D,)"""
+    """(D,) mean vector"""
     components: np.ndarray
-    """(D, P)"""
+    """(D, P) principal components, the one with the largest variance first"""
 
     @classmethod
     def fit(cls, vectors: np.ndarray, dims: int) -> Projection:
-        """From (N, D) vectors."""
+        """Fit the principal components.
+
+        Args:
+            vectors: (N, D) content vectors, of which at most 50,000 are read.
+            dims: P, number of components.
+        """
         sample = vectors[np.random.default_rng(0).permutation(len(vectors))[:50_000]].astype(np.float64)
         mean = sample.mean(0)
         _, basis = np.linalg.eigh((sample - mean).T @ (sample - mean))
         return cls(mean, basis[:, ::-1][:, :dims])
 
     def __call__(self, vectors: np.ndarray) -> np.ndarray:
-        """(N, D) -> (N, P) float32."""
+        """Project (N, D) vectors to (N, P) float32 of unit norm."""
         projected = ((vectors - self.mean) @ self.components).astype(np.float32)
         return projected / np.maximum(np.linalg.norm(projected, axis=1, keepdims=True), 1e-12)
 
 
 @dataclass(frozen=True)
 class TreeColumns:
-    """What trees read of impressions: `columns(view, content) -> (B, C)` float32 with NaN for what is missing.
-
-    Args:
-        item, impression: names of the item features, and of those of users and context.
-        top: values of multi-valued features that have a column, by `item NAME` or `impression NAME`.
-    """
+    """The columns of numbers that trees read of impressions."""
 
     item: list[str]
+    """names of the item features"""
     impression: list[str]
+    """names of the user and context features"""
     top: dict[str, list[int]]
+    """`item NAME` or `impression NAME` -> values of the multi-valued feature that have a column"""
     projection: Projection | None = None
+    """projection of content vectors; None: no columns of content"""
 
     @classmethod
     def learn(
@@ -91,6 +95,14 @@ class TreeColumns:
         impressions: FeatureColumns,
         content: tuple[Tensor, Tensor] | None,
     ) -> TreeColumns:
+        """Choose the columns.
+
+        Args:
+            config: number of columns of multi-valued features and of content vectors.
+            items: item features over the catalog.
+            impressions: user and context features.
+            content: (N, D) content vectors and the (N,) mask of items with a vector; None: no columns of content.
+        """
         top = {}
         of_items = {f"item {name}": column for name, column in items.columns.items()}
         of_impressions = {f"impression {name}": column for name, column in impressions.columns.items()}
@@ -107,14 +119,22 @@ class TreeColumns:
         return cls(list(items.columns), list(impressions.columns), top, projection)
 
     def __call__(self, view: BehaviorView, content: np.ndarray | None = None) -> tuple[np.ndarray, list[bool]]:
-        """(B, C) columns, and which of these are codes of categories. `content`: (N, P) of `projection`, by catalog
-        row, NaN where an item has none."""
+        """Compute the columns of B impressions.
+
+        Args:
+            view: side features of the impressions.
+            content: (N, P) projected content vectors by catalog row, NaN for an item without a vector.
+
+        Returns:
+            (B, C) float32 columns, NaN for a missing value, and for each column whether the values are codes of
+            categories.
+        """
         lengths = np.diff(view.offsets.numpy())
         parts: list[np.ndarray] = [lengths]
         is_category = [False]
 
         def add(name: str, feature: Tensor | Jagged) -> None:
-            columns = self._own(name, feature)
+            columns = self._feature_columns(name, feature)
             parts.extend(columns)
             is_category.extend([not isinstance(feature, Jagged) and feature.ndim == 1] * len(columns))
 
@@ -133,8 +153,8 @@ class TreeColumns:
             is_category += [False] * (target.shape[1] + 3)
         return np.stack(parts, 1).astype(np.float32), is_category
 
-    def _own(self, name: str, feature: Tensor | Jagged) -> list[np.ndarray]:
-        """The columns of one feature itself: a code, a number, or whether each of the top values is there."""
+    def _feature_columns(self, name: str, feature: Tensor | Jagged) -> list[np.ndarray]:
+        """The columns of one feature: a code, a number, or for each of the top values whether a row has the value."""
         if isinstance(feature, Jagged):
             values, row = feature.values.numpy(), _row_of(feature)
             columns = []
@@ -150,27 +170,28 @@ class TreeColumns:
 
 
 def _row_of(feature: Jagged) -> np.ndarray:
-    """(V,) the row each value is of."""
+    """(V,) the row of each value."""
     lengths = np.diff(feature.offsets.numpy())
     return np.repeat(np.arange(len(lengths)), lengths)
 
 
 def _shared(target: Jagged, behaviors: Jagged) -> np.ndarray:
-    """(B,) pairs of a target's value and an equal value of a behaviour; a value counts once for a target."""
+    """(B,) number of values of the behaviours that the target has too."""
     row, value = _row_of(target), target.values.numpy()
     of, values = _row_of(behaviors), behaviors.values.numpy()
     num_rows, num_values = len(target.offsets) - 1, int(max(value.max(initial=0), values.max(initial=0))) + 1
     if num_rows * num_values <= 1 << 26:
         wanted = np.zeros(num_rows * num_values, bool)
         wanted[row * num_values + value] = True
-        found = wanted[of * num_values + values]
+        is_shared = wanted[of * num_values + values]
     else:
-        found = np.isin(of * num_values + values, row * num_values + value)
-    return np.bincount(of, weights=found, minlength=num_rows)
+        is_shared = np.isin(of * num_values + values, row * num_values + value)
+    return np.bincount(of, weights=is_shared, minlength=num_rows)
 
 
 def _similarity(target: np.ndarray, behaviors: np.ndarray, offsets: np.ndarray) -> list[np.ndarray]:
-    """Cosine of the target (B, P) with its behaviours (H, P): mean, largest, with the newest; NaN where undefined."""
+    """Cosines of the targets (B, P) with the behaviours (H, P) of the impression: the mean, the largest, and the cosine
+    with the newest behaviour, (B,) each, NaN where undefined."""
     lengths = np.diff(offsets)
     cosine = np.einsum("hp,hp->h", target[np.repeat(np.arange(len(target)), lengths)], behaviors)
     defined = np.isfinite(cosine)
@@ -192,15 +213,17 @@ class Trees:
     """Fitted trees: `trees.leaves(view, content)` is the context feature `LEAVES`."""
 
     columns: TreeColumns
+    """the columns that the trees read"""
     model: str
-    """LightGBM's text form"""
+    """the model as text in the format of LightGBM"""
     booster: Any = field(compare=False)
+    """the `lightgbm.Booster` of the model"""
     num_leaves: int
-    """rows of the table a tree takes"""
+    """number of rows of the table of leaves per tree"""
 
     @property
     def num_rows(self) -> int:
-        """Of the table of leaves; row 0 is unused."""
+        """Number of rows of the table of leaves; row 0 is unused."""
         return self.booster.num_trees() * self.num_leaves + 1
 
     @classmethod
@@ -213,7 +236,19 @@ class Trees:
         label: np.ndarray,
         seed: int,
     ) -> Trees:
-        """From the (n, C) columns of impressions and their labels (n,): the same trees for the same seed."""
+        """Fit trees; equal arguments give equal trees.
+
+        Args:
+            config: number and size of the trees.
+            columns: the columns that the trees read.
+            x: (n, C) columns of n impressions.
+            is_category: for each column whether the values are codes of categories.
+            label: (n,) 0 or 1.
+            seed: seed of the run.
+
+        Raises:
+            ValueError: LightGBM is not installed.
+        """
         lightgbm = _lightgbm()
         categories = [i for i, flag in enumerate(is_category) if flag]
         settings = {
@@ -232,7 +267,15 @@ class Trees:
         return cls(columns, booster.model_to_string(), booster, config.num_leaves)
 
     def leaves(self, view: BehaviorView, content: np.ndarray | None = None) -> Features:
-        """{LEAVES: Jagged of one row a tree} for the impressions of a batch."""
+        """The context feature `LEAVES` of B impressions.
+
+        Args:
+            view: side features of the impressions.
+            content: (N, P) projected content vectors by catalog row, NaN for an item without a vector.
+
+        Returns:
+            {LEAVES: a `Jagged` over B impressions with one row per tree}.
+        """
         x, _ = self.columns(view, content)
         # one thread: loader workers are forked processes, in which the threads of OpenMP do not exist
         leaf = np.asarray(self.booster.predict(x, pred_leaf=True, num_threads=1), np.int64).reshape(len(x), -1)
@@ -241,6 +284,7 @@ class Trees:
         return {LEAVES: Jagged(torch.from_numpy(rows.ravel()), torch.arange(len(x) + 1) * trees)}
 
     def save(self, folder: Path) -> None:
+        """Write `trees.json` into a folder, which is created where it does not exist."""
         projection = self.columns.projection
         values = {
             "item": self.columns.item,
@@ -256,11 +300,16 @@ class Trees:
 
     @staticmethod
     def are_saved(folder: Path) -> bool:
-        """Whether `save` has written into a folder."""
+        """Whether a folder holds trees that `save` has written."""
         return (folder / "trees.json").is_file()
 
     @classmethod
     def load(cls, folder: Path) -> Trees:
+        """Read the trees that `save` has written into a folder.
+
+        Raises:
+            ValueError: the file is missing or damaged, or LightGBM is not installed.
+        """
         values = read_json(folder / "trees.json")
         projection = None
         if values["mean"] is not None:
@@ -271,9 +320,18 @@ class Trees:
 
 
 def disjoint_rows(num_rows: int, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows for the trees and rows for what reads their leaves, both ascending.
+    """Divide training rows into rows for the trees and rows for the linear model that reads the leaves.
 
-    Raises ValueError when one of them would be empty.
+    Args:
+        num_rows: number of training rows.
+        share: fraction of the rows for the trees.
+        seed: seed of the run.
+
+    Returns:
+        Two ascending arrays of rows.
+
+    Raises:
+        ValueError: one of the arrays would be empty.
     """
     order = np.random.default_rng(stream_seed(seed, "rows of the trees")).permutation(num_rows)
     count = round(share * num_rows)

@@ -1,4 +1,4 @@
-"""RankingVocabulary: the items, users and feature values that training rows hold."""
+"""RankingVocabulary: the items, users and feature values that occur in training rows."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ class FeatureConfigs(Config):
     """Side features by column name."""
 
     item: dict[str, FeatureConfig] = {}
-    """columns of the items table"""
+    """features of items: columns of the items table"""
     user: dict[str, FeatureConfig] = {}
-    """columns of the users table"""
+    """features of users: columns of the users table"""
     context: dict[str, FeatureConfig] = {}
-    """further columns of the interactions, known before the click"""
+    """features of impressions: further columns of the interactions table that are known before the click"""
     cross: dict[str, CrossFeature] = {}
-    """combinations of these, under names of your choice"""
+    """combinations of item, user and context features, under names of your choice"""
 
     @model_validator(mode="after")
     def _distinct(self) -> FeatureConfigs:
@@ -63,22 +63,38 @@ class FeatureConfigs(Config):
 
 @dataclass(frozen=True)
 class RankingVocabulary:
-    """What training has seen: items and users with a row of their own, and the values of side features."""
+    """The items and users that have a row of the ID tables, and the vocabularies of the side features."""
 
     item_ids: pa.Array
-    """items with at least one training impression; row i + 1 of the ID table is item_ids[i]"""
+    """raw ids of the items with at least one training impression; row i + 1 of the ID table is `item_ids[i]`"""
     clicks: np.ndarray
-    """(number of item_ids,) training clicks of each"""
+    """(number of item_ids,) training clicks on each of these items"""
     user_ids: pa.Array
+    """raw ids of the users with at least one training impression; row i + 1 of the user table is `user_ids[i]`"""
     item: dict[str, Vocabulary] = field(default_factory=dict)
+    """name of the item feature -> vocabulary"""
     user: dict[str, Vocabulary] = field(default_factory=dict)
+    """name of the user feature -> vocabulary"""
     context: dict[str, Vocabulary] = field(default_factory=dict)
+    """name of the context feature -> vocabulary"""
     trees: Trees | None = None
-    """of GBDT+LR"""
+    """fitted trees of the ranker GBDT+LR; None for other rankers"""
 
     @classmethod
     def learn(cls, dataset: Dataset, splits: Splits, features: FeatureConfigs) -> RankingVocabulary:
-        """From training rows alone: item values weigh by items, user values by users, context values by rows."""
+        """Learn from training rows alone.
+
+        Every training item counts once for the values of item features, every training user once for user features,
+        and every training row once for context features.
+
+        Args:
+            dataset: the dataset of training.
+            splits: split of the interactions of the dataset.
+            features: the declared side features.
+
+        Raises:
+            ValueError: a declared column is missing or does not fit the declared feature.
+        """
         warm = np.flatnonzero(splits.seen)
         users = np.unique(splits.train.user)
         return cls(
@@ -91,6 +107,7 @@ class RankingVocabulary:
         )
 
     def save(self, folder: Path) -> None:
+        """Write Parquet and JSON files into a folder, which is created where it does not exist."""
         folder.mkdir(parents=True, exist_ok=True)
         pyarrow.parquet.write_table(
             pa.table({"item_id": self.item_ids, "clicks": self.clicks}), folder / "items.parquet"
@@ -105,6 +122,11 @@ class RankingVocabulary:
 
     @classmethod
     def load(cls, folder: Path) -> RankingVocabulary:
+        """Read the vocabulary that `save` has written into a folder.
+
+        Raises:
+            ValueError: a JSON file is missing or damaged.
+        """
         items = pyarrow.parquet.read_table(folder / "items.parquet")
         users = pyarrow.parquet.read_table(folder / "users.parquet")
         groups = {
@@ -120,9 +142,20 @@ class RankingVocabulary:
         )
 
     def item_rows(self, item_ids: pa.Array) -> np.ndarray:
-        """(n,) rows of the ID table, 0 for items unseen in training."""
+        """Rows of items in the ID table.
+
+        Args:
+            item_ids: (n,) raw ids.
+
+        Returns:
+            (n,) int64, 0 for an item unseen in training.
+
+        Raises:
+            ValueError: the ids of training are integers and these ids are strings, or the other way round.
+        """
         return rows_of(item_ids, self.item_ids, "the run's items and this dataset's") + 1
 
 
 def user_ids(dataset: Dataset) -> pa.Array:
+    """The raw ids of the users of a dataset by user row."""
     return one_array(dataset.users.column("user_id"))

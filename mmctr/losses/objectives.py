@@ -149,11 +149,11 @@ class Behavior(Objective):
 
     def forward(self, views: Views, batch: PairBatch, queue: QueuedViews | None) -> Tensor:
         clicked = batch.partners["clicked"]
-        valid = clicked.there & views.has_item[batch.anchor] & views.has_item[clicked.item]
+        valid = clicked.has_partner & views.has_item[batch.anchor] & views.has_item[clicked.item]
         negatives = has_negative = None
         if self.config.hard_negatives:
             shown = batch.partners["shown"]
-            negatives, has_negative = views.item[shown.item], shown.there & views.has_item[shown.item]
+            negatives, has_negative = views.item[shown.item], shown.has_partner & views.has_item[shown.item]
         return pair_loss(
             views.item[batch.anchor],
             views.item[clicked.item],
@@ -209,7 +209,7 @@ class Group(Objective):
     def forward(self, views: Views, batch: PairBatch, queue: QueuedViews | None) -> Tensor:
         mate = batch.partners["group"]
         rows = torch.cat([batch.anchor, mate.item])
-        valid = torch.cat([torch.ones_like(mate.there), mate.there]) & views.has_item[rows]
+        valid = torch.cat([torch.ones_like(mate.has_partner), mate.has_partner]) & views.has_item[rows]
         groups, keys = batch.groups[self.config.column][rows], batch.keys[rows]
         return multi_positive_loss(views.item[rows], self.logit_scale.exp(), groups, keys, valid)
 

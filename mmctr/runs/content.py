@@ -129,7 +129,7 @@ def item_content(dataset: Dataset, config: DataConfig, task: PretrainTask, accel
                     f"items table: an item has {count} pictures in {name!r}, more than {MAX_PICTURES}; shorten the list"
                 )
             for place in range(count):
-                kept = catalog.pictures(size, config.image_resize, column=name, place=place)
+                kept = catalog.pictures(size, config.image_resize, column=name, position=place)
                 pictures.append(PictureField(kept, config.images[name]))
         texts = []
         for columns, weight in ((config.text, 1.0), *(([name], weight) for name, weight in config.text_fields.items())):

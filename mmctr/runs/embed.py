@@ -12,8 +12,9 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from mmctr.data.content import ItemContent
+from mmctr.data.embedding_export import begun_identity, write_embeddings
 from mmctr.data.embedding_identity import EmbeddingIdentity
-from mmctr.data.embeddings import EmbeddingTable, begun_identity, write_embeddings
+from mmctr.data.embeddings import EmbeddingTable
 from mmctr.data.tables import as_text
 from mmctr.evaluation.predict import Modality, embed_batch, embed_items
 from mmctr.files import fingerprint, read_json

@@ -12,8 +12,9 @@ from accelerate import Accelerator
 
 from mmctr.data.catalog import Catalog
 from mmctr.data.content import ItemContent, PictureField, TextField
+from mmctr.data.embedding_export import write_embeddings
 from mmctr.data.embedding_identity import EmbeddingIdentity
-from mmctr.data.embeddings import EmbeddingTable, write_embeddings
+from mmctr.data.embeddings import EmbeddingTable
 from mmctr.encoders.augment import AugmentConfig
 from mmctr.encoders.base import EncoderBase
 from mmctr.files import fingerprint

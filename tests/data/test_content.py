@@ -89,7 +89,7 @@ def shop(tmp_path):
 
 def test_several_pictures_in_one_cell(shop):
     assert shop.pictures_per_item("photos") == 3 and shop.pictures_per_item("image") == 1
-    places = [shop.pictures(8, "squash", column="photos", place=place) for place in range(3)]
+    places = [shop.pictures(8, "squash", column="photos", position=place) for place in range(3)]
     assert [(p.index >= 0).tolist() for p in places] == [
         [True, True, False, False],
         [True, True, False, True],
@@ -106,6 +106,6 @@ def test_several_pictures_in_one_cell(shop):
 
 
 def test_equal_pictures_have_equal_hashes(shop):
-    second = shop.pictures(8, "squash", column="photos", place=1)
+    second = shop.pictures(8, "squash", column="photos", position=1)
     hashes = second.hashes[second.index[[0, 1, 3]]]
     assert hashes[0] == hashes[1] != hashes[2]

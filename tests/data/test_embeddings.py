@@ -7,8 +7,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from mmctr.data.embedding_export import write_embeddings
 from mmctr.data.embedding_identity import EmbeddingIdentity
-from mmctr.data.embeddings import EmbeddingTable, read_tables, write_embeddings
+from mmctr.data.embeddings import EmbeddingTable, read_tables
 
 VECTORS = np.arange(12, dtype=np.float32).reshape(4, 3)
 IDS = ["a", "b", "c", "d"]

@@ -198,7 +198,7 @@ def test_a_batch_holds_anchors_and_partners_once_each():
     for name, sampler in samplers.items():
         partner, has = sampler(anchors, 7)
         assert items.row[batch.partners[name].item].tolist() == partner.tolist()
-        assert batch.partners[name].there.tolist() == has.tolist()
+        assert batch.partners[name].has_partner.tolist() == has.tolist()
     log_q = samplers["clicked"].log_q[samplers["clicked"](anchors, 7)[0]]
     assert batch.partners["clicked"].log_q.tolist() == log_q.tolist() and batch.partners["group"].log_q is None
     assert batch.keys[:, 0].equal(items.row) and batch.groups["g"].equal(items.row % 4)

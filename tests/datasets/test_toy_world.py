@@ -7,8 +7,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from mmctr.datasets.toy_config import ToyWorldConfig
 from mmctr.datasets.toy_pictures import FACTOR_VALUES, PALETTE
-from mmctr.datasets.toy_world import FILLERS, SPAN, START, WORDS, ToyWorld, ToyWorldConfig
+from mmctr.datasets.toy_words import FILLERS, WORDS
+from mmctr.datasets.toy_world import SPAN, START, ToyWorld
 
 ROWS = np.arange(1200)
 

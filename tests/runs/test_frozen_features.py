@@ -6,7 +6,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from mmctr.data.embeddings import write_embeddings
+from mmctr.data.embedding_export import write_embeddings
 from mmctr.data.prepare import open_dataset
 from mmctr.runs.config import DataConfig
 from mmctr.runs.content import item_content

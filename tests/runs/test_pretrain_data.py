@@ -74,11 +74,13 @@ def test_partners_come_from_training_clicks_alone(toy_folder):
         rows = batch.items.row
         for name in ("clicked", "shown"):
             partner = batch.partners[name]
-            drawn = rows[partner.item][partner.there].tolist()
+            drawn = rows[partner.item][partner.has_partner].tolist()
             assert set(drawn) <= known
             found += len(drawn)
         clicks = batch.partners["clicked"]
-        pairs = zip(rows[batch.anchor][clicks.there].tolist(), rows[clicks.item][clicks.there].tolist(), strict=True)
+        pairs = zip(
+            rows[batch.anchor][clicks.has_partner].tolist(), rows[clicks.item][clicks.has_partner].tolist(), strict=True
+        )
         assert all(pair in together for pair in pairs)
     assert found > 1000
 

@@ -174,10 +174,10 @@ def expected_terms(task: PretrainTask, batch: PairBatch) -> dict[str, Tensor]:
             scale,
             anchor_keys=keys,
             positive_keys=batch.keys[clicked.item],
-            valid=clicked.there & has[anchor] & has[clicked.item],
+            valid=clicked.has_partner & has[anchor] & has[clicked.item],
             log_q=clicked.log_q,
             negatives=item[shown.item],
-            has_negative=shown.there & has[shown.item],
+            has_negative=shown.has_partner & has[shown.item],
         ),
         "query": pair_loss(
             query,
@@ -192,7 +192,7 @@ def expected_terms(task: PretrainTask, batch: PairBatch) -> dict[str, Tensor]:
             scale,
             batch.groups["colour"][rows],
             batch.keys[rows],
-            torch.cat([torch.ones(4, dtype=torch.bool), mate.there]) & has[rows],
+            torch.cat([torch.ones(4, dtype=torch.bool), mate.has_partner]) & has[rows],
         ),
         "distillation": similarity_distillation_loss(
             item[anchor],
