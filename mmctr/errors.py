@@ -1,4 +1,4 @@
-"""How a user's mistake looks at the command line."""
+"""Errors of users, and the messages that the command line prints for errors."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 
 
 class UnknownId(ValueError):
-    """An item or a user that is asked for is not there."""
+    """The id of an item or a user that is unknown to a catalog, a log or an index."""
 
 
 class exit_on_error:
-    """Turns ValueError and OSError into one message and exit code 1, and Ctrl-C into one and the code 130 of shells;
-    everything else is a bug and keeps its traceback.
+    """A context manager for commands: ValueError and OSError end the program with a message and exit code 1, and Ctrl-C
+    with a message and exit code 130, as in shells. Other exceptions are bugs and keep the traceback.
 
-    `MMCTR_TRACEBACK=1` shows the traceback of these too.
+    With the environment variable `MMCTR_TRACEBACK=1` all exceptions keep the traceback.
     """
 
     def __enter__(self) -> None:

@@ -98,12 +98,12 @@ class RunFolder:
 
     @property
     def predictions(self) -> Path:
-        """Every test row of a ranker with its score."""
+        """Every test row of a ranker with the predicted score."""
         return self.path / "predictions.parquet"
 
     @property
     def stages(self) -> Path:
-        """Every test row of a `staged` split with its score after each stage."""
+        """Every test row of a `staged` split with the predicted score after each stage."""
         return self.path / "stages.parquet"
 
     @property
