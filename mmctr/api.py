@@ -124,7 +124,7 @@ class Ranker:
     Example:
         ```python
         ranker = mmctr.load("demo/din_table")
-        ranker.rank(user_id=3, k=5)  # the whole catalog, best first: [(item_id, click probability), ...]
+        ranker.rank(user_id=5000000003, k=5)  # the whole catalog, best first: [(item_id, click probability), ...]
         ranker.score([7000000042, 7000000007], history=[7000000001])  # a user nobody knows
         ```
     """

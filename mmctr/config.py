@@ -1,6 +1,8 @@
-"""Typed configuration: YAML files plus `key=value` overrides, unknown keys are errors, save and load round-trip.
+"""Typed configuration: YAML files with `key=value` overrides, where unknown keys are errors and a saved config loads
+equal.
 
-A config is a frozen pydantic model that stands above the class it describes. Choices are tagged unions by `name`:
+A config is a frozen pydantic model, defined above the class that the config describes. A choice between several configs
+is a tagged union by the key `name`:
 
     ranker:
       name: din
@@ -23,19 +25,31 @@ from mmctr.shipped import find_config, shipped_config
 
 
 class Config(BaseModel):
-    """Base of every config: frozen, and a key it does not know is an error with a suggestion."""
+    """Base class of all configs: frozen, and an unknown key is an error with a suggestion."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
-        """Read a YAML file, apply `a.b=value` overrides, validate.
+        """Read a YAML file, apply overrides, and validate the values.
 
-        A top-level `base: other.yaml` (relative to the file) is read first and this file is merged over it. A path
-        like `configs/finetune/toy_din_id.yaml` that does not exist, as `path` or as `base`, is the file of that name
-        that is shipped with the package.
+        A top-level key `base: other.yaml` (relative to the file) names a file that is read first and over which the
+        values of this file are merged. A path such as `configs/finetune/toy_din_id.yaml` that does not exist, as `path`
+        or as `base`, is replaced by the file of that name that is shipped with the package.
 
-        Raises ValueError naming the file, the key, the value and, for an unknown key, the nearest known one.
+        Args:
+            path: the YAML file.
+            overrides: `a.b=value` each, where the value is YAML.
+
+        Raises:
+            ValueError: the file is missing or malformed, or a key or value is invalid; the message names the file, the
+                key, the value and, for an unknown key, the most similar known key.
+
+        Example:
+            ```python
+            config = mmctr.FinetuneConfig.load("configs/finetune/toy_din_id.yaml", ["seed=3", "run_dir=runs/id"])
+            assert config.seed == 3
+            ```
         """
         values = read_config(find_config(path))
         _apply_overrides(values, overrides)
@@ -43,13 +57,22 @@ class Config(BaseModel):
 
     @classmethod
     def parse(cls, values: dict[str, Any], source: str = "config") -> Self:
+        """Validate a mapping of values.
+
+        Args:
+            values: nested mapping of keys to values.
+            source: name of the file, for error messages.
+
+        Raises:
+            ValueError: a key or value is invalid.
+        """
         try:
             return cls.model_validate(values)
         except ValidationError as error:
             raise ValueError(_explain(cls, error, source)) from None
 
     def save(self, path: str | Path) -> None:
-        """Write the resolved config as YAML; `load(path)` gives an equal one."""
+        """Write the resolved config as a YAML file, which `load` reads as an equal config."""
         write_text(Path(path), yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
 
 
@@ -68,10 +91,15 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_config(path: Path, with_base: bool = True) -> dict[str, Any]:
-    """The values of a YAML file, not validated: merged over those of its `base`, or those in its text alone.
+    """The values of a YAML file without validation.
+
+    Args:
+        path: the YAML file.
+        with_base: whether to merge the values over the values of the file that the key `base` names.
 
     Raises:
-        ValueError: no such file, no YAML, no mapping, a key that stands twice, or a `base` that names itself.
+        ValueError: the file is missing, is not valid YAML, is not a mapping, repeats a key, or `base` files name each
+            other in a circle.
     """
     return _merged(path, (), with_base)
 

@@ -1,6 +1,8 @@
-"""What differs between one process and many: sizes, gathers with gradient, means, sharded tensors."""
+"""Operations over the processes of distributed training: gathers with gradients, sums, means and sharded tensors."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -8,11 +10,13 @@ from torch import Tensor
 
 
 def world_size() -> int:
+    """Number of processes; 1 without distributed training."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 class _Gather(torch.autograd.Function):
-    """Concatenate over processes. Backward: all of them read our slice, so their gradients of it are summed."""
+    """Concatenate over processes. Backward: every process reads the slice of this process, so the gradients of that
+    slice are summed over processes."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -28,7 +32,14 @@ class _Gather(torch.autograd.Function):
 
 
 def gather_rows(x: Tensor) -> Tensor:
-    """(B, ...) of this process -> (W * B, ...) of all in rank order, differentiable. B is equal everywhere."""
+    """Gather the rows of all processes, differentiably.
+
+    Args:
+        x: (B, ...) rows of this process; B is equal in all processes.
+
+    Returns:
+        (W * B, ...) rows of the W processes in the order of the ranks.
+    """
     if world_size() == 1:
         return x
     if x.is_floating_point() and x.requires_grad:
@@ -39,9 +50,17 @@ def gather_rows(x: Tensor) -> Tensor:
 
 
 def masked_mean_over_processes(values: Tensor, valid: Tensor | None = None) -> Tensor:
-    """The mean of (B,) values over the valid rows of all processes, 0 where there are none.
+    """The mean over the valid rows of all processes, 0 without valid rows.
 
-    Each process gets its own share times the number of processes, so that the average over them is the mean.
+    Every process gets the sum of the local values over the total number of valid rows, times the number of processes, so that
+    the average over processes, as data-parallel training averages gradients, is the mean.
+
+    Args:
+        values: (B,) values; B is equal in all processes.
+        valid: (B,) bool mask; None: all rows.
+
+    Returns:
+        A scalar.
     """
     if valid is None:
         return values.mean()
@@ -52,30 +71,53 @@ def masked_mean_over_processes(values: Tensor, valid: Tensor | None = None) -> T
 
 
 def sum_over_processes(x: Tensor) -> Tensor:
-    """The sum of `x` over all processes, in place and without gradient; `x` itself in a single process."""
+    """Replace `x` by the sum of `x` over all processes, in place and without gradient; a single process changes
+    nothing."""
     if world_size() > 1:
         dist.all_reduce(x)
     return x
 
 
 def jagged_mean_over_processes(x: Tensor) -> Tensor:
-    """The mean of (n,) values over all processes, each with another n; 0 where there are none.
+    """The mean of values over all processes, 0 without values.
 
-    A process gets a share of the mean such that the average over processes, as data-parallel training averages
+    Every process gets a share of the mean such that the average over processes, as data-parallel training averages
     gradients, is the mean over all values.
+
+    Args:
+        x: (n,) values; n may differ between processes.
+
+    Returns:
+        A scalar.
     """
     count = sum_over_processes(x.new_tensor([float(len(x))])).clamp(min=1)
     return x.sum() * (world_size() / count).squeeze()
 
 
 def own_columns(num_rows: int, device: torch.device) -> Tensor:
-    """(B,) the columns of the gathered batch that hold this process's rows."""
+    """The positions of the rows of this process in the batch that `gather_rows` returns.
+
+    Args:
+        num_rows: B, number of rows of this process.
+        device: device of the result.
+
+    Returns:
+        (B,) int64.
+    """
     first = dist.get_rank() * num_rows if world_size() > 1 else 0
     return torch.arange(first, first + num_rows, device=device)
 
 
 def gather_parts(rows: Tensor, grads: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows of all processes, whose numbers differ, and their gradients divided by the number of processes."""
+    """Gather rows and gradients of all processes, where the number of rows may differ between processes.
+
+    Args:
+        rows: (R,) row numbers of this process.
+        grads: (R, D) gradients of the rows.
+
+    Returns:
+        The row numbers and the gradients of all processes; gradients are divided by the number of processes.
+    """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return rows, grads
     world = dist.get_world_size()
@@ -93,7 +135,14 @@ def gather_parts(rows: Tensor, grads: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def share_of_processes(rows: Tensor) -> Tensor:
-    """(R,) for each of the distinct rows (R,) of this process the fraction of processes that have it too."""
+    """The fraction of processes that have a row.
+
+    Args:
+        rows: (R,) distinct row numbers of this process.
+
+    Returns:
+        (R,) fractions in (0, 1].
+    """
     everywhere, parts = gather_parts(rows, torch.ones(len(rows), 1, device=rows.device))
     distinct, positions = torch.unique(everywhere, return_inverse=True)
     shares = torch.zeros(len(distinct), device=rows.device).index_add_(0, positions, parts[:, 0])
@@ -101,21 +150,28 @@ def share_of_processes(rows: Tensor) -> Tensor:
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:
-    """All of a tensor that is spread over processes, which all take part; another one as it is."""
-    return tensor.full_tensor() if _is_spread(tensor) else tensor  # type: ignore[attr-defined]
+    """The whole of a tensor that is sharded over processes; other tensors are returned unchanged. All processes must
+    call this function."""
+    gather: Any = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()
 
 
 def spread_like(tensor: Tensor, other: Tensor) -> Tensor:
-    """A whole tensor spread as `other` is, if it is; all processes take part."""
+    """Shard a whole tensor as another tensor is sharded. All processes must call this function.
+
+    Args:
+        tensor: the whole tensor.
+        other: a tensor of the same shape, sharded over processes or not.
+
+    Returns:
+        `tensor` itself where `other` is not sharded or has another shape.
+    """
     if tensor.numel() == other.numel() == 1:
-        tensor = tensor.reshape(other.shape)  # a scalar is spread as a vector
-    if _is_spread(other) and tensor.shape == other.shape:
-        from torch.distributed.tensor import distribute_tensor
+        tensor = tensor.reshape(other.shape)  # a scalar is sharded as a vector
+    # DTensor is recognised by an attribute: the import takes a third of a second, which other runs do not need
+    if hasattr(other, "full_tensor") and tensor.shape == other.shape:
+        from torch.distributed.tensor import DTensor, distribute_tensor
 
-        return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements)  # type: ignore[attr-defined]
+        assert isinstance(other, DTensor)
+        return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements)
     return tensor
-
-
-def _is_spread(tensor: Tensor) -> bool:
-    """Whether it is a DTensor; importing that takes a third of a second, which plain runs need not spend."""
-    return hasattr(tensor, "full_tensor")

@@ -1,4 +1,4 @@
-"""The command line as a user sees it: progress as plain lines, and a mistake as a single one."""
+"""Errors of users as one line at the command line, and the progress that commands and recipes show."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ RANK_VARIABLES = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RA
 
 
 class UnknownId(ValueError):
-    """An item or a user that is asked for is not there."""
+    """The id of an item or a user that is unknown to a catalog, a log or an index."""
 
 
 class _Console(logging.Handler):
@@ -37,10 +37,10 @@ def show_progress() -> None:
 
 
 class exit_on_error:
-    """Turns ValueError and OSError into one message and exit code 1, and Ctrl-C into one and the code 130 of shells;
-    everything else is a bug and keeps its traceback.
+    """A context manager for commands: ValueError and OSError end the program with a message and exit code 1, and Ctrl-C
+    with a message and exit code 130, as in shells. Other exceptions are bugs and keep the traceback.
 
-    `MMCTR_TRACEBACK=1` shows the traceback of these too.
+    With the environment variable `MMCTR_TRACEBACK=1` all exceptions keep the traceback.
     """
 
     def __enter__(self) -> None:

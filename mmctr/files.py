@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: written beside their place, then renamed over it."""
+"""Files and folders that are either whole or absent: written under a temporary name, then renamed."""
 
 from __future__ import annotations
 
@@ -19,9 +19,15 @@ logger = logging.getLogger(__name__)
 
 
 def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """Call `write(temporary path)`, flush it to disk and rename it to `path`. A failure leaves the old file in place.
+    """Write a file completely or not at all. A failure leaves an existing file unchanged.
 
-    Raises OSError that names the file, the reason and the remedy, when the disk is full for instance.
+    Args:
+        path: the file.
+        write: function that writes the contents to the path of a temporary file, which is then flushed and renamed.
+
+    Raises:
+        OSError: the file cannot be written, for example because the disk is full; the message names the file, the
+            reason and the remedy.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -39,7 +45,7 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
 
 @contextmanager
 def _explained(path: Path) -> Iterator[None]:
-    """Makes the errors of a failed write name the file and the remedy."""
+    """Add the file and the remedy to the message of an error while writing."""
     try:
         yield
     except Exception as error:
@@ -58,20 +64,34 @@ def _sync(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file, completely or not at all.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file, completely or not at all; NumPy numbers and arrays are converted.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=_plain) + "\n")
 
 
 def _plain(value: Any) -> Any:
-    """Numbers and arrays of NumPy as plain ones, anything else as its text."""
+    """A NumPy number or array as plain Python numbers, and any other value as text."""
     return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file; a missing or broken one is a ValueError that names it."""
+    """Read a JSON file.
+
+    Raises:
+        ValueError: the file is missing or is not valid JSON; the message names the file.
+    """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -81,9 +101,15 @@ def read_json(path: Path) -> Any:
 
 
 def replace_folder(path: Path, write: Callable[[Path], Any]) -> None:
-    """Call `write(temporary folder)` and rename the folder to `path`, replacing an older one.
+    """Write a folder completely or not at all, replacing an existing folder. A failure leaves an existing folder
+    unchanged.
 
-    A failure leaves the old folder in place; errors are those of `replace_file`.
+    Args:
+        path: the folder.
+        write: function that writes the files into a temporary folder, which is then flushed and renamed.
+
+    Raises:
+        OSError: a file cannot be written; the message names the folder, the reason and the remedy.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -173,7 +199,7 @@ def claimed(folder: Path) -> Iterator[tuple[int, ...]]:
 
 
 def fingerprint(*parts: Any) -> str:
-    """16 hex digits that change when any part does. Parts are JSON-able values or bytes."""
+    """16 hexadecimal digits of a SHA-256 hash of some parts: JSON-serialisable values or bytes."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part if isinstance(part, bytes) else json.dumps(part, sort_keys=True, default=str).encode())
@@ -182,5 +208,5 @@ def fingerprint(*parts: Any) -> str:
 
 
 def cache_folder() -> Path:
-    """Where what can be made again is kept: `$MMCTR_CACHE`, else `~/.cache/mmctr`."""
+    """The folder of files that can be computed again: `$MMCTR_CACHE`, else `~/.cache/mmctr`."""
     return Path(os.environ.get("MMCTR_CACHE") or Path.home() / ".cache" / "mmctr")

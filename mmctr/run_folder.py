@@ -1,4 +1,4 @@
-"""RunFolder: the files of a training run, by name. No other module writes the name of one of these files."""
+"""RunFolder: the files of a training run. No other module spells the name of one of the files."""
 
 from __future__ import annotations
 
@@ -17,14 +17,17 @@ class RunFolder:
 
     Example:
         ```python
-        run = RunFolder(Path("demo/din_table"))
-        run.read_config()["seed"], run.read_metrics()["test"]["cold"]["gauc"]
+        from pathlib import Path
+
+        run = mmctr.RunFolder(Path("demo/din_table"))
+        print(run.read_config()["seed"], run.read_metrics()["test"]["cold"]["gauc"])
         ```
     """
 
     path: Path
+    """the folder, whether or not it exists"""
 
-    # written when the run begins
+    # written at the start of the run
     @property
     def config(self) -> Path:
         """The resolved config, which loads back equal."""
@@ -54,7 +57,7 @@ class RunFolder:
     # the saved task
     @property
     def task(self) -> Path:
-        """Kind and config of the task: with them the folder describes the model it holds."""
+        """Kind and config of the task, from which the model of the folder is built."""
         return self.path / "task.json"
 
     @property
@@ -95,12 +98,12 @@ class RunFolder:
 
     @property
     def predictions(self) -> Path:
-        """Every test row of a ranker with its score."""
+        """Every test row of a ranker with the predicted score."""
         return self.path / "predictions.parquet"
 
     @property
     def stages(self) -> Path:
-        """Every test row of a `staged` split with its score after each stage."""
+        """Every test row of a `staged` split with the predicted score after each stage."""
         return self.path / "stages.parquet"
 
     @property
@@ -119,7 +122,19 @@ class RunFolder:
         return self.is_begun and self.metrics.is_file()
 
     def read_config(self) -> dict[str, Any]:
-        """The resolved config of the run. Raises ValueError where the folder holds no run, or a damaged file."""
+        """The resolved config of the run as a mapping.
+
+        Raises:
+            ValueError: the folder holds no run, or the config file is damaged.
+
+        Example:
+            ```python
+            from pathlib import Path
+
+            config = mmctr.RunFolder(Path("demo/din_id")).read_config()
+            print(config["task"]["ranker"]["name"], config["fit"]["batch_size"])
+            ```
+        """
         if not self.is_begun:
             raise ValueError(f"{self.path}: not a run folder (no {self.config.name})")
         try:
@@ -131,14 +146,27 @@ class RunFolder:
         return values
 
     def read_metrics(self) -> dict[str, Any]:
-        """The numbers of the run. Raises ValueError where it has not finished."""
+        """The metrics of the run as a mapping.
+
+        Raises:
+            ValueError: the run has not finished, or the file is damaged.
+
+        Example:
+            ```python
+            from pathlib import Path
+
+            test = mmctr.RunFolder(Path("demo/din_table")).read_metrics()["test"]
+            print(f"AUC {test['all']['auc']}, of cold items {test['cold']['auc']}")
+            ```
+        """
         if not self.metrics.is_file():
             raise ValueError(f"{self.path}: not a finished run (no {self.metrics.name}); run the recipe again")
         return read_json(self.metrics)
 
     def write_metrics(self, values: dict[str, Any]) -> None:
+        """Write the metrics of the run, which marks the run as finished."""
         write_json(self.metrics, values)
 
     def weights_fingerprint(self) -> str:
-        """16 hex digits of the weights: vectors and names of dimensions made by other weights have another."""
+        """16 hexadecimal digits that identify the weights; other weights have another fingerprint."""
         return fingerprint(self.weights.read_bytes())

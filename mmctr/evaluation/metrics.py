@@ -21,10 +21,23 @@ CLICK_BUCKETS: tuple[tuple[int, int | None], ...] = ((0, 0), (1, 5), (6, 20), (2
 
 
 def auc(labels: ArrayLike, scores: ArrayLike) -> float:
-    """Probability that a random click scores above a random non-click, a tie counting one half.
+    """Area under the ROC curve: the probability that a random click scores above a random non-click, with ties counted
+    as one half. Equals the Mann-Whitney U statistic divided by the number of pairs.
 
-    labels (B,) 0/1 and scores (B,). nan when there is one class only. Raises ValueError on unequal lengths, other
-    labels or scores that are not finite. Equals the Mann-Whitney U statistic over the number of pairs.
+    Args:
+        labels: (B,) 0 or 1.
+        scores: (B,) numbers of any range.
+
+    Returns:
+        The area in [0, 1], or nan when all labels are equal.
+
+    Raises:
+        ValueError: the lengths differ, a label is neither 0 nor 1, or a score is not finite.
+
+    Example:
+        ```python
+        assert mmctr.auc(labels=[1, 0, 1, 0], scores=[0.9, 0.8, 0.7, 0.1]) == 0.75
+        ```
     """
     labels, scores = _checked(labels, scores)
     negatives, positives = np.sort(scores[~labels]), np.sort(scores[labels])
@@ -36,11 +49,27 @@ def auc(labels: ArrayLike, scores: ArrayLike) -> float:
 
 
 def gauc(labels: ArrayLike, scores: ArrayLike, groups: ArrayLike) -> float:
-    """AUC inside each user, averaged with the number of impressions as the weight.
+    """Grouped AUC: the mean over users of the AUC of a user, weighted by the number of impressions of the user.
 
-    labels, scores and groups (the user of each impression: integers or strings) are (B,). Users with one class have
-    no AUC and are left out, with their impressions. nan when no user has both classes. Errors as for `auc`.
+    Users whose labels are all equal have no AUC and are left out, together with the impressions of these users.
     Source: Zhou et al., Deep Interest Network for Click-Through Rate Prediction, KDD 2018, equation 7.
+
+    Args:
+        labels: (B,) 0 or 1.
+        scores: (B,) numbers of any range.
+        groups: (B,) the user of each impression, integers or strings.
+
+    Returns:
+        The mean in [0, 1], or nan when no user has both labels.
+
+    Raises:
+        ValueError: the lengths differ, a label is neither 0 nor 1, or a score is not finite.
+
+    Example:
+        ```python
+        users = ["ann", "ann", "bob", "bob", "bob"]
+        assert mmctr.gauc([1, 0, 0, 1, 1], [0.9, 0.2, 0.7, 0.3, 0.8], users) == (2 * 1.0 + 3 * 0.5) / 5
+        ```
     """
     labels, scores = _checked(labels, scores)
     return _weighted_mean(*_user_aucs(labels, scores, _user_rows(groups, len(labels))))

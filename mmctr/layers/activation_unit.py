@@ -1,4 +1,4 @@
-"""The activation unit of DIN (Zhou et al. 2018, section 4.3): a weight for each behaviour, given the target."""
+"""The activation unit of DIN (Zhou et al. 2018, section 4.3): a weight for each behaviour, given the target item."""
 
 from __future__ import annotations
 
@@ -12,10 +12,15 @@ from mmctr.layers.mlp import MLP, Activation, activation
 
 
 class ActivationUnit(nn.Module):
-    """a(k, q) = MLP([q, k, q - k, q * k]) for every history value, without ever building the concatenation.
+    """The weight a(k, q) = MLP([q, k, q - k, q * k]) of every history value, computed without the concatenation.
 
-    The first layer is W [q, k, q - k, q * k] = (Wq + Wd) q + (Wk - Wd) k + Wp (q * k): the part of q is computed once
-    an impression, the part of k once a distinct item, and the 4D-wide input does not exist.
+    The first layer is W [q, k, q - k, q * k] = (Wq + Wd) q + (Wk - Wd) k + Wp (q * k). The term of q is computed once
+    per impression and the term of k once per distinct item, so no input of width 4D is built.
+
+    Args:
+        dim: D, size of queries and keys.
+        hidden: sizes of the hidden layers.
+        act: name of the activation.
     """
 
     def __init__(self, dim: int, hidden: list[int], act: Activation):
@@ -25,29 +30,37 @@ class ActivationUnit(nn.Module):
         self.rest = MLP(hidden[0], hidden[1:], 1, act)
 
     def forward(self, query: Tensor, items: Tensor, history: Tensor, offsets: Tensor) -> Tensor:
-        """Weights (H,) of the keys items[history] for queries (B, D).
+        """The weights of the keys `items[history]`.
 
         Args:
-            items, history: (U, D) distinct item vectors and (H,) positions in them.
-            offsets: (B + 1,) where the keys of each query begin.
+            query: (B, D) queries.
+            items: (U, D) vectors of distinct items.
+            history: (H,) positions in `items`.
+            offsets: (B + 1,) offsets of the queries in `history`.
+
+        Returns:
+            (H,) weights.
         """
         wq, wk, wd, wp = self.first.weight.chunk(4, dim=1)
         query_part = F.linear(query, wq + wd, self.first.bias)
         hidden: Tensor = Interaction.apply(query.float(), items.float(), wp, query_part, wk - wd, history, offsets)
         with torch.autocast(query.device.type, enabled=False):
-            # a tenth of the work; in bf16 its narrow matrices, of another height each step, cost oneDNN 20 ms
+            # a tenth of the work; in bf16 the narrow matrices, of another height in each step, cost oneDNN 20 ms
             return self.rest(self.act(hidden)).squeeze(1)
 
 
 class Interaction(torch.autograd.Function):
-    """query_part[b] + Wk k + W (q_b * k) with k = items[history[h]], for each history value h, fp32: (H, hidden).
+    """query_part[b] + Wk k + W (q_b * k) with k = items[history[h]] for each history value h, in fp32: (H, hidden).
 
-    Products are made a few thousand values at a time, so that they stay in the cache, and made again in the backward
-    pass instead of being kept. In fp32 on a CPU a compiled function does the same with one matrix product for two.
+    The products are computed in chunks of a few thousand values, which fit into the cache, and are computed again in
+    the backward pass instead of being stored. In fp32 on a CPU a compiled function computes the same values with one
+    matrix product instead of two.
     """
 
     @staticmethod
     def forward(ctx, query, items, weight, query_part, key_weight, history, offsets):
+        """The (H, hidden) sums for query (B, D), items (U, D), weight (hidden, D), query_part (B, hidden), key_weight
+        (hidden, D), history (H,) and offsets (B + 1,)."""
         device = query.device.type
         ctx.low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
         ctx.save_for_backward(query, items, weight, key_weight, history, offsets)
@@ -62,14 +75,15 @@ class Interaction(torch.autograd.Function):
             key_part, by = (items.to(ctx.low) @ key_weight.T.to(ctx.low)).float(), weight.T.to(ctx.low)
             for part in chunks(len(history), query.device):
                 product = query.index_select(0, segments[part]).mul_(items.index_select(0, history[part]))
-                own = out[part].copy_(product.to(ctx.low) @ by)
-                own += query_part.index_select(0, segments[part])
-                own += key_part.index_select(0, history[part])
+                out_part = out[part].copy_(product.to(ctx.low) @ by)
+                out_part += query_part.index_select(0, segments[part])
+                out_part += key_part.index_select(0, history[part])
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
+        """The gradients of the seven arguments of `forward`, given the gradient (H, hidden) of the result."""
         query, items, weight, key_weight, history, offsets = ctx.saved_tensors
         grad = grad.contiguous()
         order, begins = by_row(history, len(items))
@@ -90,9 +104,9 @@ class Interaction(torch.autograd.Function):
             d_product = (low @ weight_low).float()
             torch.mul(d_product, q, out=d_keys[part])
             d_weight += low.T @ q.mul_(k).to(ctx.low)
-            # the impressions with behaviours in this chunk, the first of which may have begun before it
-            own = slice(int(segments[part.start]), int(segments[part.stop - 1]) + 1)
-            d_query[own] += sums(d_product.mul_(k), (offsets[:-1][own] - part.start).clamp(min=0))
+            # the impressions with behaviours in this chunk; the first impression may begin before the chunk
+            rows = slice(int(segments[part.start]), int(segments[part.stop - 1]) + 1)
+            d_query[rows] += sums(d_product.mul_(k), (offsets[:-1][rows] - part.start).clamp(min=0))
         d_key_part = F.embedding_bag(order, grad, begins, mode="sum").to(ctx.low)
         d_key_weight = (d_key_part.T @ items.to(ctx.low)).float()
         d_items = F.embedding_bag(order, d_keys, begins, mode="sum")
@@ -101,5 +115,13 @@ class Interaction(torch.autograd.Function):
 
 
 def sums(values: Tensor, begins: Tensor) -> Tensor:
-    """Sums of rows (n, D) between one begin and the next: (len(begins), D)."""
+    """Sums of consecutive rows.
+
+    Args:
+        values: (n, D) rows.
+        begins: (m,) first row of each sum, ascending; the last sum ends at row n.
+
+    Returns:
+        (m, D) sums.
+    """
     return F.embedding_bag(torch.arange(len(values), device=values.device), values, begins, mode="sum")

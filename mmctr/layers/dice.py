@@ -11,11 +11,11 @@ from mmctr.layers.jagged import chunks
 
 
 class _DiceFunction(torch.autograd.Function):
-    """Dice on batch statistics, by hand: fewer memory passes than the same formula left to autograd, and a chunk of
-    rows goes through all of them while it is in the cache.
+    """Dice on batch statistics with a hand-written backward pass: fewer passes over memory than autograd needs, and a
+    chunk of rows goes through all passes while the chunk is in the cache.
 
     With u = (s - mean) * r, r = 1 / sqrt(var + eps), p = sigmoid(u): f = s (alpha + (1 - alpha) p). Mean and variance
-    are over the rows of all processes, so their gradients are summed over processes too.
+    are over the rows of all processes, so the gradients of both are summed over processes too.
     """
 
     @staticmethod
@@ -51,7 +51,7 @@ class _DiceFunction(torch.autograd.Function):
             out, sums = native.dice_backward(s, grad.contiguous(), mean, r, alpha)
         else:
             out, sums = _DiceFunction._fixed_statistics(s, grad, mean, r, alpha)
-        # through the statistics, as in batch norm
+        # the gradient by way of the statistics, as in batch norm
         du, du_u = sum_over_processes(sums[2:].clone()) * (1 - alpha) / count
         factor, constant = -r * r * du_u, -r * du
         if ctx.native:
@@ -63,8 +63,8 @@ class _DiceFunction(torch.autograd.Function):
 
     @staticmethod
     def _fixed_statistics(s: Tensor, grad: Tensor, mean: Tensor, r: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
-        """The gradient of s with the statistics held fixed, and the sums (4, channels) of grad s, grad s p,
-        dL/du / (1 - alpha) and that times u."""
+        """The gradient of s for constant statistics, and the sums (4, channels) of grad s, grad s p,
+        dL/du / (1 - alpha) and u dL/du / (1 - alpha)."""
         keep, out, sums = 1 - alpha, torch.empty_like(s), s.new_zeros((4, s.shape[1]))
         for part in chunks(len(s), s.device):
             x = s[part]
@@ -77,7 +77,7 @@ class _DiceFunction(torch.autograd.Function):
             d.addcmul_(d, p, value=-1)  # dL/du, but for the factor 1 - alpha
             sums[2] += d.sum(0)
             sums[3] += u.mul_(d).sum(0)
-            # through the direct factor s, and through u with the statistics held fixed
+            # the gradients by way of the direct factor s and by way of u, for constant statistics
             torch.addcmul(alpha, p, keep, out=out[part]).mul_(grad[part]).addcmul_(d, keep * r)
         return out, sums
 
@@ -86,8 +86,13 @@ class Dice(nn.Module):
     """Data-adaptive activation of DIN (Zhou et al. 2018, section 5.3): f(s) = p(s) s + (1 - p(s)) alpha s,
     p(s) = sigmoid((s - E[s]) / sqrt(Var[s] + eps)), alpha learned per channel.
 
-    Training uses the statistics of the mini-batch over all processes and keeps their moving average; evaluation uses
-    the moving average alone. Histories are jagged, so no padding can reach the statistics.
+    Training uses the mean and variance of the mini-batch over all processes and updates moving averages; evaluation
+    uses the moving averages. Histories are jagged, so padding does not enter the statistics.
+
+    Args:
+        num_channels: number of channels.
+        eps: constant added to the variance.
+        momentum: weight of the mini-batch in the moving averages.
     """
 
     running_mean: Tensor
@@ -101,7 +106,7 @@ class Dice(nn.Module):
         self.register_buffer("running_var", torch.ones(num_channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(n, channels) -> (n, channels)."""
+        """Apply the activation to (n, channels); the result has the same shape and type."""
         s = x.float()
         if self.training:
             out, mean, var, rows = _DiceFunction.apply(s, self.alpha, self.eps)

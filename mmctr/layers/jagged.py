@@ -1,4 +1,4 @@
-"""Layers shared by rankers: gathers and sums over jagged histories, Dice, MLP."""
+"""Operations on jagged histories for rankers: gathers, sums, softmax and linear layers over segments."""
 
 from __future__ import annotations
 
@@ -9,17 +9,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK = 4096
-"""rows taken at a time where they are used at once and not kept: they then stay in the cache of a CPU"""
+"""number of rows of a chunk of intermediate results, so small that a chunk fits into the cache of a CPU"""
 
 
 def chunks(total: int, device: torch.device) -> Iterator[slice]:
-    """Slices of `total` rows; one alone where there is no cache to stay in."""
+    """Slices that cover `total` rows: of `CHUNK` rows on a CPU, and one slice of all rows on another device."""
     size = CHUNK if device.type == "cpu" else max(total, 1)
     return (slice(begin, min(begin + size, total)) for begin in range(0, total, size))
 
 
 def by_row(index: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
-    """(n,) places of `index` ordered by the row they name, and (num_rows,) where each row's places begin."""
+    """Invert an index.
+
+    Args:
+        index: (n,) rows in 0 ... `num_rows` - 1.
+        num_rows: number of rows.
+
+    Returns:
+        (n,) positions of `index` sorted by row, and the (num_rows,) offset of the positions of each row.
+    """
     ordered, order = torch.sort(index, stable=True)
     return order, torch.searchsorted(ordered, torch.arange(num_rows, device=index.device))
 
@@ -27,7 +35,7 @@ def by_row(index: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
 class _TakeRows(torch.autograd.Function):
     """`x[index]` whose gradient is a gather-and-sum over the sorted order instead of a scatter.
 
-    On a CPU `embedding_bag` sums runs of rows in parallel; the backward of indexing adds them one by one.
+    On a CPU `embedding_bag` sums runs of rows in parallel; the backward pass of indexing adds row by row.
     """
 
     @staticmethod
@@ -44,14 +52,30 @@ class _TakeRows(torch.autograd.Function):
 
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:
-    """`x[index]`: (n, D) from (U, D) and (n,)."""
+    """`x[index]` with a fast gradient on a CPU.
+
+    Args:
+        x: (U, D) rows.
+        index: (n,) positions in `x`.
+
+    Returns:
+        (n, D).
+    """
     if x.device.type == "cpu" and x.dtype == torch.float32 and len(index):
         return _TakeRows.apply(x, index)
     return x.index_select(0, index)
 
 
 def segment_ids(offsets: Tensor, total: int) -> Tensor:
-    """(H,) the impression each history value belongs to, from (B + 1,) offsets."""
+    """The impression of every history value.
+
+    Args:
+        offsets: (B + 1,) offsets of the impressions.
+        total: H, number of history values.
+
+    Returns:
+        (H,) int64 in 0 ... B - 1.
+    """
     return torch.repeat_interleave(
         torch.arange(len(offsets) - 1, device=offsets.device), offsets.diff(), output_size=total
     )
@@ -74,15 +98,22 @@ class _PoolRows(torch.autograd.Function):
         if weights is not None:
             d_weights = _dots(grad, segments, x, index)
             weights = weights[order]
-        # a row's gradient is again a weighted sum: of the gradients of the segments it stands in
+        # the gradient of a row is a weighted sum of the gradients of the segments that contain the row
         d_x = F.embedding_bag(segments[order], grad, begins, mode="sum", per_sample_weights=weights)
         return d_x, None, None, d_weights
 
 
 def pool_rows(x: Tensor, index: Tensor, offsets: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Sums of `x[index]` by segment, fp32, without keeping these rows: (B, D) from (U, D), (H,) and (B + 1,) offsets.
+    """Sums of `x[index]` by segment, in fp32, without storing `x[index]`.
 
-    With weights (H,) each row counts so much; they get a gradient too.
+    Args:
+        x: (U, D) rows.
+        index: (H,) positions in `x`.
+        offsets: (B + 1,) offsets of the segments in `index`.
+        weights: (H,) weight of every row in the sum, differentiable; None: 1.
+
+    Returns:
+        (B, D).
     """
     return _PoolRows.apply(x.float(), index, offsets, None if weights is None else weights.float())
 
@@ -110,7 +141,17 @@ class _RowDots(torch.autograd.Function):
 
 
 def row_dots(x: Tensor, i: Tensor, y: Tensor, j: Tensor) -> Tensor:
-    """Inner products of the rows x[i] and y[j], fp32: (n,) from (X, D), (n,), (Y, D), (n,); no (n, D) is kept."""
+    """Inner products of the rows `x[i]` and `y[j]`, in fp32, without storing a tensor of shape (n, D).
+
+    Args:
+        x: (X, D) rows.
+        i: (n,) positions in `x`.
+        y: (Y, D) rows.
+        j: (n,) positions in `y`.
+
+    Returns:
+        (n,).
+    """
     return _RowDots.apply(x.float(), i, y.float(), j)
 
 
@@ -138,8 +179,18 @@ class _LinearOfRows(torch.autograd.Function):
 
 
 def linear_of_rows(x: Tensor, index: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear(x[index], weight, bias)`: (n, out) from (U, D) and (n,), computed on x where that is clearly less."""
-    # half: taking rows of the result, and summing its gradient over them, has a price too when it is the wider one
+    """`F.linear(x[index], weight, bias)`, computed on `x` where `x` has at most half as many rows as `index`.
+
+    Args:
+        x: (U, D) rows.
+        index: (n,) positions in `x`.
+        weight: (out, D) weight of the linear layer.
+        bias: (out,) bias of the linear layer; None: no bias.
+
+    Returns:
+        (n, out).
+    """
+    # half: a gather of rows of the result, and the sum of the gradient over the gathered rows, have a cost too
     if 2 * len(x) <= len(index):
         return take_rows(F.linear(x, weight, bias), index)
     if torch.is_autocast_enabled(x.device.type):
@@ -148,7 +199,16 @@ def linear_of_rows(x: Tensor, index: Tensor, weight: Tensor, bias: Tensor | None
 
 
 def segment_softmax(scores: Tensor, segments: Tensor, num_segments: int) -> Tensor:
-    """Softmax within each segment, fp32: (H,) from (H,)."""
+    """Softmax within each segment, in fp32.
+
+    Args:
+        scores: (H,) logits.
+        segments: (H,) segment of every logit.
+        num_segments: number of segments.
+
+    Returns:
+        (H,) probabilities that sum to 1 in each segment.
+    """
     scores = scores.float()
     low = torch.full((num_segments,), -torch.inf, device=scores.device)
     top = low.scatter_reduce(0, segments, scores.detach(), "amax")

@@ -1,4 +1,4 @@
-"""Activations by name, and the multi-layer perceptron of the rankers."""
+"""Activation functions by name, and the multi-layer perceptron of the rankers."""
 
 from __future__ import annotations
 
@@ -14,14 +14,28 @@ Activation = Literal["relu", "prelu", "dice", "sigmoid"]
 
 
 def activation(name: Activation, num_channels: int) -> nn.Module:
+    """Build an activation module.
+
+    Args:
+        name: name of the activation.
+        num_channels: size of the last dimension of the inputs, which only Dice depends on.
+    """
     if name == "dice":
         return Dice(num_channels)
     return {"relu": nn.ReLU, "prelu": nn.PReLU, "sigmoid": nn.Sigmoid}[name]()
 
 
 class MLP(nn.Sequential):
-    """Linear, activation, dropout for each hidden size, then a linear layer to `out_dim`; with `beside`, the sizes of
-    what is concatenated to the last hidden layers (as many, or fewer), it is called by `through`."""
+    """A linear layer, an activation and dropout for each hidden size, then a linear layer to `out_dim`.
+
+    Args:
+        in_dim: size of the inputs.
+        hidden: sizes of the hidden layers.
+        out_dim: size of the outputs.
+        act: name of the activation.
+        dropout: probability of dropping a hidden unit.
+        beside: sizes of the vectors that `through` concatenates to the outputs of the last `len(beside)` hidden layers.
+    """
 
     def __init__(
         self,
@@ -42,12 +56,21 @@ class MLP(nn.Sequential):
         super().__init__(*layers, nn.Linear(in_dim, out_dim))
 
     def through(self, x: Tensor, beside: Sequence[Tensor] = ()) -> tuple[Tensor, list[Tensor]]:
-        """(n, out_dim) and the hidden layers (n, width), first to last, as they are before what stands beside them."""
-        places = [place for place, layer in enumerate(self) if isinstance(layer, nn.Linear)][1:]
-        added = dict(zip(places[len(places) - len(beside) :], beside, strict=True))
+        """The outputs together with the outputs of the hidden layers.
+
+        Args:
+            x: (n, in_dim) inputs.
+            beside: vectors (n, size) to concatenate to the outputs of the last hidden layers, as many as the argument
+                `beside` of the constructor has sizes.
+
+        Returns:
+            (n, out_dim) outputs, and the outputs (n, width) of every hidden layer before the concatenation.
+        """
+        positions = [position for position, layer in enumerate(self) if isinstance(layer, nn.Linear)][1:]
+        added = dict(zip(positions[len(positions) - len(beside) :], beside, strict=True))
         hidden = []
-        for place, layer in enumerate(self):
-            if place in places:
+        for position, layer in enumerate(self):
+            if position in positions:
                 hidden.append(x)
-            x = layer(torch.cat([x, added[place]], dim=1) if place in added else x)
+            x = layer(torch.cat([x, added[position]], dim=1) if position in added else x)
         return x, hidden

@@ -1,7 +1,7 @@
-"""The compiled twins of DIN's hot places: `library()` is `native.cpp`, built once with the compiler of the machine.
+"""Compiled versions of the slowest functions of DIN: `library()` is `native.cpp`, built once with the local compiler.
 
-Where there is none, or with `MMCTR_NATIVE=0`, the same is done with torch. Results differ by rounding alone; a run that
-is to end bit for bit as another takes the same way.
+Without a compiler, or with `MMCTR_NATIVE=0`, torch computes the same functions. The results of both implementations
+differ by rounding alone; two runs are equal bit for bit only if both runs use the same implementation.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from mmctr.files import cache_folder, fingerprint, replace_file
 SOURCE = Path(__file__).with_suffix(".cpp")
 FLAGS = ["-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC"]
 WIDTH = 16
-"""floats of a vector: sizes are padded to multiples of it"""
+"""number of floats of a vector register; sizes are padded to multiples of this number"""
 MAX_HIDDEN, MAX_CHANNELS = 128, 1024
 
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled library, None where it cannot be had. The build is kept in the cache folder."""
+    """The compiled library, built in the cache folder on first use; None where a build is impossible."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
     if os.environ.get("MMCTR_NATIVE") == "0" or compiler is None or sys.platform != "linux":
         return None
@@ -53,7 +53,7 @@ def library() -> ctypes.CDLL | None:
 
 
 def _processor() -> str:
-    """What `-march=native` depends on."""
+    """The features of the processor, on which `-march=native` depends."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -62,12 +62,12 @@ def _processor() -> str:
 
 
 def usable(*tensors: Tensor) -> bool:
-    """Whether these can go to the library: it is there, and they are float32 on a CPU."""
+    """Whether the library exists and all tensors are float32 on a CPU."""
     return all(x.device.type == "cpu" and x.dtype == torch.float32 for x in tensors) and library() is not None
 
 
 def _call(name: str, *arguments: int | Tensor) -> None:
-    """Tensors go as pointers, the number of threads first. They must be contiguous."""
+    """Call a function of the library with the number of threads, then integers and pointers to contiguous tensors."""
     converted: list[ctypes._SimpleCData] = [ctypes.c_int(torch.get_num_threads())]
     for x in arguments:
         if not isinstance(x, int) and (x.dtype not in (torch.float32, torch.int64) or not x.is_contiguous()):
@@ -77,7 +77,7 @@ def _call(name: str, *arguments: int | Tensor) -> None:
 
 
 def _padded(x: Tensor, rows: int, columns: int) -> Tensor:
-    """Zeros added to a matrix, contiguous."""
+    """A contiguous matrix of the given size, padded with zeros."""
     return F.pad(x, (0, columns - x.shape[1], 0, rows - x.shape[0])).contiguous()
 
 
@@ -88,7 +88,7 @@ def _round_up(size: int) -> int:
 def _unit_inputs(
     query: Tensor, items: Tensor, dim: int, hidden: int, history: Tensor, offsets: Tensor
 ) -> tuple[int | Tensor, ...]:
-    """What both passes of the unit take first; `dim` and `hidden` are the padded sizes."""
+    """The first arguments of both passes of the activation unit; `dim` and `hidden` are the padded sizes."""
     return (
         len(query),
         dim,
@@ -109,7 +109,23 @@ def unit_forward(
     history: Tensor,
     offsets: Tensor,
 ) -> Tensor:
-    """See `mmctr.layers.activation_unit._Interaction`: (H, hidden)."""
+    """The forward pass of `mmctr.layers.activation_unit.Interaction`.
+
+    Args:
+        query: (B, D) queries.
+        items: (U, D) vectors of distinct items.
+        weight: (hidden, D) weight of the products of query and key.
+        query_part: (B, hidden) first layer applied to the queries.
+        key_weight: (hidden, D) weight of the keys.
+        history: (H,) positions of the keys in `items`.
+        offsets: (B + 1,) offsets of the queries in `history`.
+
+    Returns:
+        (H, hidden).
+
+    Raises:
+        IndexError: a position is outside `items`.
+    """
     if len(history) and not (int(history.min()) >= 0 and int(history.max()) < len(items)):
         raise IndexError(f"a history names an item outside the {len(items)} of its batch")
     dim, hidden = _round_up(items.shape[1]), _round_up(len(weight))
@@ -128,7 +144,11 @@ def unit_forward(
 def unit_backward(
     query: Tensor, items: Tensor, weight: Tensor, key_weight: Tensor, history: Tensor, offsets: Tensor, grad: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query (B, D), query_part (B, hidden), the keys (H, D), weight and key_weight (hidden, D)."""
+    """The backward pass of `unit_forward`, given the gradient (H, hidden) of the result.
+
+    Returns:
+        Gradients of query (B, D), query_part (B, hidden), the keys (H, D), weight and key_weight (hidden, D).
+    """
     size, width = len(weight), items.shape[1]
     dim, hidden, threads = _round_up(width), _round_up(size), torch.get_num_threads()
     d_query, d_query_part = query.new_empty((len(query), dim)), query.new_empty((len(query), hidden))
@@ -147,31 +167,31 @@ def unit_backward(
         d_key_weight,
         d_weight,
     )
-    weights = (part.sum(0)[:width, :size].T for part in (d_weight, d_key_weight))
-    return d_query[:, :width], d_query_part[:, :size], d_keys[:, :width], *weights  # type: ignore[return-value]
+    d_weight, d_key_weight = (part.sum(0)[:width, :size].T for part in (d_weight, d_key_weight))
+    return d_query[:, :width], d_query_part[:, :size], d_keys[:, :width], d_weight, d_key_weight
 
 
 def dice_squares(s: Tensor, mean: Tensor) -> Tensor:
-    """(C,) sums of squared deviations of s (n, C)."""
+    """The (C,) sums of the squared deviations of s (n, C) from mean (C,)."""
     squares = s.new_zeros((torch.get_num_threads(), s.shape[1]))
     _call("dice_squares", *s.shape, s, mean.contiguous(), squares)
     return squares.sum(0)
 
 
 def dice_forward(s: Tensor, mean: Tensor, r: Tensor, alpha: Tensor) -> Tensor:
-    """s (alpha + (1 - alpha) sigmoid((s - mean) r)): (n, C)."""
+    """The (n, C) values s (alpha + (1 - alpha) sigmoid((s - mean) r)) for s (n, C) and mean, r, alpha (C,) each."""
     out = torch.empty_like(s)
     _call("dice_forward", *s.shape, s, mean.contiguous(), r.contiguous(), alpha.contiguous(), out)
     return out
 
 
 def dice_backward(s: Tensor, grad: Tensor, mean: Tensor, r: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
-    """With the statistics held fixed: the gradient of s (n, C), and the (4, C) sums the rest is made of."""
+    """The gradient of s (n, C) for constant statistics, and the (4, C) sums from which the other gradients follow."""
     out, sums = torch.empty_like(s), s.new_zeros((torch.get_num_threads(), 4, s.shape[1]))
     _call("dice_backward", *s.shape, s, grad, mean.contiguous(), r.contiguous(), alpha.contiguous(), out, sums)
     return out, sums.sum(0)
 
 
 def dice_finish(out: Tensor, s: Tensor, mean: Tensor, factor: Tensor, constant: Tensor) -> None:
-    """out += (s - mean) * factor + constant, in place."""
+    """Add (s - mean) * factor + constant to `out` (n, C) in place; mean, factor and constant are (C,) each."""
     _call("dice_finish", *s.shape, s, mean.contiguous(), factor.contiguous(), constant.contiguous(), out)

@@ -1,8 +1,8 @@
-"""Gated recurrences over jagged histories, with a backward pass by hand.
+"""Gated recurrences over jagged histories, with a hand-written backward pass.
 
-Histories are walked in time-major order: all first behaviours, then all second ones, ..., with the longest histories
-first, so that step t works on the first `sizes[t]` rows of a matrix and no padding exists. What autograd would do step
-by step (a weight gradient a step, a node an operation) is done once at the end or not at all.
+Histories are processed in time-major order: all first behaviours, then all second behaviours, and so on, with the
+longest histories first. Step t therefore works on the first `sizes[t]` rows of a matrix, and no padding exists. The
+weight gradients, which autograd would compute in every step, are computed once after the last step.
 """
 
 from __future__ import annotations
@@ -18,22 +18,28 @@ Gate = Literal["gru", "agru", "augru", "augru_official"]
 
 @dataclass(frozen=True)
 class TimeMajor:
-    """Where each value of a jagged history stands when steps are outermost."""
+    """The time-major order of the H values of B jagged histories."""
 
     order: Tensor
-    """(H,) index into the jagged values"""
+    """(H,) position in the jagged values of each value in time-major order"""
     segments: Tensor
-    """(H,) impression of each value"""
+    """(H,) impression of each value in time-major order"""
     sizes: list[int]
-    """histories that reach each step, descending; they sum to H"""
+    """number of histories that reach each step, descending, with the sum H"""
     previous: Tensor
-    """(H - sizes[0],) for each value from the second step on: where the value before it stands in this order"""
+    """(H - sizes[0],) for each value from the second step on: position in time-major order of the preceding value of
+    the same history"""
     last: Tensor
-    """(B,) where the last value of each impression stands; H for an empty history"""
+    """(B,) position in time-major order of the last value of each impression; H for an empty history"""
 
     @classmethod
     def of(cls, offsets: Tensor, total: int) -> TimeMajor:
-        """From (B + 1,) offsets that end at `total`."""
+        """The time-major order of jagged histories.
+
+        Args:
+            offsets: (B + 1,) offsets of the impressions.
+            total: H, number of history values.
+        """
         device, lengths = offsets.device, offsets.diff()
         rows = torch.argsort(lengths, descending=True, stable=True)
         ordered = lengths[rows]
@@ -58,16 +64,21 @@ class TimeMajor:
 
 
 class Recurrence(nn.Module):
-    """A GRU whose update may be steered by one attention weight a value; with h~ the candidate and u the update gate,
+    """A GRU whose update may depend on one attention weight a per value. With candidate h~ and update gate u,
 
         h_t = (1 - e) * h_{t-1} + e * h~        h~ = tanh(W i_t + r * (U h_{t-1} + b))
 
     | gate | e | |
     |---|---|---|
     | `gru` | u | Cho et al. 2014 |
-    | `agru` | a | DIEN, equation 10: attention instead of the update gate |
-    | `augru` | a u | DIEN, equation 14: a = 0 leaves the state as it was |
-    | `augru_official` | 1 - (1 - a)(1 - u) | the code of the authors: a = 0 is a plain GRU step, a = 1 overwrites |
+    | `agru` | a | DIEN (Zhou et al. 2019), equation 10: attention instead of the update gate |
+    | `augru` | a u | DIEN, equation 14: a = 0 leaves the state unchanged |
+    | `augru_official` | 1 - (1 - a)(1 - u) | code of the authors: a = 0 is a GRU step, a = 1 overwrites the state |
+
+    Args:
+        in_dim: size of the history values.
+        dim: size of the state.
+        gate: name of the gate.
     """
 
     def __init__(self, in_dim: int, dim: int, gate: Gate = "gru"):
@@ -79,11 +90,15 @@ class Recurrence(nn.Module):
             nn.init.uniform_(parameter, -(dim**-0.5), dim**-0.5)
 
     def forward(self, projected: Tensor, layout: TimeMajor, attention: Tensor | None = None) -> Tensor:
-        """(H, dim) states after each value, all in time-major order.
+        """The states after each value. All tensors are in time-major order.
 
         Args:
-            projected: (H, 3 dim) what `input` makes of the values, for all steps at once.
-            attention: (H,)
+            projected: (H, 3 dim) output of the layer `input` for the history values.
+            layout: the time-major order.
+            attention: (H,) attention weights; None for the gate `gru`.
+
+        Returns:
+            (H, dim).
         """
         with torch.autocast(projected.device.type, enabled=False):
             return _Recur.apply(
@@ -110,15 +125,15 @@ class _Recur(torch.autograd.Function):
             torch.add(projected[now, : 2 * dim], hidden[:, : 2 * dim], out=gates[now, : 2 * dim]).sigmoid_()
             update, reset, _ = gates[now].chunk(3, 1)
             hidden_candidate[now] = hidden[:, 2 * dim :]
-            # on its own and then copied: tanh of every third part of a row is ten times slower
+            # computed contiguously and then copied: tanh of every third part of a row is ten times slower
             candidate = torch.addcmul(projected[now, 2 * dim :], reset, hidden[:, 2 * dim :]).tanh_()
             gates[now, 2 * dim :] = candidate
             a = None if attention is None else attention[now, None]
             state = torch.lerp(state, candidate, step_size(update, a, gate).expand_as(state), out=states[now])
             begin += size
         ctx.save_for_backward(weight, attention, states)
-        # not tensors of the graph: the backward pass writes its results over them, half the memory of a step
-        ctx.own = [gates, hidden_candidate]
+        # not tensors of the graph: the backward pass overwrites the buffers, which saves half the memory of a step
+        ctx.buffers = [gates, hidden_candidate]
         ctx.layout, ctx.gate = layout, gate
         return states
 
@@ -126,9 +141,9 @@ class _Recur(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_states):
         weight, attention, states = ctx.saved_tensors
-        if not ctx.own:
+        if not ctx.buffers:
             raise RuntimeError("a recurrence can be differentiated once: its buffers are used up")
-        gates, hidden_candidate = ctx.own.pop(0), ctx.own.pop(0)
+        gates, hidden_candidate = ctx.buffers.pop(0), ctx.buffers.pop(0)
         sizes, gate, dim = ctx.layout.sizes, ctx.gate, weight.shape[1]
         first = sizes[0] if sizes else 0
         d_attention = None if attention is None else torch.zeros_like(attention)
@@ -147,17 +162,17 @@ class _Recur(torch.autograd.Function):
             d_effective = d_state * (c - previous)
             effective = step_size(update, a, gate)
             d_c = (d_state * effective).mul_(1 - c * c)  # of the argument of tanh
-            if gate == "gru":
+            if gate == "gru" or a is None or d_attention is None:
                 d_update = d_effective
             elif gate == "agru":
-                d_attention[now] = d_effective.sum(1)  # type: ignore[index]
+                d_attention[now] = d_effective.sum(1)
                 d_update = torch.zeros_like(d_effective)
             elif gate == "augru":
-                d_attention[now] = (d_effective * update).sum(1)  # type: ignore[index]
+                d_attention[now] = (d_effective * update).sum(1)
                 d_update = d_effective * a
             else:
-                d_attention[now] = (d_effective * (1 - update)).sum(1)  # type: ignore[index]
-                d_update = d_effective * (1 - a)  # type: ignore[operator]
+                d_attention[now] = (d_effective * (1 - update)).sum(1)
+                d_update = d_effective * (1 - a)
             d_state.mul_(1 - effective)
             d_gates = torch.cat([d_update, d_c * hidden_candidate[now]], 1)
             d_gates.mul_(gates[now, : 2 * dim]).mul_(1 - gates[now, : 2 * dim])
@@ -174,7 +189,16 @@ class _Recur(torch.autograd.Function):
 
 
 def step_size(update: Tensor, attention: Tensor | None, gate: Gate) -> Tensor:
-    """How far a step moves the state towards its candidate; see `Recurrence`."""
+    """The factor e by which a step moves the state towards the candidate, in the formula of `Recurrence`.
+
+    Args:
+        update: (n, dim) update gate u.
+        attention: (n, 1) attention weights a; None for the gate `gru`.
+        gate: name of the gate.
+
+    Returns:
+        (n, dim) or (n, 1).
+    """
     if gate == "gru":
         return update
     assert attention is not None, f"{gate} needs attention"

@@ -1,11 +1,13 @@
-"""Losses as functions of tensors, exact over many processes.
+"""Contrastive losses as functions of tensors, exact for any number of processes.
 
-Contrastive losses compare this process's rows with the candidates of all processes. The gradient is that of one process
-holding the whole batch, once data-parallel training has averaged over processes. B, the rows of a process, is the same
-in all of them; rows that do not take part are masked by `valid`, and the mean is over the valid rows of all processes.
+A contrastive loss compares the B rows of this process with the candidates of all processes; B is equal in all
+processes. After data-parallel training has averaged gradients over processes, the gradient equals the gradient of one
+process with the whole batch. Rows that take no part are masked by `valid`, and a loss is the mean over the valid rows
+of all processes.
 
-False negatives. `keys` (B, K) say which rows are the same thing: two rows that agree in any column are no negatives of
-each other (the same item, the same picture, the same text, ...). A value that shall match nothing must be unique.
+False negatives: `keys` (B, K) identify rows with equal content. Two rows that agree in any of the K columns (the same
+item, the same picture, the same text) are not negatives of each other. A key that shall match no other row must be
+unique.
 """
 
 from __future__ import annotations
@@ -20,7 +22,15 @@ from mmctr.distributed import gather_rows, masked_mean_over_processes, own_colum
 
 
 def shares_key(rows: Tensor, columns: Tensor) -> Tensor:
-    """(B, K) and (C, K) keys -> (B, C) bool: whether they agree in any of the K."""
+    """Whether two rows agree in any key.
+
+    Args:
+        rows: (B, K) int keys.
+        columns: (C, K) int keys.
+
+    Returns:
+        (B, C) bool.
+    """
     same = rows[:, None, 0] == columns[None, :, 0]
     for k in range(1, rows.shape[1]):
         same |= rows[:, None, k] == columns[None, :, k]
@@ -29,21 +39,22 @@ def shares_key(rows: Tensor, columns: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class QueuedCandidates:
-    """M candidates of earlier steps, the same in every process; they get no gradient."""
+    """M candidates of earlier steps, equal in every process and without gradient."""
 
     vectors: Tensor
     """(M, D) unit norm"""
     keys: Tensor
-    """(M, K)"""
+    """(M, K) int keys"""
     valid: Tensor
-    """(M,) bool"""
+    """(M,) bool: whether the candidate takes part"""
     log_q: Tensor | None = None
-    """(M,)"""
+    """(M,) log of the relative frequency with which the candidate is drawn; None: no correction"""
 
 
 @dataclass(frozen=True)
 class _Candidates:
-    """The columns of a loss: those of all processes, then those of a queue."""
+    """The columns of a loss: the candidates of all processes, then the candidates of a queue. `own` (B,) holds the
+    columns of the rows of this process."""
 
     vectors: Tensor
     keys: Tensor | None
@@ -67,13 +78,13 @@ class _Candidates:
         return cls(vectors, keys, valid, own)
 
     def logits(self, rows: Tensor, scale: Tensor, *row_keys: Tensor | None) -> Tensor:
-        """(B, C) scaled products, minus infinity for columns that are no negatives of a row."""
+        """(B, C) scaled products, minus infinity for columns that are not negatives of a row."""
         logits = scale * rows @ self.vectors.T
         excluded = self.excluded(*row_keys)
         return logits if excluded is None else logits.masked_fill(excluded, -torch.inf)
 
     def excluded(self, *row_keys: Tensor | None) -> Tensor | None:
-        """(B, C) True for columns that are no negatives of a row; a row's own column never is."""
+        """(B, C) bool: True for columns that are not negatives of a row; False for the column of the row itself."""
         mask = None if self.valid is None else ~self.valid[None, :].expand(len(self.own), -1)
         for keys in row_keys:
             if keys is not None and self.keys is not None:
@@ -104,14 +115,19 @@ def clip_loss(
 
     L = 1/2 [CE(s I T', diagonal) + CE(s T I', diagonal)], in fp32.
 
-    Args:
-        image_features, text_features: (B, D) unit norm; row i of both is one item.
-        logit_scale: the factor s itself, a scalar.
-        keys: (B,) or (B, K) what tells items apart, see above.
-        valid: (B,) rows that have both; the others are neither rows nor candidates.
-        image_queue, text_queue: further candidates.
+    The default objective. Large batches are needed; `siglip_loss` is less sensitive to the batch size.
 
-    When to choose it: the default. It needs large batches; `siglip_loss` is milder on small ones.
+    Args:
+        image_features: (B, D) unit-norm features of the pictures.
+        text_features: (B, D) unit-norm features of the texts; row i of both tensors is one item.
+        logit_scale: the factor s, a scalar.
+        keys: (B,) or (B, K) int keys; two rows that agree in any column are not negatives of each other.
+        valid: (B,) bool: rows with a picture and a text; other rows are neither rows nor candidates. None: all rows.
+        image_queue: pictures of earlier steps as further candidates.
+        text_queue: texts of earlier steps as further candidates.
+
+    Returns:
+        The loss, a scalar.
     """
     image_features, text_features, keys = image_features.float(), text_features.float(), _keys(keys)
     losses = []
@@ -137,9 +153,19 @@ def siglip_loss(
     """Pairwise sigmoid loss between pictures and texts (Zhai et al. 2023, arXiv 2303.15343).
 
     L = -1/B sum_ij log sigmoid(z_ij (s x_i . y_j + b)), z = 1 on the diagonal and -1 elsewhere, in fp32. False
-    negatives get weight 0. From scratch start at s = 10, b = -10.
+    negatives get weight 0. Training from scratch starts at s = 10, b = -10.
 
-    Args: as `clip_loss`, and logit_bias: the bias b, a scalar.
+    Args:
+        image_features: (B, D) unit-norm features of the pictures.
+        text_features: (B, D) unit-norm features of the texts; row i of both tensors is one item.
+        logit_scale: the factor s, a scalar.
+        logit_bias: the bias b, a scalar.
+        keys: (B,) or (B, K) int keys; two rows that agree in any column are not negatives of each other.
+        valid: (B,) bool: rows with a picture and a text; other rows are neither rows nor candidates. None: all rows.
+        text_queue: texts of earlier steps as further candidates.
+
+    Returns:
+        The loss, a scalar.
     """
     image_features, text_features, keys = image_features.float(), text_features.float(), _keys(keys)
     candidates = _Candidates.gather(text_features, keys, valid, text_queue)
@@ -169,21 +195,27 @@ def pair_loss(
 ) -> Tensor:
     """InfoNCE over pairs (anchor, positive) from behaviour: co-clicked items, or a query and the item clicked for it.
 
-    L_i = -log( e^(s a_i p_i - log q_i) / sum_j e^(s a_i p_j - log q_j) ), in fp32, over the positives of the whole
-    batch: those are drawn as often as they are clicked, so without the correction a popular item would be a negative
-    far too often and be pushed away from everything (logQ: Yi et al. 2019, eq. 3; the own column is corrected too).
-    With `symmetric` the mean of that and of the loss of positives against anchors.
+    L_i = -log( e^(s a_i p_i - log q_i) / sum_j e^(s a_i p_j - log q_j) ), in fp32, where j runs over the positives of
+    the whole batch. Positives are drawn in proportion to clicks, so without the correction log q popular items would be
+    negatives too often (logQ correction: Yi et al. 2019, equation 3; the positive itself is corrected too).
 
     Args:
-        anchors, positives: (B, D) unit norm.
+        anchors: (B, D) unit-norm vectors.
+        positives: (B, D) unit-norm vectors; row i is the positive of anchor i.
         logit_scale: the factor s, a scalar.
-        anchor_keys, positive_keys: (B,) or (B, K). A column is left out when it is the row's positive or anchor.
-        valid: (B,) rows that have a positive.
-        log_q: (B,) log of how often each positive is drawn, over how often it would be were all drawn alike; None: no
-            correction.
-        negatives, has_negative: (B, D) and (B,), a hard negative for each row (shown, not clicked): a column that
-            only its own row sees, not corrected.
-        queue: further positives of earlier steps.
+        anchor_keys: (B,) or (B, K) int keys of the anchors.
+        positive_keys: (B,) or (B, K) int keys of the positives. A candidate that shares a key with the anchor or the
+            positive of a row is not a negative of the row.
+        valid: (B,) bool: rows with a positive; None: all rows.
+        log_q: (B,) log of the probability of drawing each positive, relative to uniform draws; None: no correction.
+        negatives: (B, D) unit-norm hard negatives (shown, not clicked): row i is a negative of anchor i alone, without
+            correction; None: no hard negatives.
+        has_negative: (B,) bool: rows with a hard negative; None: all rows.
+        queue: positives of earlier steps as further candidates.
+        symmetric: whether to return the mean of this loss and the loss with anchors and positives exchanged.
+
+    Returns:
+        The loss, a scalar.
     """
     anchors, positives = anchors.float(), positives.float()
     anchor_keys, positive_keys, scale = _keys(anchor_keys), _keys(positive_keys), logit_scale.float()
@@ -192,7 +224,7 @@ def pair_loss(
     if log_q is not None:
         correction = gather_rows(log_q.float())
         if queue is not None:
-            assert queue.log_q is not None, "a queue beside log_q needs its own"
+            assert queue.log_q is not None, "with log_q, the queue needs a log_q too"
             correction = torch.cat([correction, queue.log_q.float()])
         logits = logits - correction
     if negatives is not None:
@@ -211,16 +243,21 @@ def pair_loss(
 def multi_positive_loss(
     vectors: Tensor, logit_scale: Tensor, groups: Tensor, keys: Tensor, valid: Tensor | None = None
 ) -> Tensor:
-    """Supervised contrastive loss: all items of a row's group are its positives (Khosla et al. 2020, L_out, eq. 2).
+    """Supervised contrastive loss: all items of the same group are positives (Khosla et al. 2020, L_out, equation 2).
 
-    L_i = -1/|P(i)| sum_{p in P(i)} log( e^(s v_i v_p) / sum_{a in A(i)} e^(s v_i v_a) ), in fp32: the sum over
-    positives stands outside the logarithm. A(i) is every other row, copies of row i itself (same key) left out; P(i)
-    those of A(i) in its group. Rows without a positive do not count.
+    L_i = -1/|P(i)| sum_{p in P(i)} log( e^(s v_i v_p) / sum_{a in A(i)} e^(s v_i v_a) ), in fp32, with the sum over
+    positives outside the logarithm. A(i) are all other rows that share no key with row i, and P(i) are the rows of A(i)
+    in the group of row i. Rows without a positive do not count.
 
     Args:
-        vectors: (B, D) unit norm.
-        groups: (B,) group of each row, negative for none.
-        keys: (B,) or (B, K).
+        vectors: (B, D) unit-norm vectors.
+        logit_scale: the factor s, a scalar.
+        groups: (B,) int group of each row, negative for a row without a group.
+        keys: (B,) or (B, K) int keys.
+        valid: (B,) bool: rows that take part; None: all rows.
+
+    Returns:
+        The loss, a scalar.
     """
     vectors, row_keys = vectors.float(), _keys(keys)
     candidates = _Candidates.gather(vectors, row_keys, valid, None)
@@ -241,15 +278,21 @@ def multi_positive_loss(
 def similarity_distillation_loss(
     vectors: Tensor, teacher: Tensor, logit_scale: Tensor, teacher_scale: float, keys: Tensor, valid: Tensor
 ) -> Tensor:
-    """Make similarities within a batch those of a teacher, whose vectors may have another size.
+    """Train the similarities within a batch towards the similarities of a teacher.
 
-    L_i = KL( softmax_j(s' t_i t_j) || softmax_j(s v_i v_j) ) over the other rows j of all processes, in fp32 (the
-    similarity-distribution distillation of Fang et al. 2021, SEED, within the batch instead of a queue).
+    L_i = KL( softmax_j(s' t_i t_j) || softmax_j(s v_i v_j) ) over the other rows j of all processes, in fp32: the
+    distillation of similarity distributions of Fang et al. 2021 (SEED), within the batch instead of a queue.
 
     Args:
-        vectors: (B, D), teacher: (B, D'), both unit norm; only `vectors` gets a gradient.
-        keys: (B,) or (B, K); copies of a row are left out.
-        valid: (B,) rows with a teacher.
+        vectors: (B, D) unit-norm vectors.
+        teacher: (B, D') unit-norm vectors of the teacher, without gradient.
+        logit_scale: the factor s, a scalar.
+        teacher_scale: the factor s'.
+        keys: (B,) or (B, K) int keys; rows j that share a key with row i are left out.
+        valid: (B,) bool: rows with a teacher vector.
+
+    Returns:
+        The loss, a scalar.
     """
     row_keys = _keys(keys)
     students = _Candidates.gather(vectors.float(), row_keys, valid, None)

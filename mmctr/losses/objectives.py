@@ -1,6 +1,7 @@
-"""What pretraining minimises: any weighted sum of objectives, each a module that reads the views of a batch.
+"""Objectives of pretraining: the loss is a weighted sum of modules that read the vectors of a batch.
 
-To add one: a config above its module, a field of `ObjectivesConfig`, and a loss in `losses.py`.
+A new objective needs a loss function in `mmctr.losses`, a config class with a module below, and a field of
+`ObjectivesConfig`.
 """
 
 from __future__ import annotations
@@ -28,47 +29,57 @@ MAX_LOGIT_SCALE = math.log(100)  # CLIP's bounds of the temperature: [1/100, 1]
 
 @dataclass(frozen=True)
 class Views:
-    """What a batch looks like to an objective, all of unit norm. Rows without content mean nothing."""
+    """The unit-norm vectors of a batch that objectives read. Rows without content hold arbitrary vectors."""
 
     image: Tensor | None
-    """(U, D)"""
+    """(U, D) vectors of the pictures; None for a dataset without pictures"""
     has_image: Tensor
     """(U,) bool"""
     text: Tensor | None
-    """(U, D)"""
+    """(U, D) vectors of the texts; None for a dataset without texts"""
     has_text: Tensor
+    """(U,) bool"""
     item: Tensor
-    """(U, D or 2 D) the item's vector"""
+    """(U, D or 2 D) vectors of the items"""
     has_item: Tensor
+    """(U,) bool: whether the item has a picture or a text"""
     query_item: Tensor | None = None
-    """(B, D or 2 D) the vectors of items that have nothing but the query as their text"""
+    """(B, D or 2 D) vectors of items whose only content is the query as a text"""
 
 
 @dataclass(frozen=True)
 class QueuedViews:
-    """Views of items of earlier steps."""
+    """Views of M items of earlier steps."""
 
     views: Views
+    """vectors of the items"""
     keys: Tensor
+    """(M, K) int keys of the items"""
 
     def candidates(self, vectors: Tensor | None, valid: Tensor) -> QueuedCandidates:
+        """The items as candidates of a loss.
+
+        Args:
+            vectors: (M, D) vectors of one view.
+            valid: (M,) bool: whether an item has the view.
+        """
         assert vectors is not None
-        # they were anchors, which are all drawn alike
+        # the items were anchors, which are drawn uniformly
         return QueuedCandidates(vectors, self.keys, valid, log_q=vectors.new_zeros(len(vectors)))
 
 
 class ObjectiveConfig(Config):
-    """What all objectives have."""
+    """The keys that the configs of all objectives have."""
 
     weight: float = Field(default=1.0, gt=0)
     """factor on the term of the objective in the loss"""
 
 
 class Objective(nn.Module):
-    """Base: a learned temperature, kept within [1/100, 1] as CLIP did.
+    """Base class of objectives, with a learned temperature within [1/100, 1] as in CLIP.
 
     Args:
-        logit_scale: the logarithm of the factor to start from; None: that of temperature 0.07.
+        logit_scale: initial logarithm of the factor s, the inverse temperature; None: temperature 0.07.
     """
 
     def __init__(self, logit_scale: float | None = None):
@@ -77,18 +88,29 @@ class Objective(nn.Module):
 
     @torch.no_grad()
     def after_step(self) -> None:
+        """Limit the temperature to [1/100, 1]; called after every optimizer step."""
         self.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
 
     def forward(self, views: Views, batch: PairBatch, queue: QueuedViews | None) -> Tensor:
+        """The loss of a batch, a scalar.
+
+        Args:
+            views: vectors of the U items of the batch.
+            batch: the B anchors and the partners.
+            queue: vectors of items of earlier steps; None: no queue.
+        """
         raise NotImplementedError
 
 
 class ClipConfig(ObjectiveConfig):
-    """Picture against text of the same item (`losses.clip_loss`)."""
+    """Contrast of the picture and the text of an item: `mmctr.losses.contrastive.clip_loss`."""
 
 
 class Clip(Objective):
+    """Picture against text by the symmetric InfoNCE loss."""
+
     def forward(self, views: Views, batch: PairBatch, queue: QueuedViews | None) -> Tensor:
+        """The loss of a batch, a scalar; the arguments are documented in `Objective.forward`."""
         image, text, valid = _pairs(views, batch)
         return clip_loss(
             image,
@@ -102,17 +124,23 @@ class Clip(Objective):
 
 
 class SigLipConfig(ObjectiveConfig):
-    """Picture against text of the same item, each pair a yes or no (`losses.siglip_loss`)."""
+    """Binary classification of pairs of a picture and a text: `mmctr.losses.contrastive.siglip_loss`."""
 
 
 class SigLip(Objective):
-    """Starts at s = 10, b = -10 (Zhai et al. 2023) unless the encoder brings its own."""
+    """Picture against text by the pairwise sigmoid loss.
+
+    Args:
+        logit_scale: initial logarithm of the factor s; None: log 10 (Zhai et al. 2023).
+        logit_bias: initial bias b; None: -10 (Zhai et al. 2023).
+    """
 
     def __init__(self, logit_scale: float | None = None, logit_bias: float | None = None):
         super().__init__(math.log(10) if logit_scale is None else logit_scale)
         self.logit_bias = nn.Parameter(torch.tensor(-10.0 if logit_bias is None else logit_bias))
 
     def forward(self, views: Views, batch: PairBatch, queue: QueuedViews | None) -> Tensor:
+        """The loss of a batch, a scalar; the arguments are documented in `Objective.forward`."""
         image, text, valid = _pairs(views, batch)
         text_queue = queue and queue.candidates(queue.views.text, queue.views.has_text)
         scale, keys = self.logit_scale.exp(), batch.keys[batch.anchor]
@@ -120,7 +148,7 @@ class SigLip(Objective):
 
 
 def _pairs(views: Views, batch: PairBatch) -> tuple[Tensor, Tensor, Tensor]:
-    """Pictures and texts of the anchors, (B, D) each, and the (B,) mask of those that have both."""
+    """Vectors of pictures and texts of the anchors, (B, D) each, and the (B,) mask of anchors with both."""
     if views.image is None or views.text is None:
         raise ValueError("task.objectives: clip and siglip need pictures and texts, and this dataset lacks one of them")
     anchor = batch.anchor
@@ -128,26 +156,30 @@ def _pairs(views: Views, batch: PairBatch) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class BehaviorConfig(ObjectiveConfig):
-    """Items that one user clicked near each other (`losses.pair_loss`); the log must have clicks."""
+    """Pairs of items that one user clicked near each other: `mmctr.losses.contrastive.pair_loss`. The dataset needs a
+    log with clicks."""
 
     window: int = Field(default=5, ge=1)
-    """how many clicks before and after are near"""
+    """largest distance of the two clicks, in clicks of the user"""
     max_gap: int | None = Field(default=None, ge=0)
-    """longest time between the two, in the unit of the log"""
+    """longest time between the two clicks, in the unit of the log; null: any time"""
     log_q: bool = True
-    """correct for popular items being drawn more often"""
+    """whether the loss corrects for popular items being drawn more often"""
     hard_negatives: bool = False
-    """an item shown near the click and not clicked, beside the other items of the batch"""
+    """whether an item that was shown near the click and not clicked is a further negative"""
     shown_window: int = Field(default=10, ge=1)
-    """how many impressions before and after the click are looked at for it"""
+    """largest distance of a hard negative from the click, in impressions"""
 
 
 class Behavior(Objective):
+    """Co-clicked items against the other items of the batch."""
+
     def __init__(self, config: BehaviorConfig):
         super().__init__()
         self.config = config
 
     def forward(self, views: Views, batch: PairBatch, queue: QueuedViews | None) -> Tensor:
+        """The loss of a batch, a scalar; the arguments are documented in `Objective.forward`."""
         clicked = batch.partners["clicked"]
         valid = clicked.has_partner & views.has_item[batch.anchor] & views.has_item[clicked.item]
         negatives = has_negative = None
@@ -169,20 +201,24 @@ class Behavior(Objective):
 
 
 class QueryConfig(ObjectiveConfig):
-    """A query against the item clicked for it (`losses.pair_loss`); the log must have a column of queries."""
+    """A search query against the item that was clicked for the query: `mmctr.losses.contrastive.pair_loss`. The log
+    needs a column of queries."""
 
     column: str = "query"
-    """column of the interactions table"""
+    """column of the interactions table that holds the queries"""
 
 
 class Query(Objective):
+    """Search queries against clicked items."""
+
     def __init__(self, config: QueryConfig):
         super().__init__()
         self.config = config
 
     def forward(self, views: Views, batch: PairBatch, queue: QueuedViews | None) -> Tensor:
+        """The loss of a batch, a scalar; the arguments are documented in `Objective.forward`."""
         assert views.query_item is not None and batch.has_query is not None and batch.query is not None
-        # the query is a key: the same one asked for two items makes neither a negative of the other
+        # the query is a key: two items that were clicked for the same query are not negatives of each other
         keys = torch.cat([batch.keys[batch.anchor], batch.query[:, None]], 1)
         return pair_loss(
             views.query_item,
@@ -195,18 +231,21 @@ class Query(Objective):
 
 
 class GroupConfig(ObjectiveConfig):
-    """Items that share the value of a column, all of them positives (`losses.multi_positive_loss`)."""
+    """Items with the same value of a column as positives: `mmctr.losses.contrastive.multi_positive_loss`."""
 
     column: str
-    """column of the items table"""
+    """column of the items table that holds the groups"""
 
 
 class Group(Objective):
+    """Items of a group against the other items of the batch."""
+
     def __init__(self, config: GroupConfig):
         super().__init__()
         self.config = config
 
     def forward(self, views: Views, batch: PairBatch, queue: QueuedViews | None) -> Tensor:
+        """The loss of a batch, a scalar; the arguments are documented in `Objective.forward`."""
         mate = batch.partners["group"]
         rows = torch.cat([batch.anchor, mate.item])
         valid = torch.cat([torch.ones_like(mate.has_partner), mate.has_partner]) & views.has_item[rows]
@@ -215,20 +254,24 @@ class Group(Objective):
 
 
 class DistillationConfig(ObjectiveConfig):
-    """Similarities within the batch as a table of vectors has them (`losses.similarity_distillation_loss`)."""
+    """Distillation of the similarities of a table of vectors:
+    `mmctr.losses.contrastive.similarity_distillation_loss`."""
 
     path: str
-    """an embedding folder, or a Parquet or .npz file of vectors by item id"""
+    """the vectors of the teacher: an embedding folder, or a Parquet or .npz file of vectors by item id"""
     temperature: float = Field(default=0.1, gt=0)
-    """of the teacher's similarities"""
+    """temperature of the similarities of the teacher"""
 
 
 class Distillation(Objective):
+    """Similarities within the batch against the similarities of a teacher."""
+
     def __init__(self, config: DistillationConfig):
         super().__init__(math.log(1 / config.temperature))
         self.config = config
 
     def forward(self, views: Views, batch: PairBatch, queue: QueuedViews | None) -> Tensor:
+        """The loss of a batch, a scalar; the arguments are documented in `Objective.forward`."""
         assert batch.teacher is not None and batch.has_teacher is not None
         rows = batch.anchor
         return similarity_distillation_loss(
@@ -242,12 +285,12 @@ class Distillation(Objective):
 
 
 class ObjectivesConfig(Config):
-    """One field an objective; those that are given are added up."""
+    """The objectives of pretraining, one field per objective; the loss is the weighted sum of the given objectives."""
 
     clip: ClipConfig | None = None
-    """contrast of picture and text of an item; null: the objective is not used"""
+    """contrast of the picture and the text of an item; null: the objective is not used"""
     siglip: SigLipConfig | None = None
-    """pairwise yes or no on picture and text; null: the objective is not used"""
+    """binary classification of pairs of a picture and a text; null: the objective is not used"""
     behavior: BehaviorConfig | None = None
     """items one user clicked near each other; null: the objective is not used"""
     query: QueryConfig | None = None
@@ -259,16 +302,22 @@ class ObjectivesConfig(Config):
 
     @property
     def given(self) -> dict[str, ObjectiveConfig]:
+        """The configs of the objectives that are used, by name."""
         pairs = ((name, getattr(self, name)) for name in type(self).model_fields)
         return {name: config for name, config in pairs if config is not None}
 
     @property
     def read_behavior(self) -> bool:
-        """Whether the log of clicks is needed."""
+        """Whether an objective needs the log of clicks."""
         return self.behavior is not None or self.query is not None
 
     def build(self, logit_scale: float | None, logit_bias: float | None) -> nn.ModuleDict:
-        """The modules by name. Temperature and bias, where an encoder brings them, are those of pictures and texts."""
+        """Build the modules of the given objectives, by name.
+
+        Args:
+            logit_scale: initial logarithm of the factor s of `clip` and `siglip`; None: the default.
+            logit_bias: initial bias of `siglip`; None: the default.
+        """
         made: dict[str, nn.Module] = {}
         for name, config in self.given.items():
             match config:

@@ -1,7 +1,8 @@
-"""Terms of variational autoencoders, in nats, exact over many processes.
+"""Loss terms of variational autoencoders, in nats, exact for any number of processes.
 
-B rows of a process (the same in all), Z latent dimensions. What is a mean over a batch is that over the rows of all
-processes; the gradient is that of one process holding them all, once data-parallel training has averaged.
+B is the number of rows of a process, equal in all processes, and Z the number of latent dimensions. A mean over a batch
+is a mean over the rows of all processes. After data-parallel training has averaged gradients over processes, the
+gradient equals the gradient of one process with the whole batch.
 """
 
 from __future__ import annotations
@@ -19,35 +20,44 @@ LOG_2PI = math.log(2 * math.pi)
 
 
 def log_normal(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
-    """log N(z; mu, exp(logvar)) of each element, of any shapes that broadcast."""
+    """The elementwise log density log N(z; mu, exp(logvar)) for tensors whose shapes broadcast."""
     return -0.5 * (LOG_2PI + logvar + (z - mu).square() * torch.exp(-logvar))
 
 
 def kl_to_prior(mu: Tensor, logvar: Tensor) -> Tensor:
-    """KL(N(mu, exp(logvar)) || N(0, 1)) of each element."""
+    """The elementwise divergence KL(N(mu, exp(logvar)) || N(0, 1)) for tensors of equal shape."""
     return 0.5 * (mu.square() + logvar.exp() - logvar - 1)
 
 
 def gaussian_nll(x: Tensor, mean: Tensor, log_sigma: Tensor) -> Tensor:
-    """-log N(x; mean, sigma^2 I), summed over features: (B, D) -> (B,).
+    """The negative log likelihood -log N(x; mean, sigma^2 I), summed over features.
 
-    With a learned sigma (sigma-VAE: Rybkin et al. 2021) it tends to D log of the root mean squared error, so the weight
-    of the KL beside it means the same whatever the size and number of features: unit-norm features of D dimensions
-    have squared errors of at most 4 in all, beside which a KL of a few nats would win at once.
+    With a learned sigma (sigma-VAE: Rybkin et al. 2021) the term tends to D times the log of the root mean squared
+    error, so that the weight of the KL term has the same meaning for features of any scale and number. With a constant
+    sigma of 1, unit-norm features have a squared error of at most 4, and a KL term of a few nats would dominate.
+
+    Args:
+        x: (B, D) features.
+        mean: (B, D) reconstructed features.
+        log_sigma: logarithm of sigma, a scalar.
+
+    Returns:
+        (B,) nats.
     """
     return -log_normal(x, mean, 2 * log_sigma).sum(1)
 
 
 def product_of_experts(mu: Tensor, logvar: Tensor, has: Tensor) -> tuple[Tensor, Tensor]:
-    """The posterior of rows that have some of M modalities (Wu & Goodman 2018): the product of the prior N(0, 1) and
-    the Gaussian experts of those there are.
+    """The posterior of rows with some of M modalities (Wu & Goodman 2018): the product of the prior N(0, 1) and the
+    Gaussian experts of the modalities that a row has.
 
     Args:
-        mu, logvar: (M, B, Z).
-        has: (M, B) bool.
+        mu: (M, B, Z) means of the experts.
+        logvar: (M, B, Z) log variances of the experts.
+        has: (M, B) bool: whether a row has a modality.
 
     Returns:
-        mu and logvar, (B, Z); of a row that has none, the prior's.
+        The (B, Z) means and (B, Z) log variances; the prior for a row without modalities.
     """
     precision = torch.where(has[..., None], torch.exp(-logvar), 0.0)
     total = 1 + precision.sum(0)
@@ -56,23 +66,28 @@ def product_of_experts(mu: Tensor, logvar: Tensor, has: Tensor) -> tuple[Tensor,
 
 @dataclass(frozen=True)
 class KLParts:
-    """The mean KL to the prior in three (Chen et al. 2018, equation 2): estimates from one batch, scalars."""
+    """The three parts of the mean KL to the prior (Chen et al. 2018, equation 2): scalar estimates from one batch."""
 
     mutual_information: Tensor
-    """between items and latents"""
+    """mutual information of items and latents"""
     total_correlation: Tensor
-    """between latent dimensions"""
+    """total correlation of the latent dimensions"""
     dimension_wise_kl: Tensor
-    """of each dimension's aggregate to the prior, summed"""
+    """KL of the aggregate posterior of each dimension to the prior, summed over dimensions"""
 
 
 def kl_parts(z: Tensor, mu: Tensor, logvar: Tensor, num_items: int) -> KLParts:
-    """The parts of the mean KL, by minibatch stratified sampling (Chen et al. 2018, appendix C). They add up to the
-    batch's mean of log q(z|x) - log p(z).
+    """Estimate the parts of the mean KL by minibatch stratified sampling (Chen et al. 2018, appendix C). The sum of the
+    parts is the mean of log q(z|x) - log p(z) over the batch.
 
     Args:
-        z: (B, Z) one sample of each posterior.
-        num_items: N, of which the batch is a part.
+        z: (B, Z) one sample of the posterior of every row.
+        mu: (B, Z) means of the posteriors.
+        logvar: (B, Z) log variances of the posteriors.
+        num_items: N, number of training items.
+
+    Raises:
+        ValueError: the batch has less than 2 or more than N items.
     """
     log_qz, log_qz_each = aggregate_log_densities(z, mu, logvar, num_items)
     log_q_given = log_normal(z, mu, logvar).sum(1)
@@ -82,7 +97,20 @@ def kl_parts(z: Tensor, mu: Tensor, logvar: Tensor, num_items: int) -> KLParts:
 
 
 def aggregate_log_densities(z: Tensor, mu: Tensor, logvar: Tensor, num_items: int) -> tuple[Tensor, Tensor]:
-    """Estimates of log q(z) (B,) and of log q(z_d) (B, Z), q being the mean posterior of all N items."""
+    """Estimate the log density of the aggregate posterior q, the mean posterior of all N items.
+
+    Args:
+        z: (B, Z) one sample of the posterior of every row.
+        mu: (B, Z) means of the posteriors.
+        logvar: (B, Z) log variances of the posteriors.
+        num_items: N, number of training items.
+
+    Returns:
+        (B,) estimates of log q(z) and (B, Z) estimates of log q(z_d).
+
+    Raises:
+        ValueError: the batch has less than 2 or more than N items.
+    """
     own = own_columns(len(z), z.device)
     all_mu, all_logvar = gather_rows(mu), gather_rows(logvar)
     log_weights = stratified_log_weights(own, len(all_mu), num_items)
@@ -92,12 +120,22 @@ def aggregate_log_densities(z: Tensor, mu: Tensor, logvar: Tensor, num_items: in
 
 
 def stratified_log_weights(own: Tensor, num_columns: int, num_items: int) -> Tensor:
-    """(B, C) logarithms of the weights of C = M + 1 items in the estimate of q(z_i) for the item in column own[i].
+    """Logarithms of the weights of C items in the estimate of q(z_i) (Chen et al. 2018, appendix C).
 
-    With M = C - 1: 1 / N for the item itself, (N - M) / (N M) for one other, here the next, and 1 / M for the rest, so
-    that a row sums to 1. (Published code that strides through a matrix of M columns puts 1 / N elsewhere.)
+    With M = C - 1 the weights are 1 / N for the item itself, (N - M) / (N M) for one other item, here the next one, and
+    1 / M for the remaining items, so that a row sums to 1. (Published code that strides through a matrix of M columns
+    gives the weight 1 / N to other items.)
 
-    Raises ValueError for a batch of less than 2 items or of more than there are.
+    Args:
+        own: (B,) column of the item of every row.
+        num_columns: C, number of items in the batches of all processes.
+        num_items: N, number of training items.
+
+    Returns:
+        (B, C) float32.
+
+    Raises:
+        ValueError: C is less than 2 or more than N.
     """
     others = num_columns - 1
     if not 1 <= others < num_items:
@@ -110,8 +148,16 @@ def stratified_log_weights(own: Tensor, num_columns: int, num_items: int) -> Ten
 
 
 def dip_penalties(mu: Tensor, logvar: Tensor | None) -> tuple[Tensor, Tensor]:
-    """DIP-VAE (Kumar et al. 2018): sums of the squares of what is off the diagonal of a covariance, and of what its
-    diagonal differs from 1. It is that of mu (I), or with `logvar` that of z, mean variances added (II)."""
+    """The penalties of DIP-VAE (Kumar et al. 2018) on a covariance matrix: of mu (DIP-VAE-I), or with `logvar` of z,
+    where the mean variances are added to the diagonal (DIP-VAE-II).
+
+    Args:
+        mu: (B, Z) means of the posteriors.
+        logvar: (B, Z) log variances of the posteriors; None: the covariance of mu.
+
+    Returns:
+        The sum of the squared off-diagonal entries, and the sum of the squared differences of the diagonal from 1.
+    """
     means = gather_rows(mu)
     centred = means - means.mean(0)
     covariance = centred.T @ centred / len(means)
@@ -122,17 +168,25 @@ def dip_penalties(mu: Tensor, logvar: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def permuted_dimensions(z: Tensor) -> Tensor:
-    """(B, Z) with each column in an order of its own: samples of the product of the marginals (Kim & Mnih 2018)."""
+    """Permute every column of z (B, Z) independently: samples of the product of the marginals (Kim & Mnih 2018)."""
     order = torch.rand_like(z).argsort(0)
     return z.gather(0, order)
 
 
 def discriminator_loss(logits: Tensor, permuted_logits: Tensor) -> Tensor:
-    """The cross-entropy of telling samples of q(z), class 0, from permuted ones, class 1: (B, 2) each."""
+    """The cross-entropy of a discriminator between samples of q(z), class 0, and permuted samples, class 1.
+
+    Args:
+        logits: (B, 2) logits of samples of q(z).
+        permuted_logits: (B, 2) logits of permuted samples.
+
+    Returns:
+        The loss, a scalar.
+    """
     zeros = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
     ones = torch.ones(len(permuted_logits), dtype=torch.int64, device=logits.device)
     return 0.5 * (F.cross_entropy(logits, zeros) + F.cross_entropy(permuted_logits, ones))
 
 
 ACTIVE_VARIANCE = 0.01
-"""a latent dimension whose mean varies less over items says nothing (Burda et al. 2016)"""
+"""variance over items of the posterior mean below which a latent dimension is inactive (Burda et al. 2016)"""

@@ -1,4 +1,4 @@
-"""Conditions on catalog columns, written as at a command line: `colour=red|blue`, `price<20`, `brand!=Acme`."""
+"""Conditions on catalog columns in the syntax of the command line: `colour=red|blue`, `price<20`, `brand!=Acme`."""
 
 from __future__ import annotations
 
@@ -22,12 +22,21 @@ _ORDER: dict[str, Callable[..., Any]] = {
 
 
 def matching(items: pa.Table, conditions: Sequence[str]) -> np.ndarray:
-    """(n,) mask of the rows that fulfil every condition. A missing value fulfils none, `!=` included.
+    """The rows that fulfil every condition. A missing value fulfils no condition, `!=` included.
 
-    `=` and `!=` take several values with `|` between; a list column fulfils `=` when any of its values does. Signs of
-    order need a column of numbers.
+    `=` and `!=` take several values separated by `|`. A row of a list column fulfils `=` when any value of the list is
+    among the given values. `<`, `<=`, `>` and `>=` need a column of numbers.
 
-    Raises ValueError naming the condition and what is wrong with it.
+    Args:
+        items: a table of n rows.
+        conditions: conditions such as `price<20`.
+
+    Returns:
+        (n,) bool mask.
+
+    Raises:
+        ValueError: a condition is malformed, names an unknown column, or does not fit the type of the column; the
+            message names the condition and the problem.
     """
     mask = np.ones(len(items), bool)
     for condition in conditions:

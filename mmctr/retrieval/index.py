@@ -1,6 +1,6 @@
-"""ItemIndex: nearest items by FAISS. Answers speak raw item ids, never rows."""
+"""ItemIndex: nearest-neighbour search over item vectors by FAISS; results hold raw item ids, not rows."""
 # pyright: reportCallIssue=false, reportAttributeAccessIssue=false
-# FAISS's stubs know nothing of its Python layer.
+# the type stubs of FAISS describe the C++ layer, not the Python layer
 
 from __future__ import annotations
 
@@ -25,28 +25,51 @@ from mmctr.retrieval.filters import matching
 from mmctr.retrieval.tuning import Wanted
 
 FEW = 5_000
-"""vectors a filter may leave that are compared one by one, whatever the index"""
+"""largest number of vectors that pass a filter for which the search is exact, whatever the index"""
 
 
 @dataclass(frozen=True)
 class Neighbour:
+    """One item of a search result."""
+
     item_id: Any
+    """raw id"""
     score: float
+    """cosine of the query and the vector of the item"""
     title: str | None = None
+    """title of the item, None where the index has no titles"""
 
 
 class ItemIndex:
-    """Search by cosine: vectors are scaled to unit norm, those of an embedding table and queries alike.
+    """Search for the nearest items by cosine. Item vectors and queries are scaled to unit norm.
 
-    `index` is a plain FAISS index whose ids are rows of `items`; anyone's FAISS can read the file. Removed items keep
-    their row, marked in `removed`, until `compact`. Searching is safe in many threads; adding and removing is not.
+    `index` is a plain FAISS index whose ids are rows of `items`, and the file of the index can be read by FAISS without
+    mmctr. A removed item keeps a row, marked in `removed`, until `compact`. Concurrent searches in several threads are
+    safe; adding and removing items during a search is not.
 
     Args:
-        items: (n rows) `item_id`, and any of `title` and catalog columns to filter by.
-        manifest: of the embeddings, which says what run made them.
-        norms: (n,) lengths of the vectors as they came, None where all had unit norm.
-        removed: (n,) mask.
-        measured: what `tune` found, None when it was not called.
+        index: a FAISS index of n unit vectors by inner product.
+        items: table of n rows with `item_id`, and optionally `title` and catalog columns for conditions.
+        manifest: manifest of the embeddings, which names the run that produced the vectors.
+        norms: (n,) norms of the vectors before scaling; None where all vectors had unit norm.
+        removed: (n,) bool mask of the removed items; None: no item was removed.
+        measured: result of `tune`; None where `tune` was not called.
+        factory: the FAISS factory string of the index.
+        mapped: whether the index is memory-mapped and cannot be changed.
+
+    Raises:
+        ValueError: the index and the table of items have different sizes.
+
+    Example:
+        ```python
+        import numpy as np
+        import pyarrow as pa
+
+        vectors = np.array([[1, 0], [0.8, 0.6], [0, 1]], np.float32)
+        table = mmctr.EmbeddingTable(pa.array(["shoe", "boot", "hat"]), vectors)
+        index = mmctr.ItemIndex.build(table)
+        assert [neighbour.item_id for neighbour in index.search_item("shoe", k=2)] == ["boot", "hat"]
+        ```
     """
 
     def __init__(
@@ -70,7 +93,7 @@ class ItemIndex:
 
     @property
     def identity(self) -> EmbeddingIdentity:
-        """What made the vectors; nothing is known of vectors of another program."""
+        """The run, data and options that produced the vectors; all unknown for vectors of another program."""
         return identity_of(self.manifest)
 
     def __len__(self) -> int:
@@ -78,24 +101,37 @@ class ItemIndex:
 
     @property
     def dim(self) -> int:
+        """D, the number of dimensions of a vector."""
         return self.index.d
 
     @property
     def ids(self) -> pa.Array:
-        """(n,) raw ids by row, those of removed items included."""
+        """(n,) raw ids by row, the ids of removed items included."""
         return one_array(self.items.column("item_id"))
 
     @classmethod
     def build(
         cls, table: EmbeddingTable, wanted: Wanted | None = None, columns: pa.Table | None = None, seed: int = 0
     ) -> ItemIndex:
-        """Choose, train, fill and measure an index.
+        """Choose, train and fill an index, and measure the recall.
 
         Args:
-            wanted: exact search when None.
-            columns: (n rows) catalog columns to filter by, in the order of the table.
+            table: n item vectors.
+            wanted: required recall, latency and memory; None: exact search.
+            columns: n rows of catalog columns for conditions, in the order of the table.
+            seed: seed of the sample on which the index is trained and measured.
 
-        Raises ValueError when nothing that was wanted can be had, or for vectors of no length.
+        Raises:
+            ValueError: no index satisfies the requirements, or the vector of an item is zero.
+
+        Example:
+            ```python
+            dataset, table = mmctr.open_dataset("demo/data"), mmctr.EmbeddingTable.read("demo/embeddings")
+            rows = dataset.catalog.rows(table.ids)
+            index = mmctr.ItemIndex.build(table, columns=dataset.catalog.table.take(rows).select(["category", "brand"]))
+            for neighbour in index.search_item(table.ids[0].as_py(), k=5, where=["category=round"]):
+                print(neighbour.score, neighbour.item_id, neighbour.title)
+            ```
         """
         vectors, norms = _unit(table)
         if wanted is None:
@@ -107,21 +143,31 @@ class ItemIndex:
         norms = None if norms is None else norms[order]
         return cls(index, items, table.manifest, norms, None, measured, factory)
 
-    # --- search
+    # search ----------------------------------------------------------------------------------------------------------
 
     def nearest(
         self, queries: np.ndarray, k: int = 10, allowed: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The rows of the k nearest items to each query, best first.
+        """The rows of the k nearest items to each query, nearest first.
 
         Args:
-            queries: (Q, D), of any length but 0.
-            allowed: (n,) mask of rows that may be found; `rows_where` makes one.
+            queries: (Q, D) vectors of any norm but 0.
+            k: number of neighbours.
+            allowed: (n,) bool mask of rows that may be returned, such as the result of `rows_where`; None: all rows.
 
         Returns:
-            (Q, k) float32 cosines and (Q, k) int64 rows, -1 where fewer items than k may be found.
+            (Q, k) float32 cosines and (Q, k) int64 rows, -1 where fewer than k rows may be returned; k is at most the
+            number of these rows.
 
-        Raises ValueError for k < 1, another dimension, or values that are not finite.
+        Raises:
+            ValueError: k is less than 1, the queries have another number of dimensions, or a value is not finite.
+
+        Example:
+            ```python
+            index = mmctr.ItemIndex.load("demo/index")
+            scores, rows = index.nearest(index.vectors([0, 1]), k=3)  # (2, 3) cosines and rows
+            print(index.ids.take(rows[0]).to_pylist(), scores[0])
+            ```
         """
         if k < 1:
             raise ValueError(f"k={k}: ask for at least one neighbour")
@@ -135,19 +181,19 @@ class ItemIndex:
         faiss.normalize_L2(queries)
         if self.removed.any():
             allowed = ~self.removed if allowed is None else allowed & ~self.removed
-        there = len(self.items) if allowed is None else int(allowed.sum())
-        k = min(k, there)
+        num_allowed = len(self.items) if allowed is None else int(allowed.sum())
+        k = min(k, num_allowed)
         if not k:
             return np.zeros((len(queries), 0), np.float32), np.zeros((len(queries), 0), np.int64)
         selector = None
         if allowed is not None:
             selector = faiss.IDSelectorBitmap(np.packbits(allowed, bitorder="little"))
-            if there <= max(FEW, len(self.items) // 20):
+            if num_allowed <= max(FEW, len(self.items) // 20):
                 return self._exactly(queries, k, selector)
         setting = index_tuning.setting_of(self.index)
-        # what a filter hides must be made up for by looking further
+        # the search visits more candidates in proportion to the rows that the filter excludes
         value = max(setting.value, k) if setting.name == "efSearch" else setting.value
-        value = min(setting.most, int(np.ceil(value * len(self.items) / there)))
+        value = min(setting.most, int(np.ceil(value * len(self.items) / num_allowed)))
         scores, rows = self.index.search(queries, k, params=index_tuning.parameters(self.index, value, selector))
         short = (rows < 0).any(1)  # never of exact search
         if short.any():
@@ -155,7 +201,7 @@ class ItemIndex:
         return scores, rows
 
     def _exactly(self, queries: np.ndarray, k: int, selector: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Compare with all vectors, or codes, that are selected."""
+        """Compare the queries with all selected vectors or codes."""
         inner = index_tuning.inner_index(self.index)
         if isinstance(inner, faiss.IndexHNSW) and not index_tuning.is_wrapped(self.index):
             storage = faiss.downcast_index(inner.storage)
@@ -167,44 +213,92 @@ class ItemIndex:
     def search(
         self, vector: np.ndarray, k: int = 10, exclude: Any = None, where: Sequence[str] = ()
     ) -> list[Neighbour]:
-        """The k items nearest to a (D,) query, best first.
+        """The k items nearest to a query, nearest first.
 
         Args:
-            exclude: an item id, or a list of them, left out of the answer.
-            where: conditions on columns of `items`, see `mmctr.retrieval.filters`.
+            vector: (D,) query.
+            k: number of neighbours.
+            exclude: an item id, or a list of item ids, that the result does not contain.
+            where: conditions on columns of `items`, in the syntax of `mmctr.retrieval.filters`.
+
+        Raises:
+            ValueError: k is less than 1, the query does not fit the index, or a condition is malformed.
+
+        Example:
+            ```python
+            index = mmctr.ItemIndex.load("demo/index")
+            mean = index.vectors([0, 1, 2]).mean(axis=0)
+            print(index.search(mean, k=3, exclude=index.ids[0].as_py()))
+            ```
         """
-        left_out = set(exclude) if isinstance(exclude, list | tuple | set) else set() if exclude is None else {exclude}
+        excluded = set(exclude) if isinstance(exclude, list | tuple | set) else set() if exclude is None else {exclude}
         if k < 1:
             raise ValueError(f"k={k}: ask for at least one neighbour")
         k = min(k, len(self.items))
-        scores, rows = self.nearest(np.asarray(vector).reshape(1, -1), k + len(left_out), self.rows_where(where))
-        return self.neighbours(scores[0], rows[0], k, left_out)
+        scores, rows = self.nearest(np.asarray(vector).reshape(1, -1), k + len(excluded), self.rows_where(where))
+        return self.neighbours(scores[0], rows[0], k, excluded)
 
-    def neighbours(self, scores: np.ndarray, rows: np.ndarray, k: int, left_out: Iterable[Any] = ()) -> list[Neighbour]:
-        """The first k of an answer of `nearest`, by id and title, without those left out."""
-        kept = rows >= 0
-        part = self.items.take(pa.array(rows[kept]))
+    def neighbours(self, scores: np.ndarray, rows: np.ndarray, k: int, exclude: Iterable[Any] = ()) -> list[Neighbour]:
+        """The result of `nearest` for one query, as items.
+
+        Args:
+            scores: (m,) cosines.
+            rows: (m,) rows, -1 for none.
+            k: largest number of items.
+            exclude: item ids that the result does not contain.
+        """
+        is_row = rows >= 0
+        part = self.items.take(pa.array(rows[is_row]))
         titles = part.column("title").to_pylist() if "title" in part.column_names else [None] * len(part)
-        found = zip(part.column("item_id").to_pylist(), scores[kept].tolist(), titles, strict=True)
-        left_out = set(left_out)
-        return [Neighbour(*one) for one in found if one[0] not in left_out][:k]
+        nearest = zip(part.column("item_id").to_pylist(), scores[is_row].tolist(), titles, strict=True)
+        excluded = set(exclude)
+        return [Neighbour(*one) for one in nearest if one[0] not in excluded][:k]
 
     def search_item(
         self, item_id: Any, k: int = 10, shift: np.ndarray | None = None, where: Sequence[str] = ()
     ) -> list[Neighbour]:
-        """The k items nearest to an item, itself excluded; `shift` (D,) is added to its vector. See `typed`."""
+        """The k items nearest to an item, nearest first, without the item itself.
+
+        Args:
+            item_id: raw id; text is converted where the ids are integers.
+            k: number of neighbours.
+            shift: (D,) vector to add to the vector of the item; None: zero.
+            where: conditions on columns of `items`, in the syntax of `mmctr.retrieval.filters`.
+
+        Raises:
+            UnknownId: the index has no such item.
+            ValueError: k is less than 1, or a condition is malformed.
+
+        Example:
+            ```python
+            index = mmctr.ItemIndex.load("demo/index")
+            for neighbour in index.search_item(index.ids[0].as_py(), k=3):
+                print(neighbour.score, neighbour.item_id, neighbour.title)
+            ```
+        """
         item_id = self.typed(item_id)
         vector = self.vector(item_id)
         return self.search(vector if shift is None else vector + shift, k, exclude=item_id, where=where)
 
     def rows_where(self, where: Sequence[str]) -> np.ndarray | None:
-        """(n,) mask of the rows that fulfil all conditions, None without any."""
+        """The (n,) bool mask of the rows that fulfil all conditions; None without conditions.
+
+        Args:
+            where: conditions on columns of `items`, in the syntax of `mmctr.retrieval.filters`.
+
+        Raises:
+            ValueError: a condition is malformed or names an unknown column.
+        """
         return matching(self.items, where) if where else None
 
-    # --- items
+    # items -----------------------------------------------------------------------------------------------------------
 
     def typed(self, item_id: Any) -> Any:
-        """An id as the index has it: one typed as text is understood as an integer one."""
+        """An id with the type of the ids of the index: text is converted where the ids are integers.
+
+        Raises:
+            UnknownId: the ids are integers, and the text is not an integer.
+        """
         if pa.types.is_integer(self.ids.type) and isinstance(item_id, str):
             try:
                 return int(item_id)
@@ -218,29 +312,46 @@ class ItemIndex:
         return dict(zip(self.ids.take(pa.array(rows)).to_pylist(), rows.tolist(), strict=True))
 
     def row(self, item_id: Any) -> int:
-        """Raises ValueError when the item is not here."""
+        """The row of an item.
+
+        Raises:
+            UnknownId: the index has no such item.
+        """
         row = self._row_by_id.get(item_id) if isinstance(item_id, int | str) else None
         if row is None or isinstance(item_id, bool):
             raise UnknownId(f"item {item_id!r} has no vector here; ids look like {self.ids[0].as_py()!r}")
         return row
 
     def sample(self, count: int) -> list[Any]:
-        """Ids of some items, spread evenly."""
+        """The ids of at most `count` items, at equal distances in the order of the rows."""
         rows = np.flatnonzero(~self.removed)
-        places = np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)
-        return self.ids.take(pa.array(rows[places])).to_pylist()
+        positions = np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)
+        return self.ids.take(pa.array(rows[positions])).to_pylist()
 
     def __contains__(self, item_id: Any) -> bool:
         return isinstance(item_id, int | str) and item_id in self._row_by_id
 
     def vector(self, item_id: Any) -> np.ndarray:
-        """The (D,) vector of an item, as it came, or what its code stands for. Raises ValueError when it has none."""
+        """The (D,) vector of an item with the norm before scaling; an index of codes decodes an approximate vector.
+
+        Raises:
+            UnknownId: the index has no such item.
+        """
         return self.vectors(np.array([self.row(item_id)]), unit=False)[0]
 
-    def vectors(self, rows: np.ndarray, unit: bool = True) -> np.ndarray:
-        """(m, D) vectors of rows, of unit norm or as they came."""
+    def vectors(self, rows: np.ndarray | Sequence[int], unit: bool = True) -> np.ndarray:
+        """The vectors of some rows.
+
+        Args:
+            rows: (m,) rows.
+            unit: whether to return unit vectors instead of vectors with the norm before scaling.
+
+        Returns:
+            (m, D) float32.
+        """
+        rows = np.ascontiguousarray(rows, np.int64)
         self._prepare_lookup()
-        vectors = self.index.reconstruct_batch(np.ascontiguousarray(rows, np.int64))
+        vectors = self.index.reconstruct_batch(rows)
         return vectors if unit or self.norms is None else vectors * self.norms[rows, None]
 
     def _prepare_lookup(self) -> None:
@@ -250,33 +361,40 @@ class ItemIndex:
                 if inner.direct_map.no():
                     inner.make_direct_map()
 
-    # --- changes
+    # changes ---------------------------------------------------------------------------------------------------------
 
     def add(self, table: EmbeddingTable, columns: pa.Table | None = None, replace: bool = False) -> int:
-        """Add items; returns how many. The index keeps what it was trained on: many new items of another kind ask for
-        building it anew, and `tune` tells.
+        """Add items. The index is not trained again; after adding many items of another kind, `tune` shows whether the
+        index should be built anew.
 
         Args:
-            replace: give items that are here already their new vectors.
+            table: vectors of the new items.
+            columns: catalog columns of the new items, in the order of the table.
+            replace: whether items of the index get new vectors; otherwise such items are an error.
 
-        Raises ValueError for another dimension, columns that are lacking, or items that are here already.
+        Returns:
+            Number of added items.
+
+        Raises:
+            ValueError: the vectors have another number of dimensions, a column is missing or has another type, an item
+                is in the index already, or the index is memory-mapped.
         """
         self._check_writable()
         if table.dim != self.dim:
             raise ValueError(f"vectors of {table.dim} dimensions cannot be added to an index of {self.dim}")
-        here = np.array([item in self for item in table.ids.to_pylist()], bool)
-        if here.any() and not replace:
-            some = examples(table.ids.filter(pa.array(here)))
+        is_known = np.array([item in self for item in table.ids.to_pylist()], bool)
+        if is_known.any() and not replace:
+            some = examples(table.ids.filter(pa.array(is_known)))
             raise ValueError(
-                f"{int(here.sum())} items are in the index already, like {some}; replace them, or leave out"
+                f"{int(is_known.sum())} items are in the index already, like {some}; replace them, or leave out"
             )
         vectors, norms = _unit(table)
         new = index_files.items_of(table, columns)
         lacking = [name for name in self.items.column_names if name not in new.column_names]
         if lacking and lacking != ["title"]:
             raise ValueError(f"the index filters by {lacking}; give these columns of the new items too")
-        if here.any():
-            self.removed[[self.row(item) for item in table.ids.filter(pa.array(here)).to_pylist()]] = True
+        if is_known.any():
+            self.removed[[self.row(item) for item in table.ids.filter(pa.array(is_known)).to_pylist()]] = True
         for name in lacking:
             new = new.append_column(name, pa.nulls(len(new), self.items.schema.field(name).type))
         try:
@@ -293,26 +411,51 @@ class ItemIndex:
         return len(new)
 
     def remove(self, item_ids: Iterable[Any]) -> int:
-        """Take items out of all answers; returns how many. Raises ValueError when one is not here; then none is."""
+        """Exclude items from all results.
+
+        Args:
+            item_ids: raw ids.
+
+        Returns:
+            Number of removed items.
+
+        Raises:
+            UnknownId: the index lacks one of the items; then no item is removed.
+        """
         rows = [self.row(self.typed(item)) for item in item_ids]
         self.removed[rows] = True
         self.__dict__.pop("_row_by_id", None)
         return len(set(rows))
 
     def compact(self) -> ItemIndex:
-        """The same without the rows of removed items, filled anew on what was trained."""
+        """A copy of the index without the rows of removed items. The copy is not trained again.
+
+        Raises:
+            ValueError: the index is memory-mapped.
+        """
         self._check_writable()
         rows = np.flatnonzero(~self.removed)
         index = index_tuning.emptied(self.index)
         for start in range(0, len(rows), 65536):
             index.add(self.vectors(rows[start : start + 65536]))
-        kept = self.items.take(pa.array(rows))
+        items = self.items.take(pa.array(rows))
         norms = None if self.norms is None else self.norms[rows]
-        return ItemIndex(index, kept, self.manifest, norms, None, self.measured, self.factory)
+        return ItemIndex(index, items, self.manifest, norms, None, self.measured, self.factory)
 
     def tune(self, recall: float = 0.99) -> dict[str, Any]:
-        """Measure against exact search over the vectors held here and set what reaches the recall; see
-        `index_tuning.tune`. An index of codes is measured against what its codes stand for: build it anew for more."""
+        """Measure the recall against exact search over the vectors of the index, and choose the search setting.
+
+        An index of codes is measured against the vectors that the codes decode to.
+
+        Args:
+            recall: wanted share of the ten nearest items among the results.
+
+        Returns:
+            The result of `mmctr.retrieval.tuning.tune`.
+
+        Raises:
+            ValueError: the index has removed items, or is memory-mapped.
+        """
         self._check_writable()
         if self.removed.any():
             raise ValueError("the index has removed items; compact it first")
@@ -330,10 +473,21 @@ class ItemIndex:
         if isinstance(inner, faiss.IndexIVF) and not inner.direct_map.no():
             inner.set_direct_map_type(faiss.DirectMap.NoMap)
 
-    # --- files
+    # files -----------------------------------------------------------------------------------------------------------
 
     def save(self, folder: str | Path) -> None:
-        """Write an index folder. Raises ValueError for a folder that holds something else."""
+        """Write an index folder.
+
+        Raises:
+            ValueError: the folder holds other files.
+
+        Example:
+            ```python
+            index = mmctr.ItemIndex.build(mmctr.EmbeddingTable.read("demo/embeddings"))
+            index.save("my_index")
+            assert len(mmctr.ItemIndex.load("my_index")) == len(index)
+            ```
+        """
         rows = {"removed": self.removed} | ({} if self.norms is None else {"norms": self.norms})
         facts = {
             "factory": self.factory,
@@ -347,12 +501,20 @@ class ItemIndex:
 
     @classmethod
     def load(cls, folder: str | Path, mmap: bool = False) -> ItemIndex:
-        """An index folder, or an embedding folder or file (indexed on the fly, exactly).
+        """Open an index folder, or build an exact index of an embedding folder or file in memory.
 
         Args:
-            mmap: leave vectors on disk and read what a search needs; such an index cannot be changed.
+            folder: an index folder, or vectors as `EmbeddingTable.read` takes.
+            mmap: whether to leave the vectors on disk; a memory-mapped index cannot be changed.
 
-        Raises ValueError for anything else: a file cut short, of another dimension, of another program.
+        Raises:
+            ValueError: the files are missing, damaged, or of another version.
+
+        Example:
+            ```python
+            index = mmctr.ItemIndex.load("demo/index")
+            print(len(index), "items of", index.dim, "dimensions, of the run", index.identity.run)
+            ```
         """
         folder = Path(folder)
         if not index_files.is_index(folder):
@@ -363,7 +525,7 @@ class ItemIndex:
 
 
 def _unit(table: EmbeddingTable) -> tuple[np.ndarray, np.ndarray | None]:
-    """(n, D) unit vectors and their (n,) lengths before, None where all were 1."""
+    """(n, D) unit vectors, and the (n,) norms before scaling, None where all norms were 1."""
     norms = np.linalg.norm(table.vectors, axis=1)
     if len(norms) and not norms.min():
         raise ValueError(f"the vector of item {table.ids[int(norms.argmin())].as_py()!r} is zero: it has no direction")

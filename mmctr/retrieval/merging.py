@@ -1,6 +1,6 @@
-"""One index of several."""
+"""Merging of several indexes into one index."""
 # pyright: reportCallIssue=false, reportAttributeAccessIssue=false
-# FAISS's stubs know nothing of its Python layer.
+# the type stubs of FAISS describe the C++ layer, not the Python layer
 
 from __future__ import annotations
 
@@ -17,9 +17,13 @@ from mmctr.retrieval.tuning import emptied, inner_index, is_wrapped
 
 
 def merge(parts: Sequence[ItemIndex]) -> ItemIndex:
-    """One index of several over the same run's vectors, by the structure of the first. Removed items go.
+    """Merge indexes over vectors of one run into an index with the structure of the first index, without removed items.
 
-    Raises ValueError for other dimensions, other columns, vectors of another run, or an item that is in two.
+    Args:
+        parts: the indexes.
+
+    Raises:
+        ValueError: the indexes differ in dimensions, columns or run, or an item is in two indexes.
     """
     first, *others = (part.compact() if part.removed.any() else part for part in parts)
     for number, part in enumerate(others, 1):
@@ -49,7 +53,7 @@ def merge(parts: Sequence[ItemIndex]) -> ItemIndex:
 
 
 def _append(index: Any, part: ItemIndex) -> None:
-    """Add all vectors of a part: by their codes where both were trained alike, else by what the codes stand for."""
+    """Add all vectors of a part: codes where both indexes have the same training, else decoded vectors."""
     other = part.index
     inner = inner_index(index)
     if isinstance(inner, faiss.IndexIVF) and not is_wrapped(index):

@@ -1,6 +1,6 @@
 """The folder of an ItemIndex: `index.faiss`, which any FAISS can read, `items.parquet`, `rows.npz` and `index.json`."""
 # pyright: reportCallIssue=false, reportAttributeAccessIssue=false
-# FAISS's stubs know nothing of its Python layer.
+# the type stubs of FAISS describe the C++ layer, not the Python layer
 
 from __future__ import annotations
 
@@ -22,16 +22,29 @@ AGAIN = "run `mmctr index` again"
 
 
 def is_index(folder: Path) -> bool:
+    """Whether a folder holds an index."""
     return (folder / "index.json").is_file()
 
 
 def save(folder: Path, index: Any, items: pa.Table, rows: dict[str, np.ndarray], facts: dict[str, Any]) -> None:
-    """Write all of it or nothing. Raises ValueError for a folder that holds something else."""
+    """Write an index folder, completely or not at all.
+
+    Args:
+        folder: the index folder, which may hold an older index.
+        index: a FAISS index of n vectors.
+        items: n rows of items.
+        rows: arrays of length n by name.
+        facts: further entries of `index.json`.
+
+    Raises:
+        ValueError: the folder holds other files.
+    """
+    arrays: dict[str, Any] = dict(rows)
 
     def write(temporary: Path) -> None:
         faiss.write_index(index, str(temporary / "index.faiss"))
         pyarrow.parquet.write_table(items, temporary / "items.parquet")
-        np.savez(temporary / "rows.npz", **rows)  # type: ignore[arg-type]
+        np.savez(temporary / "rows.npz", **arrays)
         size = (temporary / "index.faiss").stat().st_size
         write_json(temporary / "index.json", {"format": FORMAT, "bytes": size, **facts})
 
@@ -41,14 +54,25 @@ def save(folder: Path, index: Any, items: pa.Table, rows: dict[str, np.ndarray],
 
 
 def load(folder: Path, mmap: bool) -> tuple[Any, pa.Table, dict[str, np.ndarray], dict[str, Any]]:
-    """The FAISS index, items, arrays by row, and facts. Raises ValueError naming the file that is not as written."""
+    """Read an index folder.
+
+    Args:
+        folder: the index folder.
+        mmap: whether to leave the vectors on disk.
+
+    Returns:
+        The FAISS index, the table of items, the arrays by name, and the entries of `index.json`.
+
+    Raises:
+        ValueError: a file is missing, damaged or of another version; the message names the file.
+    """
     facts = read_json(folder / "index.json")
     if not isinstance(facts, dict) or facts.get("format") != FORMAT:
         raise ValueError(f"{folder / 'index.json'}: not an index of this version; {AGAIN}")
     index = _read(folder / "index.faiss", facts, mmap)
     items = read_table(folder / "items.parquet", ("item_id",))
-    place = items.column_names.index("item_id")
-    items = items.set_column(place, "item_id", as_ids(items.column("item_id"), "item_id", folder))
+    position = items.column_names.index("item_id")
+    items = items.set_column(position, "item_id", as_ids(items.column("item_id"), "item_id", folder))
     try:
         with np.load(folder / "rows.npz", allow_pickle=False) as arrays:
             rows = {name: arrays[name] for name in arrays.files}
@@ -79,20 +103,32 @@ def _read(file: Path, facts: dict[str, Any], mmap: bool) -> Any:
 
 
 def items_of(table: EmbeddingTable, columns: pa.Table | None) -> pa.Table:
-    """What an index says of the items of a table: `item_id`, titles, and columns in its order."""
+    """The table of items of an index: `item_id`, `title` where the embeddings have titles, and further columns.
+
+    Args:
+        table: n item vectors.
+        columns: n rows of catalog columns in the order of the table; None: no further columns.
+    """
     items = {"item_id": table.ids}
     if table.titles is not None:
         items["title"] = pa.array(table.titles, type=pa.string())
-    for name in () if columns is None else columns.column_names:
-        items[name] = one_array(columns.column(name))  # type: ignore[union-attr]
+    if columns is not None:
+        items |= {name: one_array(columns.column(name)) for name in columns.column_names}
     return pa.table(items)
 
 
 def columns_of(catalog: pa.Table, catalog_ids: pa.Array, ids: pa.Array, names: Sequence[str] | None) -> pa.Table:
-    """Catalog columns in the order of `ids`, null for items the catalog lacks.
+    """Catalog columns in the order of some ids, null for an item that is missing from the catalog.
 
     Args:
-        names: None takes every column of numbers, truth values or texts, or lists of them, but ids, titles, pictures.
+        catalog: the items table.
+        catalog_ids: (N,) raw ids of the catalog.
+        ids: (n,) raw ids that give the order of the rows.
+        names: names of the columns; None: every column of numbers, booleans or texts, or lists of numbers, booleans or
+            texts, except for ids, titles, descriptions and pictures.
+
+    Raises:
+        ValueError: the catalog lacks a column.
     """
     if names is None:
         taken = [field.name for field in catalog.schema if _can_filter(field)]

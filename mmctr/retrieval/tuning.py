@@ -1,9 +1,9 @@
-"""Which FAISS index fits a catalog, and how well it finds what exact search finds: measured, then set as wanted.
+"""Choice of a FAISS index for a catalog, and measurement of the recall against exact search.
 
-Sizes and rules are those of a CPU; everything can be overruled by a FAISS factory string.
+Sizes and rules are chosen for CPUs; a FAISS factory string replaces the choice.
 """
 # pyright: reportCallIssue=false, reportAttributeAccessIssue=false
-# FAISS's stubs know nothing of its Python layer.
+# the type stubs of FAISS describe the C++ layer, not the Python layer
 
 from __future__ import annotations
 
@@ -17,32 +17,34 @@ import numpy as np
 
 HNSW_LINKS = 32
 MOST_HNSW = 200_000
-"""vectors up to which a graph is built by choice: building one takes several times as long as inverted lists"""
+"""largest number of vectors for which an HNSW graph is chosen: a graph takes several times as long to build as inverted
+lists"""
 SCAN_RATE = 8e9
-"""bytes a second that one thread compares exactly; what exact search would take is reckoned from it"""
+"""bytes per second that one thread compares exactly, from which the latency of exact search is estimated"""
 POINTS_PER_CENTROID = 64
-"""trained on; FAISS asks for 39 at least"""
+"""number of training vectors per centroid; FAISS requires at least 39"""
 TUNED_ON = 1000
 RANKED_AGAIN = 4
-"""times k that are compared exactly where an index ranks again (RFlat)"""
+"""multiple of k of the candidates that an index with re-ranking (RFlat) compares exactly"""
 MOST_EF = 2048
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What an index should do.
+    """Requirements on an index.
 
-    Raises ValueError for values that cannot be had.
+    Raises:
+        ValueError: a requirement is out of range.
     """
 
     recall: float = 0.99
-    """share of the ten nearest that must be among those found"""
+    """least share of the ten nearest items among the results"""
     latency_ms: float = 2.0
-    """of one query: exact search is kept while it takes no longer"""
+    """largest latency of one query in milliseconds; exact search is chosen where exact search is fast enough"""
     memory: int | None = None
-    """bytes of the index"""
+    """largest size of the index in bytes; None: no limit"""
     factory: str | None = None
-    """FAISS factory string, chosen when None"""
+    """FAISS factory string; None: chosen from the other requirements"""
 
     def __post_init__(self) -> None:
         if not 0 < self.recall <= 1:
@@ -54,15 +56,22 @@ class Wanted:
 
 
 def num_lists(count: int) -> int:
-    """Inverted lists for `count` vectors: the power of two nearest 4 sqrt(n), as in autofaiss, that FAISS can train."""
+    """Number of inverted lists for `count` vectors: the power of two nearest to 4 sqrt(count), as in autofaiss, but at
+    most the number that FAISS can train."""
     wanted = 2 ** round(math.log2(4 * math.sqrt(count)))
     return max(1, min(wanted, 2 ** int(math.log2(max(count / 39, 1)))))
 
 
 def choose_factory(count: int, dim: int, wanted: Wanted) -> str:
-    """The factory string of the quickest index to build that keeps the latency and the memory.
+    """The factory string of the index that is fastest to build within the required latency and memory.
 
-    Raises ValueError when not even codes of `dim / 8` bytes fit into the memory.
+    Args:
+        count: number of vectors.
+        dim: D, number of dimensions.
+        wanted: the requirements.
+
+    Raises:
+        ValueError: not even codes of `dim / 8` bytes fit into the memory.
     """
     if wanted.factory is not None:
         return wanted.factory
@@ -84,21 +93,24 @@ def choose_factory(count: int, dim: int, wanted: Wanted) -> str:
 
 
 def _code_sizes(dim: int) -> list[int]:
-    """Bytes a vector that product quantisation may take, most first: divisors of the dimensions."""
+    """Bytes per vector that product quantisation may take, largest first: divisors of the number of dimensions."""
     return [m for m in range(dim // 2, 0, -1) if dim % m == 0 and m >= dim / 8] or [1]
 
 
 @dataclass
 class SearchSetting:
-    """The one number that trades recall for time."""
+    """The search parameter of an index that trades recall for time."""
 
     name: str
     """`nprobe`, `efSearch`, or `none` for exact search"""
     value: int
+    """current value"""
     most: int
+    """largest useful value"""
 
 
 def setting_of(index: Any) -> SearchSetting:
+    """The search parameter of a FAISS index."""
     inner = inner_index(index)
     if isinstance(inner, faiss.IndexIVF):
         return SearchSetting("nprobe", inner.nprobe, inner.nlist)
@@ -108,7 +120,7 @@ def setting_of(index: Any) -> SearchSetting:
 
 
 def inner_index(index: Any) -> Any:
-    """What is searched, below transformations of vectors and re-ranking."""
+    """The index that is searched, below transformations of vectors and re-ranking."""
     index = faiss.downcast_index(index)
     while isinstance(index, faiss.IndexPreTransform | faiss.IndexRefine):
         index = faiss.downcast_index(index.index if isinstance(index, faiss.IndexPreTransform) else index.base_index)
@@ -116,12 +128,18 @@ def inner_index(index: Any) -> Any:
 
 
 def is_wrapped(index: Any) -> bool:
-    """Whether vectors are transformed before, or ranked again after, the search of `inner_index`."""
+    """Whether an index transforms vectors before, or ranks results again after, the search of `inner_index`."""
     return isinstance(faiss.downcast_index(index), faiss.IndexPreTransform | faiss.IndexRefine)
 
 
 def parameters(index: Any, value: int, selector: Any = None) -> Any:
-    """Search parameters of FAISS for one call: nothing that other threads see is set."""
+    """Search parameters of FAISS for one call, which change no state shared with other threads.
+
+    Args:
+        index: a FAISS index.
+        value: value of the search setting, `nprobe` or `efSearch`.
+        selector: a FAISS selector of rows; None: all rows.
+    """
     index = faiss.downcast_index(index)
     if isinstance(index, faiss.IndexPreTransform):
         return faiss.SearchParametersPreTransform(index_params=parameters(index.index, value, selector))
@@ -144,12 +162,16 @@ def _made(dim: int, factory: str) -> Any:
 
 
 def build(vectors: np.ndarray, factory: str, seed: int = 0, rows: np.ndarray | None = None) -> Any:
-    """A trained and filled inner-product index over (n, D) float32 unit vectors.
+    """A trained and filled FAISS index by inner product.
 
     Args:
-        rows: (m,) of the vectors to train on and hold, all when None.
+        vectors: (n, D) float32 unit vectors.
+        factory: FAISS factory string.
+        seed: seed of the sample of training vectors.
+        rows: (m,) rows of the vectors to train on and add; None: all rows.
 
-    Raises ValueError for a factory string that FAISS does not understand or cannot train on so few vectors.
+    Raises:
+        ValueError: FAISS does not understand the factory string, or cannot train the index on so few vectors.
     """
     dim = vectors.shape[1]
     rows = np.arange(len(vectors)) if rows is None else rows
@@ -178,18 +200,36 @@ def build(vectors: np.ndarray, factory: str, seed: int = 0, rows: np.ndarray | N
 
 
 def nearest_exactly(queries: np.ndarray, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """(Q, k) inner products and rows, best first, by comparing with all of (n, D)."""
+    """Exact search.
+
+    Args:
+        queries: (Q, D) float32 queries.
+        vectors: (n, D) float32 vectors.
+        k: number of neighbours.
+
+    Returns:
+        (Q, k) inner products and (Q, k) rows, nearest first.
+    """
     return faiss.knn(queries, vectors, min(k, len(vectors)), metric=faiss.METRIC_INNER_PRODUCT)
 
 
 def build_and_tune(vectors: np.ndarray, factory: str, recall: float, seed: int = 0) -> tuple[Any, np.ndarray, dict]:
-    """Build an index and set it, measured with vectors that it had never seen, which are added last.
+    """Build an index, and choose the search setting by queries that are not in the index; the queries are added last.
 
-    What is searched for is seldom in the index: queries of words, of users, of new items. Searching for its own vectors
-    flatters a graph (0.99 instead of 0.98 in 100 thousand clustered vectors of 512 dimensions).
+    Most queries in use (texts, users, new items) are not vectors of the index. Queries from the index overestimate the
+    recall of a graph: 0.99 instead of 0.98 for 100 thousand clustered vectors of 512 dimensions.
+
+    Args:
+        vectors: (n, D) float32 unit vectors.
+        factory: FAISS factory string.
+        recall: wanted share of the ten nearest vectors among the results.
+        seed: seed of the samples.
 
     Returns:
-        The index, the (n,) row of `vectors` that each of its rows is, and what `tune` found.
+        The index, the (n,) row in `vectors` of each row of the index, and the result of `tune`.
+
+    Raises:
+        ValueError: FAISS cannot build the index.
     """
     count = len(vectors)
     approximate = count >= 100 and bool(setting_of(_made(vectors.shape[1], factory)).most)
@@ -212,16 +252,20 @@ def tune(
     seed: int = 0,
     queries: np.ndarray | None = None,
 ) -> dict[str, Any]:
-    """Measure recall@k against exact search and the latency of single queries, and set what reaches the recall.
+    """Measure recall@k against exact search and the latency of single queries, and choose the smallest search setting
+    that reaches the recall.
 
-    Settings are doubled until the recall, less two standard errors, is reached, and the smallest that does is then
-    sought by halves, so the curve is of few points. The setting is left in the index, and so in the file, for anyone's
-    FAISS.
+    The setting is doubled until the recall, less two standard errors, is reached, and a binary search then finds the
+    smallest such setting. The setting is stored in the index, so every program that reads the index uses the setting.
 
     Args:
-        vectors: (n, D) unit vectors, row by row those in the index.
-        queries: (Q, D) unit vectors that are not in it. When None some of its own are, each left out of its answer,
-            which finds a little more than other queries will.
+        index: a FAISS index of the vectors.
+        vectors: (n, D) unit vectors in the order of the index.
+        recall: wanted recall@k.
+        k: number of neighbours.
+        seed: seed of the sample of queries.
+        queries: (Q, D) unit vectors that are not in the index. None: a sample of the vectors, where the query is left
+            out of the results; the measured recall is then slightly too high for other queries.
 
     Returns:
         `{"k", "queries", "queries_outside", "asked", "reached", "recall", "setting", "curve": [...],
@@ -235,17 +279,17 @@ def tune(
     outside = queries is not None
     rows = np.random.default_rng(seed).permutation(count)[:TUNED_ON]
     queries = np.ascontiguousarray(vectors[rows]) if queries is None else np.ascontiguousarray(queries)
-    own = np.full(len(queries), -1) if outside else rows
-    truth = _others(nearest_exactly(queries, vectors, k + 1)[1], own, k)
+    query_rows = np.full(len(queries), -1) if outside else rows
+    truth = _others(nearest_exactly(queries, vectors, k + 1)[1], query_rows, k)
     exact_latency = _latency(lambda q: nearest_exactly(q, vectors, k), queries[:20])[0]
     curve: list[dict[str, Any]] = []
 
     def measure(value: int) -> float:
         chosen = parameters(index, value)
         start = time.perf_counter()
-        found = _others(index.search(queries, k + 1, params=chosen)[1], own, k)
+        result = _others(index.search(queries, k + 1, params=chosen)[1], query_rows, k)
         seconds = time.perf_counter() - start
-        shares = np.array([len(np.intersect1d(a, b)) / k for a, b in zip(found, truth, strict=True)])
+        shares = np.array([len(np.intersect1d(a, b)) / k for a, b in zip(result, truth, strict=True)])
         share = float(shares.mean())
         middle, slow = _latency(lambda q: index.search(q, k, params=chosen), queries[:100])
         point = {"recall": share, "latency_ms": middle, "latency_ms_p99": slow, "queries_per_s": len(queries) / seconds}
@@ -293,11 +337,11 @@ def _set(index: Any, value: int) -> None:
         inner.hnsw.efSearch = value
 
 
-def _others(found: np.ndarray, own: np.ndarray, k: int) -> np.ndarray:
-    """(Q, k) of (Q, k + 1) rows: without the query itself, or without the last where it is not among them."""
-    is_own = found == own[:, None]
-    is_own[~is_own.any(1), -1] = True
-    return found[~is_own].reshape(len(found), k)
+def _others(rows: np.ndarray, query_rows: np.ndarray, k: int) -> np.ndarray:
+    """(Q, k) of (Q, k + 1) rows: without the row of the query, or without the last row where the query is missing."""
+    is_query = rows == query_rows[:, None]
+    is_query[~is_query.any(1), -1] = True
+    return rows[~is_query].reshape(len(rows), k)
 
 
 def _latency(search: Any, queries: np.ndarray) -> tuple[float, float]:
@@ -311,7 +355,7 @@ def _latency(search: Any, queries: np.ndarray) -> tuple[float, float]:
 
 
 def emptied(index: Any) -> Any:
-    """A copy without vectors, with all that was trained."""
+    """A copy of a trained index without vectors."""
     copy = faiss.clone_index(index)
     copy.reset()
     return copy

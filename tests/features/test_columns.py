@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmctr.data.batches import Jagged, jagged_rows
+from mmctr.data.batches import Jagged
 from mmctr.features.columns import (
     CategoricalFeature,
     FeatureColumns,
@@ -39,14 +39,6 @@ def lists(jagged: Tensor | Jagged) -> list[list[int]]:
     assert isinstance(jagged, Jagged)
     bounds = jagged.offsets.tolist()
     return [jagged.values[a:b].tolist() for a, b in pairwise(bounds)]
-
-
-def test_jagged_rows():
-    start, end = torch.tensor([3, 0, 7, 7]), torch.tensor([5, 4, 7, 8])
-    index, offsets = jagged_rows(start, end)
-    assert index.tolist() == [3, 4, 0, 1, 2, 3, 7] and offsets.tolist() == [0, 2, 6, 6, 7]
-    index, offsets = jagged_rows(torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64))
-    assert index.tolist() == [] and offsets.tolist() == [0]
 
 
 # Categorical --------------------------------------------------------------------------------------

@@ -1,46 +1,16 @@
 from __future__ import annotations
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
 from mmctr.data.batches import Jagged
-from mmctr.data.prepare import Dataset, open_dataset, prepare
-from mmctr.data.splits import ColdItemsSplit, Splits, TemporalSplit, split_interactions
-from mmctr.features.columns import CategoricalFeature, MultiValuedFeature, NumericFeature, Vocabulary
+from mmctr.data.prepare import prepare
+from mmctr.data.splits import ColdItemsSplit, TemporalSplit, split_interactions
+from mmctr.features.columns import CategoricalFeature, NumericFeature
 from mmctr.features.ranking_data import RankingData
 from mmctr.features.vocabulary import FeatureConfigs, RankingVocabulary
+from tests.features.conftest import FEATURES
 from tests.helpers.worlds import log_columns, write_dataset
-
-FEATURES = FeatureConfigs(
-    item={"brand": CategoricalFeature(), "title": MultiValuedFeature(separator=" ")},
-    user={"region": CategoricalFeature()},
-    context={"position": NumericFeature()},
-)
-
-
-@pytest.fixture(scope="module")
-def world(toy_folder) -> tuple[Dataset, Splits]:
-    dataset = open_dataset(toy_folder)
-    return dataset, split_interactions(dataset.interactions, len(dataset.catalog), ColdItemsSplit(cold=0.2))
-
-
-def test_the_vocabulary_knows_training_alone(world):
-    dataset, splits = world
-    vocabulary = RankingVocabulary.learn(dataset, splits, FEATURES)
-    log, train = dataset.interactions, splits.train.source
-    warm, users = sorted(set(log.item[train].tolist())), sorted(set(log.user[train].tolist()))
-    ids = dataset.catalog.item_ids.to_pylist()
-    assert vocabulary.item_ids.to_pylist() == [ids[row] for row in warm] and 0 < len(warm) < 0.85 * len(ids)
-    assert vocabulary.clicks.tolist() == [int(log.label[train][log.item[train] == row].sum()) for row in warm]
-    assert vocabulary.user_ids.to_pylist() == [dataset.users["user_id"][row].as_py() for row in users]
-    table = dataset.catalog.table
-    assert vocabulary.item["brand"].values == sorted({table["brand"][row].as_py() for row in warm})
-    regions = dataset.users["region"].to_pylist()
-    assert vocabulary.user["region"].values == sorted({regions[row] for row in users})
-    positions = np.array(dataset.context["position"].to_pylist())[train]
-    assert vocabulary.context["position"].mean == pytest.approx(positions.mean())
-    assert vocabulary.context["position"].std == pytest.approx(positions.std())
 
 
 def test_values_of_cold_items_and_test_users_are_unknown(tmp_path):
@@ -65,28 +35,6 @@ def test_values_of_cold_items_and_test_users_are_unknown(tmp_path):
         12,
         0,
     ]  # the last "b" of each user is validation
-
-
-def test_the_vocabulary_saved_and_loaded_is_the_same(world, tmp_path):
-    dataset, splits = world
-    vocabulary = RankingVocabulary.learn(dataset, splits, FEATURES)
-    check_round_trip(vocabulary, tmp_path / "a" / "b")
-    odd = RankingVocabulary(
-        item_ids=pa.array(["007", "猫", ""]),
-        clicks=np.array([1, 2**40, 0]),
-        user_ids=pa.array([2**63 - 1, -1]),
-        item={"größe": Vocabulary(["é", '"', "\n", "\u2028"]), "n": Vocabulary([], 0.1 + 0.2, 1e-300)},
-        user={"b": Vocabulary([0.1, 1e300])},
-    )
-    check_round_trip(odd, tmp_path / "odd")
-
-
-def check_round_trip(vocabulary: RankingVocabulary, folder) -> None:
-    vocabulary.save(folder)
-    again = RankingVocabulary.load(folder)
-    assert again.item_ids.equals(vocabulary.item_ids) and again.user_ids.equals(vocabulary.user_ids)
-    assert again.clicks.tolist() == vocabulary.clicks.tolist()
-    assert (again.item, again.user, again.context) == (vocabulary.item, vocabulary.user, vocabulary.context)
 
 
 def test_batches_speak_of_the_right_rows(world, tmp_path):
@@ -148,26 +96,3 @@ def test_a_log_without_further_columns_and_no_features(tmp_path):
     assert batch.context == {} and list(batch.items.features) == ["item_id"]
     with pytest.raises(ValueError, match="interactions table: column 'position' is missing"):
         RankingVocabulary.learn(dataset, splits, FeatureConfigs(context={"position": NumericFeature()}))
-
-
-@pytest.mark.parametrize(
-    ("values", "expected"),
-    [
-        (
-            {"user": {"a": {"name": "numeric"}}, "context": {"a": {"name": "numeric"}}},
-            "'a' is declared as a user and a con",
-        ),
-        ({"item": {"item_id": {"name": "categorical"}}}, "item_id is not a side feature"),
-        ({"item": {"brand": {"name": "categorical", "dimm": 4}}}, "unknown key 'item.brand.dimm'; did you mean 'dim'"),
-        ({"item": {"dim": {"name": "categorical", "min_cout": 4}}}, "'item.dim.min_cout'; did you mean 'min_count'"),
-        (
-            {"item": {"brand": {"name": "categoric"}}},
-            "item.brand.name: unknown name 'categoric'; did you mean 'categorical'",
-        ),
-        ({"items": {}}, "unknown key 'items'; did you mean 'item'"),
-    ],
-)
-def test_wrong_declarations(values, expected):
-    with pytest.raises(ValueError) as caught:
-        FeatureConfigs.parse(values)
-    assert expected in str(caught.value)

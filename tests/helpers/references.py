@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from mmctr.layers.activation_unit import ActivationUnit
 from mmctr.layers.recurrence import Recurrence
 from mmctr.rankers.base import RankerInput
 
@@ -60,3 +61,7 @@ def one_by_one(model: Recurrence, values, attention, offsets) -> torch.Tensor:
                 h = z * h + (1 - z) * c
             states.append(h)
     return torch.stack(states) if states else torch.zeros(0, dim)
+
+
+def explicit_unit(unit: ActivationUnit, query, keys):
+    return unit.rest(unit.act(unit.first(torch.cat([query, keys, query - keys, query * keys], 1)))).squeeze(1)

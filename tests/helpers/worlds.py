@@ -79,3 +79,13 @@ def in_processes(count: int, function: Callable[..., Any], *args: Any) -> list[A
     with ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("fork")) as pool:
         futures = [pool.submit(function, *args) for _ in range(count)]
         return [future.result(timeout=120) for future in futures]
+
+
+def log_of(rows: list[tuple[int, int, int, int]]) -> Interactions:
+    return Interactions.from_columns(*(np.array(column) for column in zip(*rows, strict=True)))[0]
+
+
+def clicks_before(log: Interactions, i: int, keep: np.ndarray) -> list[int]:
+    """By the definition: what the same user clicked strictly earlier, in the order of the log."""
+    earlier = [j for j in range(len(log)) if log.user[j] == log.user[i] and log.time[j] < log.time[i]]
+    return [int(log.item[j]) for j in earlier if keep[j] and log.label[j] == 1]

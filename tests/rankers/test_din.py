@@ -7,11 +7,10 @@ import torch
 
 from mmctr.layers import jagged as layers
 from mmctr.layers import native
-from mmctr.layers.activation_unit import ActivationUnit, Interaction
 from mmctr.layers.jagged import segment_ids
 from mmctr.rankers.base import RankerInput
 from mmctr.rankers.din import DIN, DINConfig
-from tests.helpers.references import repeated, separate
+from tests.helpers.references import explicit_unit, repeated, separate
 
 D, C = 4, 3
 LENGTHS = [3, 0, 1, 5]
@@ -28,10 +27,6 @@ def din(weights="intensity", activation="dice", seed=0) -> DIN:
         if name.endswith("alpha"):
             torch.nn.init.normal_(parameter)
     return model
-
-
-def explicit_unit(unit: ActivationUnit, query, keys):
-    return unit.rest(unit.act(unit.first(torch.cat([query, keys, query - keys, query * keys], 1)))).squeeze(1)
 
 
 def padded_reference(model: DIN, x: RankerInput) -> torch.Tensor:
@@ -51,15 +46,6 @@ def padded_reference(model: DIN, x: RankerInput) -> torch.Tensor:
         interest = (a[:, None] * keys).sum(0)
         rows.append(torch.cat([x.context[b], target[b], interest, interest * target[b]]))
     return model.mlp(torch.stack(rows)).squeeze(1)
-
-
-@pytest.mark.parametrize("activation", ["dice", "relu", "prelu", "sigmoid"])
-def test_the_unit_equals_the_explicit_concatenation(activation):
-    unit, x = din(activation=activation).unit, inputs()
-    query = x.items[x.target]
-    fast = unit(query, x.items, x.history, x.history_offsets)
-    slow = explicit_unit(unit, query[segment_ids(x.history_offsets, len(x.history))], x.items[x.history])
-    torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-5)
 
 
 @pytest.fixture(params=["compiled", "torch"])
@@ -91,54 +77,12 @@ def test_jagged_equals_padded_in_value_and_gradient(weights, training, num_items
     assert torch.equal(results[0][1].abs().sum(1) > 0, read)  # every target and behaviour is read, and no other item
 
 
-@pytest.mark.parametrize("hidden", [1, 16, 40, 80, 97, 128])
-@pytest.mark.parametrize("dim", [3, 16, 72, 128])
-def test_the_compiled_layer_equals_torchs(dim, hidden, monkeypatch):
-    """Of every width it has code for, with one key, none, and more than it takes at a time."""
-    if native.library() is None:
-        pytest.skip("no compiler")
-    results = []
-    for compiled in (True, False):
-        x = repeated([70, 0, 1, 3, 200, 5], 40, dim, 1)
-        g = torch.Generator().manual_seed(1)
-        shapes = ((6, dim), (hidden, dim), (6, hidden), (hidden, dim))
-        query, weight, part, key_weight = (torch.randn(*s, generator=g).requires_grad_() for s in shapes)
-        if not compiled:
-            monkeypatch.setattr(native, "library", lambda: None)
-        out = Interaction.apply(query, x.items, weight, part, key_weight, x.history, x.history_offsets)
-        (out * torch.randn(out.shape, generator=g)).sum().backward()
-        results.append([out.detach(), *(leaf.grad for leaf in (query, x.items, weight, part, key_weight))])
-    for fast, simple in zip(*results, strict=True):
-        torch.testing.assert_close(fast, simple, rtol=1e-4, atol=1e-4 * simple.abs().max().item())
-
-
 def test_positions_of_any_integer_type_and_none_outside(way):
     model, x = din().eval(), inputs()
     short = replace(x, history=x.history.int(), history_offsets=x.history_offsets.int())
     torch.testing.assert_close(model(short).logits, model(x).logits)
     with pytest.raises((IndexError, RuntimeError)):
         model(replace(x, history=x.history + 9))
-
-
-def test_finite_differences_of_the_interaction(way):
-    x = repeated([3, 0, 2], 4, 3, 1)
-    g = torch.Generator().manual_seed(1)
-    leaves = [torch.randn(*shape, generator=g) for shape in ((3, 3), (4, 3), (5, 3), (3, 5), (5, 3))]
-    weight = torch.randn(5, 5, generator=g).double()  # of the (H, hidden) outputs
-
-    def total(*leaves):
-        return (Interaction.apply(*leaves, x.history, x.history_offsets).double() * weight).sum()
-
-    leaves = [leaf.requires_grad_() for leaf in leaves]
-    grads = torch.autograd.grad(total(*leaves), leaves)
-    for number, (leaf, grad) in enumerate(zip(leaves, grads, strict=True)):
-        direction = torch.randn(leaf.shape, generator=g)
-        moved = [
-            [part + e * direction if i == number else part for i, part in enumerate(leaves)] for e in (1e-2, -1e-2)
-        ]
-        # exact but for rounding: in each leaf alone the function is linear
-        slope = (total(*moved[0]) - total(*moved[1])) / 2e-2
-        torch.testing.assert_close((grad * direction).sum().double(), slope.detach(), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("training", [True, False])
