@@ -1,4 +1,4 @@
-"""What stands between content vectors and rankers: the adapter, and the gate that mixes content with IDs."""
+"""The adapter from content vectors to the vectors rankers read, and the gate that mixes content with IDs."""
 
 from __future__ import annotations
 
@@ -7,9 +7,15 @@ from torch import Tensor, nn
 
 
 class ContentAdapter(nn.Module):
-    """Content vector -> the size the ranker uses; items without content read a learned "absent" vector instead.
+    """Map a content vector to the size the ranker reads; an item without content gets a learned "absent" vector.
 
-    With `residual` it is W x + MLP(x), or x + MLP(x) where sizes agree, of the layer-normed vector x.
+    Args:
+        in_dim: size of content vectors.
+        hidden: hidden sizes of the MLP.
+        out_dim: size of the vectors the ranker reads.
+        dropout: dropout of the hidden layers.
+        residual: compute W x + MLP(x) of the layer-normed vector x, or x + MLP(x) where both sizes are equal, in place
+            of MLP(x).
     """
 
     def __init__(self, in_dim: int, hidden: list[int], out_dim: int, dropout: float, residual: bool = False):
@@ -26,14 +32,23 @@ class ContentAdapter(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Linear(in_dim, out_dim))
 
     def forward(self, vectors: Tensor, has_content: Tensor) -> Tensor:
-        """(U, in_dim), (U,) bool -> (U, out_dim)."""
+        """The adapted content vectors of U items.
+
+        Args:
+            vectors: (U, in_dim) content vectors.
+            has_content: (U,) bool; items without content get the adapted "absent" vector.
+
+        Returns:
+            (U, out_dim).
+        """
         return self._adapted(torch.where(has_content[:, None], vectors.float(), self.absent))
 
-    def nothing(self, num_items: int) -> Tensor:
-        """(num_items, out_dim) what an item without content reads, for each."""
+    def absent_vectors(self, num_items: int) -> Tensor:
+        """(num_items, out_dim): the adapted "absent" vector, once for each item."""
         return self._adapted(self.absent[None]).expand(num_items, -1)
 
     def _adapted(self, x: Tensor) -> Tensor:
+        """(n, out_dim) outputs of the layers for content vectors x (n, in_dim)."""
         if self.skip is None:
             return self.layers(x)
         x = self.layers[0](x)
@@ -41,15 +56,17 @@ class ContentAdapter(nn.Module):
 
 
 class ClickGate(nn.Module):
-    """g * ID + (1 - g) * content, by how well the ID can be known: g = sigmoid(slope log(1 + clicks) + bias) per
-    dimension, both learned.
+    """Mix ID and content by the training clicks of an item: g * ID + (1 - g) * content.
 
-    That is n / (n + k) for n = 1 + clicks, the shrinkage of a mean that was estimated from so many draws, with a
-    learned power. Without a click in training g is exactly 0, so a cold item reads its content alone. The ID row says
-    the clicks: an item that ID dropout shows as unknown has none in that batch.
+    For each dimension g = sigmoid(slope log(1 + clicks) + bias), with learned slope and bias. With n = 1 + clicks and
+    the slope 1 this is n / (n + k), the shrinkage of a mean estimated from n draws. Without a click in training g is
+    exactly 0, so a cold item is represented by content alone. The clicks are looked up by the ID row: an item that ID
+    dropout turns into the unknown item has no clicks in that batch.
 
     Args:
-        clicks: (num_ids,) training clicks of each row of the ID table; those of row 0, the unknown, do not count.
+        dim: size of ID vectors and content vectors.
+        clicks: (num_ids,) training clicks of each row of the ID table; the clicks of row 0, the unknown item, are
+            ignored.
     """
 
     clicks: Tensor
@@ -60,14 +77,23 @@ class ClickGate(nn.Module):
         self.slope, self.bias = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.full((dim,), -3.0))
         counts = clicks.float().clone()
         counts[0] = 0
-        self.register_buffer("clicks", counts, persistent=False)  # the vocabulary keeps them
+        self.register_buffer("clicks", counts, persistent=False)  # the vocabulary saves the clicks
 
     def weight(self, ids: Tensor) -> Tensor:
-        """(U, dim) what the ID counts for, of (U,) rows of the ID table."""
+        """The weights g (U, dim) of the ID vectors, for rows `ids` (U,) of the ID table."""
         clicks = self.clicks[ids][:, None]
         return torch.where(clicks > 0, torch.sigmoid(self.slope * clicks.log1p() + self.bias), 0.0)
 
     def forward(self, ids: Tensor, id_vectors: Tensor, content: Tensor) -> Tensor:
-        """(U,), (U, dim), (U, dim) -> (U, dim)."""
+        """The mixed vectors of U items.
+
+        Args:
+            ids: (U,) rows of the ID table.
+            id_vectors: (U, dim).
+            content: (U, dim) adapted content vectors.
+
+        Returns:
+            (U, dim).
+        """
         gate = self.weight(ids)
         return gate * id_vectors + (1 - gate) * content

@@ -1,13 +1,13 @@
-"""ItemEmbedder: ID vector, side features and content vector of an item, fused into the vector rankers read.
+"""ItemEmbedder: fuses ID vector, side features and content vector of an item into the vector that rankers read.
 
-The content comes from nothing, from a frozen table, or from an encoder trained inside the ranker; all three are one
-code path, `ItemBatch -> (U, D)`.
+There is no content, content from a frozen table, or content from an encoder trained inside the ranker; all three are
+one code path, `ItemBatch -> (U, D)`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Literal, Protocol, Self
+from typing import Annotated, Literal, Protocol, Self, cast
 
 import torch
 from pydantic import Field, model_validator
@@ -28,65 +28,68 @@ Role = Literal["both", "target", "history"]
 
 
 class ContentNone(Config):
-    """IDs and side features alone."""
+    """No content: items are IDs and side features alone."""
 
     name: Literal["none"] = "none"
 
 
 class ContentTable(Config):
-    """Frozen vectors by item id."""
+    """Content from a frozen table of vectors by item id."""
 
     name: Literal["table"] = "table"
     path: str | list[str]
-    """an embedding folder of `mmctr embed`, a Parquet or an .npz file of vectors; several stand side by side"""
+    """an embedding folder of `mmctr embed`, a Parquet file or an .npz file of vectors; vectors of several are
+    concatenated"""
     dim: int = Field(default=64, ge=1)
     """size of the content vector after the adapter"""
     hidden: list[int] = [128]
     """hidden sizes of the adapter"""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """of the hidden layers of the adapter"""
+    """dropout of the hidden layers of the adapter"""
     residual: bool = False
-    """the adapter adds to its layers a linear map of what they read, or that itself where sizes agree: vectors that are
-    good as they are need not be learned again"""
+    """whether the adapter adds a linear map of the content vector to the output of the layers, or the content vector
+    unchanged where both sizes are equal: good vectors need not be learned again"""
     shown_in: Role = "both"
-    """where items show their content: as targets, in histories, or in both; elsewhere they read the "absent" vector, as
-    items without content do"""
+    """where the ranker reads the content of items: as targets, in histories, or both; elsewhere the ranker reads the
+    "absent" vector of items without content"""
 
     @property
     def paths(self) -> list[str]:
+        """The paths of all tables, as a list."""
         return [self.path] if isinstance(self.path, str) else self.path
 
 
 class ContentEncoder(Config):
-    """The encoder of a pretraining run, trained on inside the ranker."""
+    """Content from the encoder of a pretraining run, which is trained further inside the ranker."""
 
     name: Literal["encoder"] = "encoder"
     run: str
     """run folder of `pretrain.train`"""
     max_encoded: int | None = Field(default=None, ge=1)
-    """encode at most this many distinct items of a step with gradient, another draw each step; the others are read from
-    a memory bank as they were when they were last encoded (`mmctr.embedders.memory_bank`), so that the cost of a step
-    does not grow with its batch or its histories. None: all are encoded. Each process draws among its own items, so
-    unlike all else here the result depends on the number of processes"""
+    """encode at most this many distinct items of a step with gradient, drawn anew at each step; the other items are
+    read from a memory bank (`mmctr.embedders.memory_bank`), so that the cost of a step does not grow with the batch or
+    the histories. None: all items are encoded. Each process draws among the items of that process, so the result
+    depends on the number of processes, unlike all other options"""
     mode: Literal["train", "eval"] = "train"
-    """what the encoder is while it is trained: with `eval` pictures are not augmented, dropout is off and batch norm
-    keeps the statistics of pretraining, so that training sees the very vectors that evaluation and a bank hold"""
+    """mode of the encoder while it is trained. With `eval` pictures are not augmented, dropout is off and batch
+    normalisation keeps the statistics of pretraining, so that training reads the same vectors as evaluation"""
     frozen: bool = False
-    """no gradient into the encoder: equals `table` with the vectors of the same run"""
+    """whether the encoder gets no gradient; the ranker then equals one with a `table` of the vectors of the same run"""
     dim: int = Field(default=64, ge=1)
     """size of the content vector after the adapter"""
     hidden: list[int] = [128]
     """hidden sizes of the adapter"""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """of the hidden layers of the adapter"""
+    """dropout of the hidden layers of the adapter"""
     residual: bool = False
-    """the adapter adds a linear map of the encoder's vectors to its layers, or those vectors where sizes agree"""
+    """whether the adapter adds a linear map of the vector of the encoder to the output of the layers, or the vector
+    unchanged where both sizes are equal"""
     shown_in: Role = "both"
-    """where items show their content: as targets, in histories, or in both"""
+    """where the ranker reads the content of items: as targets, in histories, or both"""
 
     @property
     def encodes_history(self) -> bool:
-        """Whether behaviours are encoded in training, not only targets."""
+        """Whether training encodes behaviours as well as targets."""
         return not self.frozen and self.shown_in != "target"
 
     @model_validator(mode="after")
@@ -100,35 +103,37 @@ ContentConfig = Annotated[ContentNone | ContentTable | ContentEncoder, Field(dis
 
 
 class ItemEncoder(Protocol):
-    """What a content encoder gives: one vector an item, from its picture and text."""
+    """A model that gives one vector for each item, from the picture and the text of the item."""
 
     embedding_dim: int
+    """size of the vectors"""
 
     def embed(self, items: ItemBatch) -> tuple[Tensor, Tensor]:
-        """(E, embedding_dim) vectors and the (E,) bool mask of items that have any content."""
+        """Vectors (E, embedding_dim) of the items to encode, and the (E,) bool mask of items with any content."""
         ...
 
 
 class ItemEmbedderConfig(Config):
-    """How an item becomes one vector: ID, content and side features, and how they are fused."""
+    """How an item becomes one vector: ID, content and side features, and the fusion of the three."""
 
     id_dim: int = Field(default=32, ge=0)
     """size of the ID vector; 0: no IDs"""
     id_dropout: float = Field(default=0.1, ge=0, lt=1)
-    """chance that an item of a training batch shows the vector of an unknown item, which teaches the ranker to do
-    without (DropoutNet, Volkovs et al. 2017) and trains the one vector that cold items read"""
+    """probability that an item of a training batch gets the ID vector of the unknown item, which teaches the ranker to
+    rank without IDs (DropoutNet, Volkovs et al. 2017) and trains the vector that cold items read"""
     init_std: float = Field(default=0.01, gt=0)
-    """spread of freshly made embeddings"""
+    """standard deviation of new embeddings"""
     content: ContentConfig = ContentNone()
     """vectors of pictures and texts: none, a frozen table, or an encoder that trains with the ranker"""
     fusion: Literal["concat", "sum", "project", "gate"] = "concat"
-    """`concat`: side by side; `sum`: added, all of one size; `project`: side by side, then a linear layer to
-    `fused_dim`, applied once a distinct item, so that attention over long histories works in fewer dimensions; `gate`:
-    ID and content, of one size, mixed by the clicks the item had in training (see `ClickGate`), then side features"""
+    """`concat`: the parts are concatenated; `sum`: the parts, all of one size, are added; `project`: the parts are
+    concatenated and mapped by a linear layer to `fused_dim`, once for each distinct item, so that attention over long
+    histories has fewer dimensions; `gate`: ID and content, of one size, are mixed by the training clicks of the item
+    (`ClickGate`), then side features are concatenated"""
     fused_dim: int = Field(default=64, ge=1)
-    """size after `project`"""
+    """size of the item vector with the fusion `project`"""
     cold_ids: ColdIdsConfig = NoColdIds()
-    """what items without an ID row of their own read in its place, learned after the ranker, which is then frozen"""
+    """generator of ID vectors for items without an ID row, trained after the ranker, which is then frozen"""
 
     @model_validator(mode="after")
     def _the_gate_reads_no_cold_id(self) -> ItemEmbedderConfig:
@@ -138,20 +143,21 @@ class ItemEmbedderConfig(Config):
 
 
 def concat(parts: list[Tensor]) -> Tensor:
-    """[ID; side features; content]: the ranker weighs them. (U, sum of sizes)"""
+    """Concatenate the parts [ID; side features; content], each (U, size), to (U, sum of sizes)."""
     return torch.cat(parts, dim=1)
 
 
 def add(parts: list[Tensor]) -> Tensor:
-    """ID + content in one space: content is where the ID vector starts from. Parts have one size."""
+    """Add the parts, each (U, D), in one space: (U, D)."""
     return torch.stack(parts).sum(0)
 
 
 FUSIONS: dict[str, Callable[[list[Tensor]], Tensor]] = {"concat": concat, "sum": add, "project": concat, "gate": concat}
+"""function on the parts of an item vector, by the name of the fusion"""
 
 
 def as_weights(config: ItemEmbedderConfig, size: int) -> ItemEmbedderConfig:
-    """The same sources, each a linear function to vectors of one size, added up."""
+    """The config of a linear ranker: the same sources, each mapped linearly to `size` dimensions, and added."""
     content = config.content
     if not isinstance(content, ContentNone):
         content = content.model_copy(update={"dim": size, "hidden": [], "dropout": 0.0, "residual": False})
@@ -160,24 +166,31 @@ def as_weights(config: ItemEmbedderConfig, size: int) -> ItemEmbedderConfig:
 
 
 def initial_std(config: ItemEmbedderConfig, weights: int | None) -> float:
-    """Spread of freshly made vectors. One weight a value starts at zero: what training never sees then says nothing;
-    several must differ to become different."""
+    """Standard deviation of new embeddings or weight vectors.
+
+    Single weights (`weights` = 1) start at zero, so that a value which never occurs in training has no influence;
+    larger weight vectors must start with different entries to become different.
+    """
     return 0.0 if weights == 1 else config.init_std
 
 
 class ItemEmbedder(nn.Module):
-    """`ItemBatch -> (U, dim)`.
+    """The vectors (U, dim) of the U distinct items of a batch.
 
     Args:
-        num_ids: rows of the ID vocabulary, row 0 being the unknown item. A cold item has no row of its own.
-        table: (N, content dim) vectors and (N,) mask of items that have one, for content from a table or where the
-            encoder's vectors of the whole catalog are kept.
-        encoder: the content encoder, when content comes from one.
-        weights: make weight vectors of this size, added up, of everything; the sizes and the fusion of the config are
-            then not looked at.
+        config: sources and fusion.
+        num_ids: rows of the ID table; row 0 is the unknown item, which cold items read.
+        feature_configs: the side features of items by name.
+        vocabularies: the vocabulary of each side feature by name.
+        table: (N, content dim) content vectors, the latest ones of an encoder, and the (N,) bool mask of items with
+            content; None without content.
+        encoder: the content encoder; None for other content.
+        weights: for linear rankers, the size of the weight vectors of all sources, which are added; sizes and fusion of
+            the config are then ignored.
         clicks: (num_ids,) training clicks of each row of the ID table, for the fusion `gate`.
 
-    Raises ValueError for parts that cannot be fused as the config says.
+    Raises:
+        ValueError: the config has no source, or the sizes of the parts do not fit the fusion.
     """
 
     content_table: Tensor
@@ -199,8 +212,8 @@ class ItemEmbedder(nn.Module):
             config = as_weights(config, weights)
         self.config = config
         self.generator: IdGenerator | None = None
-        self.generates = False
-        """whether items without an ID row read what `generator` makes; not before it is trained"""
+        self.uses_generator = False
+        """whether items without an ID row read a vector of `generator`; False until the generator is trained"""
         self.pair_cosines = PairCosines()
         content = config.content
         sizes = []
@@ -213,7 +226,7 @@ class ItemEmbedder(nn.Module):
         self.encoder, self.adapter = encoder, None
         if not isinstance(content, ContentNone):
             assert table is not None
-            # the encoder's vectors change in training and belong to the checkpoint; a frozen table does not
+            # vectors of an encoder change in training and belong into checkpoints; those of a frozen table do not
             self.register_buffer("content_table", table[0], persistent=encoder is not None)
             self.register_buffer("has_content", table[1], persistent=encoder is not None)
             self.adapter = ContentAdapter(
@@ -226,7 +239,7 @@ class ItemEmbedder(nn.Module):
                 encoder.requires_grad_(False)
             elif content.max_encoded is not None:
                 self.bank = MemoryBank(len(self.content_table), content.max_encoded)
-                # it is written to, and the caller's is his own
+                # a copy, because the memory bank writes to the table and the argument belongs to the caller
                 self.content_table, self.has_content = self.content_table.clone(), self.has_content.clone()
         if not sizes:
             raise ValueError("the embedder has nothing to read: give id_dim > 0, item features or content")
@@ -245,6 +258,7 @@ class ItemEmbedder(nn.Module):
         self.dim = {"sum": sizes[0], "project": config.fused_dim}.get(config.fusion, sum(sizes))
 
     def train(self, mode: bool = True) -> Self:
+        """Set the training mode; a content encoder of the mode `eval` stays in evaluation mode."""
         super().train(mode)
         content = self.config.content
         if self.encoder is not None and isinstance(content, ContentEncoder) and content.mode == "eval":
@@ -253,13 +267,14 @@ class ItemEmbedder(nn.Module):
 
     @property
     def columns(self) -> dict[str, slice]:
-        """Where `id` and `content` stand in the vectors of the fusion `concat`."""
-        content = 0 if self.adapter is None else self.config.content.dim  # type: ignore[union-attr]
+        """The columns of `id` and of `content` in the item vectors of the fusion `concat`."""
+        source = self.config.content
+        content = 0 if isinstance(source, ContentNone) else source.dim
         return {"id": slice(0, self.config.id_dim), "content": slice(self.dim - content, self.dim)}
 
     @property
     def encodes(self) -> bool:
-        """Whether batches must carry pictures and texts now."""
+        """Whether batches must hold pictures and texts: in training, with a content encoder that is not frozen."""
         frozen = isinstance(self.config.content, ContentEncoder) and self.config.content.frozen
         return self.encoder is not None and self.training and not frozen
 
@@ -270,13 +285,20 @@ class ItemEmbedder(nn.Module):
         show_content: bool = True,
         content_read: Tensor | None = None,
     ) -> Tensor:
-        """The vectors of U items, (U, dim).
+        """The vectors of U items.
 
         Args:
-            ids: (U, id_dim) in place of the ID vectors.
-            show_content: False: every item reads the "absent" content vector, as items without content do.
-            content_read: (U,) bool, the items whose content vector a ranker will read; None: all. A memory bank counts
-                how old the vectors of these are.
+            items: U distinct items.
+            ids: (U, id_dim) vectors that replace the ID vectors; None: the vectors of the ID table.
+            show_content: False gives every item the "absent" content vector of items without content.
+            content_read: (U,) bool, the items whose content vector a ranker will read, for the statistics of a memory
+                bank; None: all.
+
+        Returns:
+            (U, dim).
+
+        Raises:
+            ValueError: an encoder is being trained, and the batch holds no pictures or texts.
         """
         parts = []
         if self.ids is not None:
@@ -286,22 +308,22 @@ class ItemEmbedder(nn.Module):
         if self.adapter is not None:
             absent = not show_content
             parts.append(
-                self.adapter.nothing(len(items)) if absent else self.adapter(*self._content(items, content_read))
+                self.adapter.absent_vectors(len(items)) if absent else self.adapter(*self._content(items, content_read))
             )
         if self.gate is not None:
             parts = [self.gate(items.id_rows, parts[0], parts[-1]), *parts[1:-1]]
         return self.project(FUSIONS[self.config.fusion](parts))
 
     def _id_vectors(self, items: ItemBatch) -> Tensor:
-        """(U, id_dim): the row of an item in the ID table; for items without a row a generated vector, or row 0."""
+        """(U, id_dim): the rows of the ID table; for items without a row a generated vector, or row 0."""
         assert self.ids is not None
         vectors = self.ids(items.id_rows)
-        if self.generator is None or not self.generates:
+        if self.generator is None or not self.uses_generator:
             return vectors
         return torch.where((items.id_rows == 0)[:, None], self.generator.cold(self.describe(items)), vectors)
 
     def describe(self, items: ItemBatch) -> Tensor:
-        """(U, X) what the generator of ID vectors reads of items: side features, and the stored content vectors."""
+        """The descriptions (U, X) that the generator of ID vectors reads: side features and stored content vectors."""
         assert self.generator is not None
         vectors = has = None
         if self.adapter is not None:
@@ -309,15 +331,20 @@ class ItemEmbedder(nn.Module):
         return self.generator.describe(self.features(items.features, items.row), vectors, has)
 
     def by_role(self, batch: BehaviorBatch, target_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Vectors of the items of a batch in histories and as targets.
-
-        Where both are equal, (U, dim) vectors and the (B,) positions of targets among them. Where they differ,
-        (2 U, dim): U vectors of items in histories, then U vectors of items as targets.
+        """The vectors of the items of a batch, as behaviours and as targets.
 
         Args:
-            target_ids: (U, id_dim) in place of the ID vectors of targets; histories keep theirs.
+            batch: B impressions with U distinct items.
+            target_ids: (U, id_dim) vectors that replace the ID vectors of targets; the ID vectors of behaviours stay
+                those of the ID table.
+
+        Returns:
+            Vectors and the (B,) positions of the targets among the vectors. There are (U, dim) vectors where the
+            vectors of an item do not depend on the role; otherwise (2 U, dim), U vectors of items as behaviours and
+            then U vectors of items as targets.
         """
-        shown = "both" if self.adapter is None else self.config.content.shown_in  # type: ignore[union-attr]
+        source = self.config.content
+        shown = "both" if isinstance(source, ContentNone) else source.shown_in
         read = None if self.bank is None else shown_items(batch, shown)
         in_histories = self(batch.items, show_content=shown != "target", content_read=read)
         if target_ids is None and shown == "both":
@@ -326,41 +353,44 @@ class ItemEmbedder(nn.Module):
         return torch.cat([in_histories, as_targets]), batch.target + len(in_histories)
 
     def similarity(self, batch: BehaviorBatch) -> Tensor:
-        """(H,) cosines of the content vectors of each behaviour and the target of the impression, NaN where one of the
-        two has no content.
+        """(H,) cosines of the contents of each behaviour and the target, NaN where one of the two has no content.
 
-        The vectors are those of the stored table, also while an encoder trains: no gradient flows, and they are as old
-        as the table.
+        The vectors are those of the stored table, also while an encoder trains: no gradient flows, and the vectors are
+        as old as the table.
         """
         target = batch.target[segment_ids(batch.history_offsets, len(batch.history))]
         rows = batch.items.row
-        # a table that changes every step has no use for cosines of all its pairs
+        # cosines of all pairs would be computed anew at every step while the encoder changes the table
         cosines = self.pair_cosines(self.content_table, rows, target, batch.history, keep=not self.encodes)
         has = self.has_content[rows]
         return torch.where(has[target] & has[batch.history], cosines, torch.nan)
 
     def _content(self, items: ItemBatch, shown: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(U, content dim) and (U,) mask. In training an encoder encodes what the batch carries; evaluation reads the
-        table, which `refresh` has filled with the same encoder's vectors."""
+        """Content vectors (U, content dim) and the (U,) bool mask of items with content.
+
+        In training an encoder encodes the pictures and texts of the batch; evaluation reads the table, which `refresh`
+        has filled with vectors of the same encoder.
+        """
         if not self.encodes:
             return self.content_table[items.row], self.has_content[items.row]
         if items.image is None and items.input_ids is None:
             raise ValueError("this batch carries no pictures or texts, but the encoder is being trained")
-        vectors, has = self.encoder.embed(items)  # type: ignore[union-attr, operator]
-        together = vectors, has
+        vectors, has = cast(ItemEncoder, self.encoder).embed(items)
+        all_vectors = vectors, has
         if items.encode is not None:
-            together = (
+            all_vectors = (
                 self.content_table[items.row].index_copy(0, items.encode, vectors.to(self.content_table.dtype)),
                 self.has_content[items.row].index_copy(0, items.encode, has),
             )
         if self.bank is not None:
             self.bank.step(self.content_table, self.has_content, items.row, items.encode, vectors, has, shown)
-        return together
+        return all_vectors
 
     def refresh(self, vectors: Tensor, has_content: Tensor) -> dict[str, float]:
-        """Replace the kept vectors of the whole catalog, (N, content dim) and (N,).
+        """Replace the stored content vectors (N, content dim) and the (N,) mask of items with content.
 
-        Returns how stale those of a memory bank were, see `MemoryBank.renew`.
+        Returns:
+            How stale the stored vectors of a memory bank were, as `MemoryBank.renew` measures it; empty without a bank.
         """
         old, self.content_table = self.content_table, vectors.to(self.content_table.device)
         self.has_content = has_content.to(self.has_content.device)

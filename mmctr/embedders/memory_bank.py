@@ -1,10 +1,10 @@
-"""A memory bank of item vectors, so that an encoder can be trained inside a ranker at a fixed cost a step.
+"""A memory bank of item vectors, with which an encoder can be trained inside a ranker at a fixed cost per step.
 
-Of the distinct items of a step a budget is encoded with gradient; the others are read as they were when they were last
-encoded (He et al. 2020, arXiv 1911.05722, kept vectors of pictures so; for items of a ranker: arXiv 2511.10962). What
-is encoded replaces what was kept, so an item is renewed as often as it is drawn, and all of them are at every
-evaluation. How old the vectors are that training reads, and how far they are from what the encoder says now, is
-measured. With a budget that holds every item of a step, nothing is read and training is exact.
+A limited number of the distinct items of a step is encoded with gradient; the other items are read from the bank, where
+each item has the vector of the last time it was encoded (for pictures: He et al. 2020, arXiv 1911.05722; for items of a
+ranker: arXiv 2511.10962). A newly encoded vector replaces the stored vector, and every evaluation encodes all items
+again. The bank measures the age of the vectors that training reads, and the distance of old vectors from new vectors.
+Where every item of a step is encoded, nothing is read from the bank and training is exact.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from mmctr.distributed import gather_rows, world_size
 
 
 class MemoryBank(nn.Module):
-    """Keeps the time of every vector of an `ItemEmbedder`, whose vectors and mask it writes to.
+    """The age of every stored vector of an `ItemEmbedder`; each step writes new vectors into the embedder.
 
-    Everything is in the state dict, so that a resumed run goes on exactly. All processes hold the same vectors and
-    times; what was read is counted by each for itself, and that of the main one is logged.
+    All state is in the state dict, so that a resumed run continues exactly. All processes hold the same vectors and
+    ages; each process counts the vectors read by that process, and the counts of the main process are logged.
 
     Args:
-        num_items: rows of the catalog, N.
-        capacity: items that a process encodes a step, at most.
+        num_items: number of items N of the catalog.
+        capacity: largest number of items that a process encodes in a step.
     """
 
     now: Tensor
@@ -43,7 +43,7 @@ class MemoryBank(nn.Module):
         self._forget(num_items)
 
     def _forget(self, num_items: int) -> None:
-        """All vectors are of now, and none was read."""
+        """Set the age of all N vectors to zero, and the counts of vectors that were read to zero."""
         device = self.now.device
         self.register_buffer("made_at", self.now.repeat(num_items))
         self.register_buffer("was_read", torch.zeros(num_items, dtype=torch.uint8, device=device))
@@ -61,14 +61,16 @@ class MemoryBank(nn.Module):
         has: Tensor,
         shown: Tensor | None = None,
     ) -> None:
-        """Note what a step reads, and write what it has encoded into `table` and `has_content`, in place.
+        """Count the vectors that a step reads, and write the newly encoded vectors into the table, in place.
 
         Args:
-            table, has_content: (N, C) and (N,) of the whole catalog.
+            table: (N, C) stored vectors of the whole catalog; changed in place.
+            has_content: (N,) bool, the items of the catalog with content; changed in place.
             rows: (U,) catalog rows of the items of the step.
-            encode: (E,) positions in `rows` of those that were encoded; None: all.
-            new, has: (E, C) and (E,) what the encoder made of them.
-            shown: (U,) bool, the items whose content the ranker looks at; None: all.
+            encode: (E,) positions in `rows` of the encoded items; None: all items are encoded.
+            new: (E, C) vectors of the encoded items.
+            has: (E,) bool, the encoded items with content.
+            shown: (U,) bool, the items whose content the ranker reads; None: all.
         """
         if encode is None:
             encode = torch.arange(len(rows), device=rows.device)
@@ -79,16 +81,17 @@ class MemoryBank(nn.Module):
         self.was_read.scatter_reduce_(0, rows, reads.to(torch.uint8), "amax")
         self.now += 1
         written = rows[encode]
-        for at, vectors, mask in self._of_all_processes(written, new.to(table.dtype), has):
-            table.index_copy_(0, at, vectors)
-            has_content.index_copy_(0, at, mask)
-            self.made_at[at] = self.now
+        for positions, vectors, mask in self._gather_encoded(written, new.to(table.dtype), has):
+            table.index_copy_(0, positions, vectors)
+            has_content.index_copy_(0, positions, mask)
+            self.made_at[positions] = self.now
 
-    def _of_all_processes(self, rows: Tensor, vectors: Tensor, has: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """What each process has encoded, in rank order: where two encoded the same item, the later one stays."""
+    def _gather_encoded(self, rows: Tensor, vectors: Tensor, has: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Rows (E,), vectors (E, C) and masks (E,) that each process has encoded, in the order of the processes: where
+        two processes encoded the same item, the vector of the later process is stored."""
         if world_size() == 1:
             return [(rows, vectors.detach(), has)]
-        # processes differ in how many they have: the first item stands in for those that lack
+        # processes encode different numbers of items: a shorter list is filled up with the first item
         fill = torch.arange(self.capacity, device=rows.device)
         fill = torch.where(fill < len(rows), fill, 0)
         parts = [gather_rows(part[fill]).split(self.capacity) for part in (rows, vectors.detach(), has)]
@@ -96,28 +99,40 @@ class MemoryBank(nn.Module):
 
     @torch.no_grad()
     def renew(self, old: Tensor, new: Tensor, has_content: Tensor) -> dict[str, float]:
-        """Start anew with vectors that are all of now; says how stale the old ones were.
+        """Begin again with new vectors of the whole catalog, and measure how stale the old vectors were.
 
         Args:
-            old, new: (N, C) vectors before and now; has_content: (N,) those to look at.
+            old: (N, C) stored vectors.
+            new: (N, C) vectors that the encoder gives now.
+            has_content: (N,) bool, the items to compare.
 
-        Returns `bank_age`, the mean age in steps of the vectors that training has read since the last time, and
-        `bank_cosine`, the mean cosine of old and new vectors over items that were read; nothing if none was.
+        Returns:
+            `bank_age`, the mean age in steps of the vectors that training has read since the last call, and
+            `bank_cosine`, the mean cosine of old and new vectors over the items that were read; empty where no vector
+            was read, or where the new vectors are of another catalog.
         """
         numbers = {}
-        if len(old) == len(new):  # else it is another catalog
-            seen = self.was_read.bool() & has_content
-            if bool(seen.any()):
-                cosine = F.cosine_similarity(old[seen].float(), new[seen].float(), dim=1).mean()
+        if len(old) == len(new):
+            compared = self.was_read.bool() & has_content
+            if bool(compared.any()):
+                cosine = F.cosine_similarity(old[compared].float(), new[compared].float(), dim=1).mean()
                 numbers = {"bank_age": float(self.age_sum / self.num_read), "bank_cosine": float(cosine)}
         self._forget(len(new))
         return numbers
 
 
 def shown_items(batch: BehaviorBatch, role: Literal["both", "target", "history"]) -> Tensor:
-    """(U,) bool: the items of a batch that stand in this role, negatives being behaviours too."""
+    """The items of a batch that appear in a role.
+
+    Args:
+        batch: B impressions with U distinct items.
+        role: "target": targets; "history": behaviours and negatives; "both": all items.
+
+    Returns:
+        (U,) bool.
+    """
     shown = torch.full((len(batch.items),), role == "both", device=batch.target.device)
-    for places in (batch.target,) if role == "target" else (batch.history, batch.negatives):
-        if places is not None:
-            shown[places] = True
+    for positions in (batch.target,) if role == "target" else (batch.history, batch.negatives):
+        if positions is not None:
+            shown[positions] = True
     return shown

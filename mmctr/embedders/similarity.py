@@ -1,4 +1,4 @@
-"""How alike the contents of behaviours and target are: cosines of kept vectors, and SimTier's histogram of them."""
+"""Content similarity of behaviours and targets: cosines of stored vectors, and the histogram of cosines of SimTier."""
 
 from __future__ import annotations
 
@@ -12,30 +12,49 @@ from mmctr.layers.jagged import row_dots, segment_ids
 
 
 class SimTierConfig(Config):
-    """SimTier (Sheng et al. 2024, arXiv 2407.19467): how many behaviours are how like the target."""
+    """SimTier (Sheng et al. 2024, arXiv 2407.19467): numbers of behaviours by the similarity to the target."""
 
     tiers: int = Field(default=20, ge=1)
-    """equal parts of the cosines from -1 to 1; one more counts the behaviours that cannot be compared"""
+    """number of equal intervals of the cosines from -1 to 1; one more tier counts the behaviours without a cosine"""
     log: bool = True
-    """read log(1 + count), as the code of MUSE (arXiv 2512.07216) does, instead of the counts of the paper"""
+    """whether the ranker reads log(1 + count), as in the code of MUSE (arXiv 2512.07216); false: the counts, as in the
+    paper"""
 
     @property
     def dim(self) -> int:
+        """Number of tiers, the tier of behaviours without a cosine included."""
         return self.tiers + 1
 
 
 def tier_of(similarity: Tensor, tiers: int) -> Tensor:
-    """Tier 0 ... tiers - 1 of each cosine, `tiers` for NaN: int64, of any shape.
+    """The tier of each cosine.
 
-    Tier t holds -1 + 2 t / tiers up to, and without, -1 + 2 (t + 1) / tiers; the last one holds 1 as well.
+    Tier t is the interval from -1 + 2 t / tiers, included, to -1 + 2 (t + 1) / tiers, excluded; the last tier includes
+    the cosine 1.
+
+    Args:
+        similarity: cosines in [-1, 1] or NaN, of any shape.
+        tiers: number of intervals.
+
+    Returns:
+        int64 in the shape of `similarity`: 0 to tiers - 1, and `tiers` for NaN.
     """
     known = ~similarity.isnan()
-    place = torch.floor((torch.where(known, similarity, 0.0) + 1) * (tiers / 2)).long().clamp(0, tiers - 1)
-    return torch.where(known, place, tiers)
+    tier = torch.floor((torch.where(known, similarity, 0.0) + 1) * (tiers / 2)).long().clamp(0, tiers - 1)
+    return torch.where(known, tier, tiers)
 
 
 def tier_counts(similarity: Tensor, offsets: Tensor, config: SimTierConfig) -> Tensor:
-    """(B, config.dim) what a ranker reads of (H,) cosines, NaN where there is none, jagged by (B + 1,) offsets."""
+    """The counts of behaviours by tier, which a ranker reads as part of the context.
+
+    Args:
+        similarity: (H,) cosines of behaviours and targets, NaN where an item has no content.
+        offsets: (B + 1,) offsets of the histories.
+        config: number of tiers, and whether the counts are logarithms.
+
+    Returns:
+        (B, config.dim).
+    """
     cells = segment_ids(offsets, len(similarity)) * config.dim + tier_of(similarity, config.tiers)
     zeros = torch.zeros((len(offsets) - 1) * config.dim, device=similarity.device)
     counts = zeros.index_add(0, cells, torch.ones_like(cells, dtype=zeros.dtype)).view(-1, config.dim)
@@ -45,13 +64,16 @@ def tier_counts(similarity: Tensor, offsets: Tensor, config: SimTierConfig) -> T
 class PairCosines:
     """Cosines of pairs of rows of one table.
 
-    Vectors are long and pairs many (every behaviour of every impression), while a small catalog has few pairs that
-    differ: for these all cosines are made once and looked up. They are made anew when the table is another one or was
-    written to.
+    There are many pairs (every behaviour of every impression), but a small catalog has few distinct pairs: the cosines
+    of all pairs of a small table are computed once and looked up. The cosines are computed again for another table, and
+    after a write to the table.
+
+    Args:
+        max_kept: rows of the largest table whose cosines are stored.
     """
 
     MAX_KEPT = 4096
-    """rows of the largest table whose cosines are kept: 64 MB"""
+    """rows of the largest table whose cosines are stored, 64 MB"""
 
     def __init__(self, max_kept: int = MAX_KEPT) -> None:
         self.max_kept = max_kept
@@ -61,13 +83,17 @@ class PairCosines:
 
     @torch.no_grad()
     def __call__(self, table: Tensor, rows: Tensor, i: Tensor, j: Tensor, keep: bool = True) -> Tensor:
-        """(n,) fp32 cosines of table[rows[i]] and table[rows[j]], without gradient.
+        """The cosines of n pairs of rows, without gradient.
 
         Args:
-            table: (N, C); a row of zeros has the cosine 0 with everything.
-            rows: (U,)
-            i, j: (n,) positions in `rows`.
-            keep: whether the table stays as it is for a while.
+            table: (N, C); a row of zeros has the cosine 0 with every row.
+            rows: (U,) rows of the table.
+            i: (n,) positions in `rows`.
+            j: (n,) positions in `rows`.
+            keep: whether to store the cosines of all pairs, because the table does not change at every call.
+
+        Returns:
+            (n,) fp32 cosines of table[rows[i]] and table[rows[j]].
         """
         with torch.inference_mode(False), torch.autocast(table.device.type, enabled=False):
             if keep and len(table) <= self.max_kept:
@@ -76,7 +102,8 @@ class PairCosines:
             return row_dots(unit, i, unit, j).clamp(-1, 1)
 
     def _all(self, table: Tensor) -> Tensor:
-        version = 0 if table.is_inference() else table._version  # those cannot be written to
+        """The cosines (N, N) of all pairs of rows, from the store where the table has not changed."""
+        version = 0 if table.is_inference() else table._version  # inference tensors cannot be written to
         if self._kept is None or self._table is not table or self._version != version:
             unit = F.normalize(table.float(), dim=1)
             self._table, self._version, self._kept = table, version, unit @ unit.T

@@ -1,4 +1,7 @@
-"""Encoders: pictures and texts into one space. To add one: a module, then its config in the union below."""
+"""Encoders: modules that turn pictures and texts into features.
+
+A new encoder is a module of this package and one more member of the union `EncoderConfig`.
+"""
 
 from typing import Annotated
 

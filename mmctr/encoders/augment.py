@@ -1,4 +1,4 @@
-"""Augmentation of the pictures of a training batch, on the device and all at once."""
+"""Augmentation of training pictures: random crops, flips and colours of a whole batch at once, on the device."""
 
 from __future__ import annotations
 
@@ -11,22 +11,30 @@ from mmctr.config import Config
 
 
 class AugmentConfig(Config):
-    """Augmentation of training batches, on the device. Off by default: product photos are not snapshots."""
+    """Random changes of training pictures, on the device. Off by default: product photos are taken alike."""
 
     crop: float = Field(default=1.0, gt=0, le=1)
-    """smallest side of a random crop, as a fraction of the picture"""
+    """smallest side of a random crop, as a fraction of the side of the picture; 1: no crops"""
     flip: float = Field(default=0.0, ge=0, le=1)
-    """chance of a mirrored picture; leave at 0 where pictures hold writing"""
+    """probability that a picture is mirrored; keep 0 where pictures hold writing"""
     brightness: float = Field(default=0.0, ge=0, lt=1)
     """largest relative change of brightness"""
     contrast: float = Field(default=0.0, ge=0, lt=1)
     """largest relative change of contrast"""
     saturation: float = Field(default=0.0, ge=0, lt=1)
-    """largest relative change of saturation; leave the colours alone where people ask for them"""
+    """largest relative change of saturation; keep 0 where people search by colour"""
 
 
 def augmented(pixels: Tensor, config: AugmentConfig) -> Tensor:
-    """Random crop, flip and colour for each picture of a batch: (U, 3, S, S) in [0, 1] -> the same."""
+    """Change each picture of a batch by a random crop, flip and colour of that picture.
+
+    Args:
+        pixels: (U, 3, S, S) in [0, 1].
+        config: how large the changes may be.
+
+    Returns:
+        (U, 3, S, S) in [0, 1].
+    """
     n = len(pixels)
     if config.crop < 1 or config.flip > 0:
         scale = 1 - torch.rand(n, device=pixels.device) * (1 - config.crop)
@@ -47,24 +55,49 @@ def augmented(pixels: Tensor, config: AugmentConfig) -> Tensor:
 
 
 def with_brightness(pixels: Tensor, factor: Tensor) -> Tensor:
-    """(U, 3, S, S) in [0, 1] and a (U, 1, 1, 1) factor: 0 gives black, 1 the picture."""
+    """Scale the brightness of pictures.
+
+    Args:
+        pixels: (U, 3, S, S) in [0, 1].
+        factor: (U, 1, 1, 1); 0 gives black, 1 the picture.
+
+    Returns:
+        (U, 3, S, S) in [0, 1].
+    """
     return (pixels * factor).clamp(0, 1)
 
 
 def with_contrast(pixels: Tensor, factor: Tensor) -> Tensor:
-    """0 gives the mean grey of the picture, 1 the picture."""
+    """Scale the contrast of pictures.
+
+    Args:
+        pixels: (U, 3, S, S) in [0, 1].
+        factor: (U, 1, 1, 1); 0 gives the mean grey of the picture, 1 the picture.
+
+    Returns:
+        (U, 3, S, S) in [0, 1].
+    """
     return _blend(pixels, _grey(pixels).mean((1, 2, 3), keepdim=True), factor)
 
 
 def with_saturation(pixels: Tensor, factor: Tensor) -> Tensor:
-    """0 gives the picture in grey, 1 the picture."""
+    """Scale the saturation of pictures.
+
+    Args:
+        pixels: (U, 3, S, S) in [0, 1].
+        factor: (U, 1, 1, 1); 0 gives the picture in grey, 1 the picture.
+
+    Returns:
+        (U, 3, S, S) in [0, 1].
+    """
     return _blend(pixels, _grey(pixels), factor)
 
 
 def _grey(pixels: Tensor) -> Tensor:
-    """(U, 1, S, S) luma (ITU-R BT.601)."""
+    """(U, 1, S, S) luma of pictures (U, 3, S, S), with the weights of ITU-R BT.601."""
     return (pixels * pixels.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
 
 
 def _blend(pixels: Tensor, other: Tensor, factor: Tensor) -> Tensor:
+    """(1 - factor) other + factor pixels, clamped to [0, 1]."""
     return (other + factor * (pixels - other)).clamp(0, 1)

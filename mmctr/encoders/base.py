@@ -1,14 +1,14 @@
-"""What every encoder shares: the protocol, pixels on the device, how its towers train, and where models are found."""
+"""The parts all encoders share: the protocol, pixel preparation on the device, tower training modes, model sources."""
 
 from __future__ import annotations
 
 import os
 import shutil
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -22,68 +22,77 @@ from mmctr.encoders.lora import LoraConfig, adaptable, add_adapters, choose, mer
 from mmctr.files import read_json, write_json
 
 TowerMode = Literal["full", "lora", "frozen"]
-"""`lora`: the weights stay, low-rank adapters are trained"""
+"""`full`: all weights are trained; `lora`: only low-rank adapters of the weights are trained; `frozen`: nothing is"""
 ADAPTERS_NAME = "adapters.json"
+"""file in the folder of an encoder that lists the modules with adapters, by tower"""
 
 
 class Encoder(Protocol):
-    """Features of pictures and of texts, not normalised."""
+    """A model that gives features of pictures and of texts, not normalised."""
 
     image_dim: int
+    """size of the features of a picture"""
     text_dim: int
+    """size of the features of a text"""
     shares_space: bool
-    """whether features of pictures and texts can be compared with each other as they are"""
+    """whether features of pictures and of texts can be compared with each other without a projection"""
     image_size: int
+    """side S of the pictures the image tower reads, in pixels"""
     tokenizer_key: str
-    """changes whenever the tokenizer does"""
+    """a name of the tokenizer: two tokenizers that give different tokens have different keys"""
     logit_scale: float | None
-    """temperature the weights were trained with, None for fresh ones"""
+    """logarithm of the inverse temperature the weights were trained with; None for fresh weights"""
     logit_bias: float | None
+    """bias of the sigmoid loss the weights were trained with; None for fresh weights and softmax losses"""
 
     def encode_image(self, image: Tensor) -> Tensor:
-        """(U, 3, H, W) uint8 -> (U, image_dim)."""
+        """Features (U, image_dim) of pictures (U, 3, H, W) uint8."""
         ...
 
     def encode_text(self, input_ids: Tensor) -> Tensor:
-        """(U, T) int -> (U, text_dim)."""
+        """Features (U, text_dim) of tokens (U, T) int."""
         ...
 
     def transform(self, train: bool) -> Callable[[Tensor], Tensor]:
-        """Pixels as the tower wants them: (U, 3, H, W) uint8 -> (U, 3, S, S) float, augmented when `train`."""
+        """A function from pictures (U, 3, H, W) uint8 to the (U, 3, S, S) float input of the image tower.
+
+        Args:
+            train: whether the function augments the pictures.
+        """
         ...
 
     def tokenize(self, texts: list[str]) -> Tensor:
-        """(n, T) int; "" gives a row of padding and marks, which a mask keeps from being read."""
+        """Tokens (n, T) int of n texts; an empty text gives a row of padding and special tokens alone."""
         ...
 
     def save(self, folder: Path) -> None:
-        """Write what is needed to build the same architecture and tokenizer again, without weights."""
+        """Write the files that build the same architecture and tokenizer again, without weights."""
         ...
 
 
 class EncoderOptions(Config):
-    """How the towers of any encoder train, and how fast."""
+    """Training options of the towers of any encoder."""
 
     augment: AugmentConfig = AugmentConfig()
     """random changes of training pictures"""
     lora: LoraConfig = LoraConfig()
-    """of the towers whose mode is `lora`"""
+    """low-rank adapters of the towers whose mode is `lora`"""
     layer_decay: float = Field(default=1.0, gt=0, le=1)
-    """the learning rate of layer l of the L of a tower is lr * layer_decay^(L - l); 0 counts as the number of what is
-    below the first layer, L as that of heads and projections (ELECTRA, BEiT; 0.65 to 0.9 when fine-tuning)"""
+    """layer l of the L layers of a tower has the learning rate lr * layer_decay^(L - l). Parameters before the first
+    layer count as l = 0, heads and projections as l = L (ELECTRA, BEiT; 0.65 to 0.9 are usual when fine-tuning)"""
     gradient_checkpointing: bool = False
-    """keep what goes from layer to layer alone and compute the rest again in the backward pass: a fraction of the
+    """store only the inputs of the layers and compute everything else again in the backward pass: a fraction of the
     memory, a quarter to a third slower"""
     channels_last: bool = False
-    """lay out pictures and convolutions as (N, H, W, C) in memory: convolutional towers gain from it, others do not
-    lose"""
+    """lay out pictures and convolutions as (N, H, W, C) in memory: convolutional towers become faster, other towers
+    stay as fast"""
     compile: bool = False
-    """torch.compile the towers, which takes a minute or more at the first steps. On a CPU convolutional towers gain,
-    transformers hardly"""
+    """torch.compile the towers, which takes a minute or more at the first steps. On a CPU convolutional towers become
+    faster, transformers hardly"""
 
     @property
     def modes(self) -> dict[str, TowerMode]:
-        """Of the towers "image" and "text"."""
+        """The training mode of each tower, by the names "image" and "text"."""
         raise NotImplementedError
 
     @model_validator(mode="after")
@@ -102,13 +111,20 @@ class EncoderOptions(Config):
 
 
 class EncoderBase(nn.Module):
-    """Pixels to normalised floats on the device, and towers that are trained, adapted or frozen."""
+    """Base class of encoders: it normalises pixels on the device, and trains, adapts or freezes the towers.
+
+    Args:
+        image_mean: mean of each colour channel, of pixels in [0, 1].
+        image_std: standard deviation of each colour channel, of pixels in [0, 1].
+        options: how the towers train.
+    """
 
     image_mean: Tensor
     image_std: Tensor
     image_dim: int
     text_dim: int
     shares_space = True
+    """whether features of pictures and of texts can be compared with each other without a projection"""
     image_size: int
     tokenizer_key: str
     logit_scale: float | None = None
@@ -121,19 +137,21 @@ class EncoderBase(nn.Module):
         self.options, self.augment = options, options.augment
         self.modes: dict[str, TowerMode] = {}
         self.adapters: dict[str, list[str]] = {}
-        """by tower, the modules that have an adapter"""
+        """names of the modules that have an adapter, by tower"""
         self._unadapted: list[str] = []
+        """names of the parameters that were trained before adapters froze the tower"""
 
     def set_up(self, folder: Path | None) -> None:
-        """Freeze, adapt and speed up the towers as the options say; the last thing a constructor does.
+        """Freeze, adapt and speed up the towers as the options say; constructors call this last.
 
         Frozen towers get no gradient and stay in evaluation mode (dropout off, batch statistics fixed). Towers with
-        adapters run as in training.
+        adapters run in training mode.
 
         Args:
-            folder: the one the encoder is built from, if `save` wrote it.
+            folder: the folder the encoder is built from, written by `save`; None for a new encoder.
 
-        Raises ValueError, before it changes anything, for what a tower cannot do.
+        Raises:
+            ValueError: an option asks for something a tower cannot do; nothing is changed then.
         """
         modes, adapters = self._modes_and_adapters(folder)
         trained = [name for name, mode in modes.items() if mode != "frozen"]
@@ -160,6 +178,7 @@ class EncoderBase(nn.Module):
         self.train(self.training)
 
     def _modes_and_adapters(self, folder: Path | None) -> tuple[dict[str, TowerMode], dict[str, list[str]]]:
+        """The mode of each tower and the modules with adapters, of the options or of a saved encoder."""
         modes = dict(self.options.modes)
         if folder is None:
             towers = [name for name, mode in modes.items() if mode == "lora"]
@@ -170,16 +189,17 @@ class EncoderBase(nn.Module):
         if adapters:
             require_peft()
         for name, mode in modes.items():
-            if mode == "lora" and name not in adapters:  # they were merged
+            if mode == "lora" and name not in adapters:  # the adapters of this tower were merged
                 modes[name] = "full"
         return modes, adapters
 
     def _freeze_and_adapt(self) -> None:
-        own = list(self.named_parameters())
+        """Freeze the towers that are not trained in full, and add the adapters."""
+        parameters = list(self.named_parameters())
         for name, mode in self.modes.items():
-            mine = {id(p) for p in self.tower_parameters(name)}
+            tower_ids = {id(p) for p in self.tower_parameters(name)}
             if mode == "lora":
-                self._unadapted += [key for key, p in own if id(p) in mine and p.requires_grad]
+                self._unadapted += [key for key, p in parameters if id(p) in tower_ids and p.requires_grad]
             if mode != "full":
                 for p in self.tower_parameters(name):
                     p.requires_grad_(False)
@@ -192,62 +212,68 @@ class EncoderBase(nn.Module):
                     add_adapters(root, below, self.options.lora)
 
     def _choose_adapters(self, towers: list[str]) -> dict[str, list[str]]:
+        """The names of the modules that get an adapter, for each tower of mode `lora`."""
         prefixes = {module: f"{key}." for key, module in self.named_modules()}
-        found: dict[str, dict[str, nn.Module]] = {}
+        candidates: dict[str, dict[str, nn.Module]] = {}
         inside: set[nn.Module] = set()
         for name in towers:
-            seen = self._trace(name)
+            tower_trace = self._trace(name)
             roots = self.tower(name)
-            below = {prefixes[root] + key: module for root in roots for key, module in adaptable(root, seen).items()}
-            found[name] = below
+            candidates[name] = {
+                prefixes[root] + key: module for root in roots for key, module in adaptable(root, tower_trace).items()
+            }
             inside |= {module for layer in find_layers(roots) for module in layer.modules()}
-        return choose(found, inside, self.options.lora)
+        return choose(candidates, inside, self.options.lora)
 
     def merge_lora(self) -> None:
-        """Fold the adapters into the weights they adapt, which are trained in full from then on; saved now, the encoder
-        is one without adapters.
+        """Add the adapters to the adapted weights, and remove the adapters.
 
-        Call it on a trained encoder before it embeds a catalog or serves: features are the same up to rounding, and
-        cost what they cost without adapters. Not before training that should go on with adapters. Without any it does
-        nothing.
+        An encoder saved after this call has no adapters, and the merged weights are trained in full from then on.
+        Call this on a trained encoder before the encoder embeds a catalog or serves: features are the same up to
+        rounding and cost no more than without adapters. Do not call this before training that continues with
+        adapters. An encoder without adapters is not changed.
         """
         for name in self.adapters:
             trained = any(p.requires_grad for p in self.tower_parameters(name))
             for root in self.tower(name):
                 merge_adapters(root)
-            mine = {id(p) for p in self.tower_parameters(name)}
+            tower_ids = {id(p) for p in self.tower_parameters(name)}
             for key, p in self.named_parameters():
-                if key in self._unadapted and id(p) in mine:
+                if key in self._unadapted and id(p) in tower_ids:
                     p.requires_grad_(trained)
             self.modes[name] = "full"
         self.adapters, self._unadapted = {}, []
 
     def save_adapters(self, folder: Path) -> None:
-        """Which modules have adapters, for `save` to tell a constructor that is given its folder."""
+        """Write the names of the modules with adapters into the folder of a saved encoder, for a later constructor."""
         (folder / ADAPTERS_NAME).unlink(missing_ok=True)
         if self.adapters:
             write_json(folder / ADAPTERS_NAME, self.adapters)
 
     def depth_of(self) -> dict[str, tuple[int, int]]:
-        """(l, L) by name of each parameter that trains: it is in layer l of the L of its tower, 0 being what is below
-        the first layer and L + 1 what is behind the last."""
+        """The layer of each trained parameter, by the name of the parameter.
+
+        Returns:
+            (l, L) for a parameter in layer l of a tower of L layers; l is 0 before the first layer and L + 1 behind the
+            last layer.
+        """
         depth: dict[nn.Parameter, tuple[int, int]] = {}
         for name in self.modes:
             if any(p.requires_grad for p in self.tower_parameters(name)):
-                seen = self._trace(name)
-                depth |= {p: (layer, seen.num_layers) for p, layer in seen.depth.items()}
+                tower_trace = self._trace(name)
+                depth |= {p: (layer, tower_trace.num_layers) for p, layer in tower_trace.depth.items()}
         return {name: depth[p] for name, p in self.named_parameters() if p in depth}
 
     def lr_scales(self) -> dict[nn.Parameter, float]:
-        """What to multiply the learning rate of parameters with, see `layer_decay`; 1 for those that are left out."""
+        """Factors on the learning rate by parameter, as `layer_decay` asks; a missing parameter has the factor 1."""
         decay = self.options.layer_decay
         if decay == 1:
             return {}
-        own = dict(self.named_parameters())
-        return {own[name]: decay ** max(0, total - layer) for name, (layer, total) in self.depth_of().items()}
+        parameters = dict(self.named_parameters())
+        return {parameters[name]: decay ** max(0, total - layer) for name, (layer, total) in self.depth_of().items()}
 
     def _trace(self, tower: str) -> Trace:
-        """Of an empty picture or a short text, in evaluation mode: no random number is drawn."""
+        """The trace of a forward pass of a black picture or a short text, in evaluation mode: nothing is random."""
         was_training = self.training
         self.eval()
         device = self.image_mean.device
@@ -261,14 +287,26 @@ class EncoderBase(nn.Module):
             self.train(was_training)
 
     def tower(self, name: str) -> list[nn.Module]:
-        """The modules of the "image" or "text" tower."""
+        """The modules of a tower.
+
+        Args:
+            name: "image" or "text".
+
+        Raises:
+            TypeError: the class of the encoder does not override this method.
+        """
         raise TypeError(f"{type(self).__name__} names no towers")
 
     def tower_parameters(self, name: str) -> list[nn.Parameter]:
-        """All parameters of a tower, also those that stand outside its modules."""
+        """All parameters of a tower, parameters outside the modules of the tower included.
+
+        Args:
+            name: "image" or "text".
+        """
         return [p for module in self.tower(name) for p in module.parameters()]
 
     def train(self, mode: bool = True) -> EncoderBase:
+        """Set the training mode; frozen towers stay in evaluation mode."""
         super().train(mode)
         for name, tower_mode in self.modes.items():
             if tower_mode == "frozen":
@@ -277,22 +315,28 @@ class EncoderBase(nn.Module):
         return self
 
     def encode_image(self, image: Tensor) -> Tensor:
-        """(U, 3, H, W) uint8 -> (U, image_dim)."""
+        """Features (U, image_dim) of pictures (U, 3, H, W) uint8."""
         raise NotImplementedError
 
     def encode_text(self, input_ids: Tensor) -> Tensor:
-        """(U, T) int -> (U, text_dim)."""
+        """Features (U, text_dim) of tokens (U, T) int."""
         raise NotImplementedError
 
     def tokenize(self, texts: list[str]) -> Tensor:
-        """(n, T) int."""
+        """Tokens (n, T) int of n texts."""
         raise NotImplementedError
 
-    def gradient(self, tower: str):
-        """Context for a tower's forward pass: no graph is kept through a frozen one."""
+    def gradient(self, tower: str) -> AbstractContextManager[Any]:
+        """A context for the forward pass of a tower: frozen towers keep no graph for the backward pass."""
         return torch.no_grad() if self.modes.get(tower) == "frozen" else nullcontext()
 
     def transform(self, train: bool) -> Callable[[Tensor], Tensor]:
+        """A function from pictures (U, 3, H, W) uint8 to the normalised (U, 3, S, S) input of the image tower.
+
+        Args:
+            train: whether the function augments the pictures.
+        """
+
         def apply(image: Tensor) -> Tensor:
             pixels = image.float() / 255
             if pixels.shape[-1] != self.image_size:
@@ -307,6 +351,7 @@ class EncoderBase(nn.Module):
 
 
 def _require_compiler() -> None:
+    """Raise ValueError where no C++ compiler is installed."""
     names = (os.environ.get("CXX", "c++"), "g++", "clang++", "cl")
     if not any(shutil.which(name) for name in names):
         raise ValueError(
@@ -315,7 +360,14 @@ def _require_compiler() -> None:
 
 
 def model_source(name: str) -> str:
-    """A model name as the libraries take it. `package:NAME/folder` is a folder inside an installed Python package."""
+    """The name or folder of a model as transformers and open_clip accept it.
+
+    Args:
+        name: a name of a hub, a folder, or `package:NAME/folder` for a folder inside an installed Python package.
+
+    Raises:
+        ValueError: the package is not installed, or has no such folder.
+    """
     if not name.startswith("package:"):
         return name
     package, _, folder = name.removeprefix("package:").partition("/")

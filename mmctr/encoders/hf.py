@@ -1,4 +1,4 @@
-"""A CLIP or SigLIP model of transformers as an encoder, and what separate backbones of it need too."""
+"""A CLIP or SigLIP model of transformers as an encoder; model loading, tokenizers and pixel statistics."""
 
 from __future__ import annotations
 
@@ -13,17 +13,27 @@ from mmctr.encoders.base import EncoderBase, EncoderOptions, TowerMode, model_so
 from mmctr.files import read_json, write_json
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+"""mean and standard deviation of the colour channels of CLIP, for pixels in [0, 1]"""
 
 
 class HFModelConfig(Config):
-    """One transformers model."""
+    """A model of transformers: pretrained weights by name, or a fresh architecture."""
 
     model: str | None = None
-    """hub name, folder, or `package:NAME/folder` for a model that a Python package ships"""
+    """name on the hub, folder, or `package:NAME/folder` for a model inside an installed Python package"""
     architecture: dict[str, Any] | None = None
-    """a transformers config with `model_type`: a model with fresh weights"""
+    """a transformers config with `model_type`, for a model with fresh weights"""
 
     def load(self, folder: Path | None) -> Any:
+        """The model.
+
+        Args:
+            folder: a folder with a transformers config, for the same architecture with fresh weights; None: the model
+                or architecture of this config.
+
+        Raises:
+            ValueError: not exactly one of `model` and `architecture` is given, or transformers cannot load the model.
+        """
         from transformers import AutoConfig, AutoModel  # slow to import, and rankers without an encoder do without
 
         if folder is not None:
@@ -41,7 +51,12 @@ class HFModelConfig(Config):
 
 
 class Tokenizer:
-    """A transformers tokenizer, or open_clip's BPE (which ships with it) when there is none."""
+    """A tokenizer of transformers, or the byte pair encoding that open_clip ships.
+
+    Args:
+        source: name or folder of a transformers tokenizer; None: the byte pair encoding of open_clip.
+        context_length: tokens T of a text; longer texts are cut, shorter texts padded.
+    """
 
     def __init__(self, source: str | None, context_length: int):
         self.hf = None
@@ -60,6 +75,7 @@ class Tokenizer:
         self.context_length = context_length
 
     def __call__(self, texts: list[str]) -> Tensor:
+        """Tokens (n, T) int of n texts."""
         if self.hf is None:
             return self._bpe(texts)
         encoded = self.hf(texts, padding="max_length", truncation=True, max_length=self._length, return_tensors="pt")
@@ -71,7 +87,8 @@ class HFEncoderConfig(HFModelConfig, EncoderOptions):
 
     name: Literal["hf"] = "hf"
     tokenizer: str | None = None
-    """None: the model's own, or open_clip's BPE for a fresh architecture"""
+    """name or folder of a transformers tokenizer; None: the tokenizer of `model`, or the byte pair encoding of
+    open_clip for a fresh architecture"""
     image: TowerMode = "full"
     """how the image tower trains: `full`, `lora` (adapters alone) or `frozen`"""
     text: TowerMode = "full"
@@ -79,13 +96,25 @@ class HFEncoderConfig(HFModelConfig, EncoderOptions):
 
     @property
     def modes(self) -> dict[str, TowerMode]:
+        """The training mode of each tower, by the names "image" and "text"."""
         return {"image": self.image, "text": self.text}
 
     def build(self, folder: Path | None = None) -> HFEncoder:
+        """The encoder; given a folder that `save` wrote, the same architecture with fresh weights."""
         return HFEncoder(self, folder)
 
 
 class HFEncoder(EncoderBase):
+    """A CLIP or SigLIP model of transformers.
+
+    Args:
+        config: the model, and how the towers train.
+        folder: a folder that `save` wrote, for the same architecture with fresh weights.
+
+    Raises:
+        ValueError: the model cannot be loaded, gives no features of pictures and texts, or cannot train as asked.
+    """
+
     def __init__(self, config: HFEncoderConfig, folder: Path | None = None):
         model = config.load(folder)
         if not hasattr(model, "get_image_features") or not hasattr(model, "get_text_features"):
@@ -108,31 +137,36 @@ class HFEncoder(EncoderBase):
             self.logit_scale = float(model.logit_scale)
             bias = getattr(model, "logit_bias", None)
             self.logit_bias = None if bias is None else float(bias)
-        for name in ("logit_scale", "logit_bias"):  # the task owns these
+        for name in ("logit_scale", "logit_bias"):  # the objectives of the task train scale and bias
             if getattr(model, name, None) is not None:
                 getattr(model, name).requires_grad_(False)
         self.set_up(folder)
 
     def tower(self, name: str) -> list[nn.Module]:
+        """The modules of the tower "image" or "text"."""
         modules = [self.model.vision_model if name == "image" else self.model.text_model]
         projection = getattr(self.model, "visual_projection" if name == "image" else "text_projection", None)
         return modules if projection is None else [*modules, projection]
 
     def encode_image(self, image: Tensor) -> Tensor:
+        """Features (U, image_dim) of pictures (U, 3, H, W) uint8."""
         with self.gradient("image"):
             features = self.model.get_image_features(pixel_values=self.transform(self.training)(image))
         return features if isinstance(features, Tensor) else features.pooler_output
 
     def encode_text(self, input_ids: Tensor) -> Tensor:
+        """Features (U, text_dim) of tokens (U, T) int."""
         # SigLIP was trained without a mask; CLIP's causal mask hides padding from the end-of-text token
         with self.gradient("text"):
             features = self.model.get_text_features(input_ids=input_ids)
         return features if isinstance(features, Tensor) else features.pooler_output
 
     def tokenize(self, texts: list[str]) -> Tensor:
+        """Tokens (n, T) int of n texts."""
         return self.tokenizer(texts)
 
     def save(self, folder: Path) -> None:
+        """Write the config of the model, the pixel statistics, the adapters and the tokenizer, without weights."""
         self.model.config.save_pretrained(folder)
         save_pixel_statistics(self, folder)
         self.save_adapters(folder)
@@ -141,7 +175,14 @@ class HFEncoder(EncoderBase):
 
 
 def pixel_statistics(source: str | None) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of pixels in [0, 1] that a model was trained with; CLIP's for a fresh one."""
+    """Mean and standard deviation of the colour channels a model was trained with, for pixels in [0, 1].
+
+    Args:
+        source: name or folder of the model; None for a fresh model.
+
+    Returns:
+        The statistics of the model, or those of CLIP where the model is fresh or has none.
+    """
     if source is None:
         return CLIP_MEAN, CLIP_STD
     saved = Path(source) / "pixels.json"
@@ -158,6 +199,7 @@ def pixel_statistics(source: str | None) -> tuple[tuple[float, ...], tuple[float
 
 
 def save_pixel_statistics(encoder: EncoderBase, folder: Path) -> None:
+    """Write `pixels.json`, the mean and the standard deviation of the colour channels, for `pixel_statistics`."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(
         folder / "pixels.json",

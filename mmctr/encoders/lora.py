@@ -1,10 +1,11 @@
-"""Low-rank adapters (LoRA: Hu et al. 2021) in the layers of a tower, by peft."""
+"""Low-rank adapters (LoRA: Hu et al. 2021, arXiv 2106.09685) in the layers of a tower, made by peft."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence, Set
 from importlib.util import find_spec
+from typing import cast
 
 import torch
 from pydantic import Field
@@ -15,31 +16,37 @@ from mmctr.encoders.layers import Trace
 
 
 class LoraConfig(Config):
-    """Adapters W + alpha / rank B A of towers whose mode is `lora`. B starts at zero: so does what they change."""
+    """Adapters W + (alpha / rank) B A of towers whose mode is `lora`. B starts at zero, so an untrained adapter changes
+    nothing."""
 
     rank: int = Field(default=8, ge=1)
     """rank of the matrices A and B"""
     alpha: float = Field(default=16.0, gt=0)
     """the change B A is scaled by alpha / rank"""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """of what an adapter reads. Not for the fused attention of open_clip, which takes weights, not inputs"""
+    """dropout of the inputs of adapters. The fused attention of open_clip cannot drop inputs"""
     targets: list[str] | None = Field(default=None, min_length=1)
-    """ends of the names of the modules that get one, for example [attn, c_fc, c_proj] or [q_proj, v_proj]. None: every
-    linear layer and attention of the tower's layers. Convolutions can be named too"""
+    """ends of the names of the modules that get an adapter, for example [attn, c_fc, c_proj] or [q_proj, v_proj]. None:
+    every linear layer and attention in the layers of the tower. Convolutions can be named too"""
 
 
 def require_peft() -> None:
+    """Raise ValueError where peft is not installed."""
     if find_spec("peft") is None:
         raise ValueError("encoder: the tower mode 'lora' needs peft: pip install 'mmctr[lora]'")
 
 
 def adaptable(root: nn.Module, trace: Trace) -> dict[str, nn.Module]:
-    """Modules below `root`, by name, that can have an adapter and whose features would depend on it.
+    """The modules below `root` that can have an adapter on which the features would depend, by name.
 
-    Left out is what only lends its weights to a function, as the projections inside an attention do: an adapter would
-    never run there.
+    Modules whose weights are only read by a function, such as the projections inside an attention, are left out: the
+    forward pass of an adapter of such a module would never run.
+
+    Args:
+        root: a module of a tower.
+        trace: the trace of a forward pass of the tower.
     """
-    found = {}
+    modules = {}
     for name, module in root.named_modules():
         if module is root or module not in trace.called:
             continue
@@ -50,20 +57,22 @@ def adaptable(root: nn.Module, trace: Trace) -> dict[str, nn.Module]:
         else:
             continue
         if weight is not None and weight in trace.depth:
-            found[name] = module
-    return found
+            modules[name] = module
+    return modules
 
 
 def choose(
     towers: Mapping[str, Mapping[str, nn.Module]], inside: Set[nn.Module], config: LoraConfig
 ) -> dict[str, list[str]]:
-    """For each tower the names of the modules that get an adapter.
+    """The names of the modules that get an adapter, by tower.
 
     Args:
-        towers: by tower, `adaptable` modules by name.
-        inside: the modules within layers, where they are looked for when no targets are given.
+        towers: by tower, the `adaptable` modules by name.
+        inside: the modules inside layers; without `targets` only modules inside layers get an adapter.
+        config: the targets and the dropout.
 
-    Raises ValueError for a target that names nothing, and for a tower without any.
+    Raises:
+        ValueError: a target names no module, a tower has no module to adapt, or a fused attention would need dropout.
     """
     chosen: dict[str, list[str]] = {}
     for tower, modules in towers.items():
@@ -77,38 +86,46 @@ def choose(
                 f"encoder.lora: the layers of the {tower} tower hold nothing linear to adapt; lora.targets can name "
                 f"{_listing(modules)}"
             )
-    there = "; ".join(f"in the {tower} tower there is {_listing(modules)}" for tower, modules in towers.items())
+    available = "; ".join(f"the {tower} tower has {_listing(modules)}" for tower, modules in towers.items())
     for target in config.targets or ():
         if not any(_names(target, name) for names in chosen.values() for name in names):
-            raise ValueError(f"encoder.lora.targets: {target!r} is nothing that can be adapted; {there}")
+            raise ValueError(f"encoder.lora.targets: {target!r} names no module that can be adapted; {available}")
     for tower, names in chosen.items():
         if not names:
-            raise ValueError(f"encoder.lora.targets: none of them is in the {tower} tower; {there}")
+            raise ValueError(f"encoder.lora.targets: none of the targets is in the {tower} tower; {available}")
         fused = [name for name in names if isinstance(towers[tower][name], nn.MultiheadAttention)]
         if config.dropout and fused:
             raise ValueError(
                 f"encoder.lora.dropout: {_short(fused[0])!r} of the {tower} tower is a fused attention, which takes "
-                f"none; set it to 0, or lora.targets to other modules; {there}"
+                f"none; set it to 0, or lora.targets to other modules; {available}"
             )
     return chosen
 
 
 def _names(target: str, name: str) -> bool:
+    """Whether a target names a module: as a whole, or as the last parts of the dotted name."""
     return name == target or name.endswith(f".{target}")
 
 
 def _short(name: str) -> str:
-    """The last part of a name that says something: `layers.0.mlp.fc1` -> `fc1`, `downsample.0` as it is."""
+    """The last part of a dotted name, with the part before a number: `layers.0.mlp.fc1` -> `fc1`, `downsample.0`."""
     parts = name.split(".")
     return ".".join(parts[-2:] if parts[-1].isdigit() else parts[-1:])
 
 
 def _listing(modules: Mapping[str, nn.Module]) -> str:
+    """The distinct short names of modules, for an error message."""
     return ", ".join(dict.fromkeys(_short(name) for name in modules)) or "nothing"
 
 
 def add_adapters(root: nn.Module, names: Sequence[str], config: LoraConfig) -> None:
-    """Put adapters on the modules `names` below `root`; nothing else of `root` is trained from then on."""
+    """Put adapters on modules; only adapters are trained from then on.
+
+    Args:
+        root: a module of a tower.
+        names: names of the modules below `root` that get an adapter.
+        config: rank, scale and dropout of the adapters.
+    """
     import peft  # slow to import, and most runs do without
 
     from mmctr.encoders.attention import LoraAttention
@@ -116,18 +133,18 @@ def add_adapters(root: nn.Module, names: Sequence[str], config: LoraConfig) -> N
     pattern = "|".join(re.escape(name) for name in names)
     settings = peft.LoraConfig(
         r=config.rank,
-        lora_alpha=config.alpha,  # type: ignore[arg-type]  # peft only divides by the rank
+        lora_alpha=cast(int, config.alpha),  # peft only divides by the rank
         lora_dropout=config.dropout,
         target_modules=f"(?:{pattern})",
     )
     settings._register_custom_module({nn.MultiheadAttention: LoraAttention})
     peft.inject_adapter_in_model(settings, root)
-    del root.peft_config  # transformers would take it for adapters of its own
+    del root.peft_config  # transformers would take the attribute for an adapter of transformers
 
 
 @torch.no_grad()
 def merge_adapters(root: nn.Module) -> None:
-    """Add what the adapters below `root` say to the weights they adapt, and take the adapters out."""
+    """Add the adapters below `root` to the adapted weights, and replace each adapted module by the plain module."""
     from peft.tuners.lora import LoraLayer
 
     for name, child in list(root.named_children()):

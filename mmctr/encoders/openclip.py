@@ -1,4 +1,4 @@
-"""Any open_clip model as an encoder: built-in names, pretrained tags, hf-hub: names, or a small model from a config."""
+"""Models of open_clip as encoders: built-in names, pretrained tags, `hf-hub:` names, or a fresh architecture."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class OpenClipEncoderConfig(EncoderOptions):
 
     name: Literal["openclip"] = "openclip"
     model: str | None = None
-    """open_clip's name ("ViT-B-32"), or "hf-hub:org/name", or "local-dir:path"; None when `architecture` is given"""
+    """a name of open_clip ("ViT-B-32"), "hf-hub:org/name", or "local-dir:path"; None when `architecture` is given"""
     pretrained: str | None = None
-    """open_clip's tag or a weights file for built-in names; the other kinds bring their own weights"""
+    """a tag of open_clip or a file of weights, for built-in names; models of a hub or folder include the weights"""
     architecture: dict[str, Any] | str | None = None
-    """an open_clip model config (embed_dim, vision_cfg, text_cfg), or a JSON file of one: a small model from scratch"""
+    """a model config of open_clip (embed_dim, vision_cfg, text_cfg), or a JSON file with one, for fresh weights"""
     image: TowerMode = "full"
     """how the image tower trains: `full`, `lora` (adapters alone) or `frozen`"""
     text: TowerMode = "full"
@@ -34,14 +34,25 @@ class OpenClipEncoderConfig(EncoderOptions):
 
     @property
     def modes(self) -> dict[str, TowerMode]:
+        """The training mode of each tower, by the names "image" and "text"."""
         return {"image": self.image, "text": self.text}
 
     def build(self, folder: Path | None = None) -> OpenClipEncoder:
-        """From names and weights; or, given the folder `save` wrote, the same architecture with fresh weights."""
+        """The encoder; given a folder that `save` wrote, the same architecture with fresh weights."""
         return OpenClipEncoder(self, folder)
 
 
 class OpenClipEncoder(EncoderBase):
+    """A model of open_clip.
+
+    Args:
+        config: the model, and how the towers train.
+        folder: a folder that `save` wrote, for the same architecture with fresh weights.
+
+    Raises:
+        ValueError: not exactly one of `model` and `architecture` is given, or open_clip cannot build the model.
+    """
+
     def __init__(self, config: OpenClipEncoderConfig, folder: Path | None = None):
         if folder is not None:
             model, self._tokenizer, self._architecture = _from_folder(folder)
@@ -59,7 +70,7 @@ class OpenClipEncoder(EncoderBase):
         size = preprocess["size"]
         self.image_size = size if isinstance(size, int) else size[0]
         self.image_dim = self.text_dim = int(self._architecture["embed_dim"])
-        # the task owns temperature and bias; a second pair here would be parameters without a gradient
+        # the objectives train temperature and bias; those of the model would be parameters without a gradient
         if folder is None and (config.pretrained or (config.model or "").startswith(("hf-hub:", "local-dir:"))):
             self.logit_scale = float(model.logit_scale)
             self.logit_bias = None if getattr(model, "logit_bias", None) is None else float(model.logit_bias)
@@ -70,6 +81,7 @@ class OpenClipEncoder(EncoderBase):
         self.set_up(folder)
 
     def tower(self, name: str) -> list[nn.Module]:
+        """The modules of the tower "image" or "text"."""
         if name == "image":
             return [self.model.visual]
         if hasattr(self.model, "text"):
@@ -79,6 +91,7 @@ class OpenClipEncoder(EncoderBase):
         return [*modules, projection] if isinstance(projection, nn.Module) else modules
 
     def tower_parameters(self, name: str) -> list[nn.Parameter]:
+        """All parameters of the tower "image" or "text", parameters outside the modules of the tower included."""
         parameters = super().tower_parameters(name)
         if name == "text" and not hasattr(self.model, "text"):
             outside = (self.model.positional_embedding, self.model.text_projection)
@@ -86,17 +99,21 @@ class OpenClipEncoder(EncoderBase):
         return parameters
 
     def encode_image(self, image: Tensor) -> Tensor:
+        """Features (U, image_dim) of pictures (U, 3, H, W) uint8."""
         with self.gradient("image"):
             return self.model.encode_image(self.transform(self.training)(image))
 
     def encode_text(self, input_ids: Tensor) -> Tensor:
+        """Features (U, text_dim) of tokens (U, T) int."""
         with self.gradient("text"):
             return self.model.encode_text(input_ids)
 
     def tokenize(self, texts: list[str]) -> Tensor:
+        """Tokens (n, T) int of n texts."""
         return self._tokenizer(texts)
 
     def save(self, folder: Path) -> None:
+        """Write the config of model and preprocessing, the adapters and the tokenizer, without weights."""
         folder.mkdir(parents=True, exist_ok=True)
         preprocess = _open_clip().get_model_preprocess_cfg(self.model)
         write_json(folder / CONFIG_NAME, {"model_cfg": self._architecture, "preprocess_cfg": preprocess})
@@ -107,14 +124,15 @@ class OpenClipEncoder(EncoderBase):
 
 
 def _open_clip() -> Any:
-    """Imported when a model is made: a second and 250 MB that rankers without an encoder need not pay."""
+    """The module open_clip, imported when a model is made: rankers without an encoder save a second and 250 MB."""
     import open_clip
 
     return open_clip
 
 
 def _from_folder(folder: Path) -> tuple[Any, Any, dict[str, Any]]:
-    # never fetch weights for the towers: they come from the run, so open_clip's warning that there are none is noise
+    """Model with fresh weights, tokenizer and model config, from a folder with a config of open_clip."""
+    # the weights come from the run, so the warning of open_clip that the folder has no weights is misleading
     open_clip, name = _open_clip(), f"local-dir:{folder}"
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
@@ -126,6 +144,7 @@ def _from_folder(folder: Path) -> tuple[Any, Any, dict[str, Any]]:
 
 
 def _from_architecture(architecture: dict[str, Any] | str) -> tuple[Any, Any, dict[str, Any]]:
+    """Model with fresh weights, tokenizer and model config, from a model config or a JSON file with one."""
     if isinstance(architecture, str):
         try:
             architecture = json.loads(Path(architecture).read_text(encoding="utf-8"))
@@ -143,6 +162,7 @@ def _from_architecture(architecture: dict[str, Any] | str) -> tuple[Any, Any, di
 
 
 def _from_name(name: str, pretrained: str | None) -> tuple[Any, Any, dict[str, Any]]:
+    """Model, tokenizer and model config of a name of open_clip, a hub or a folder."""
     open_clip = _open_clip()
     try:
         architecture = open_clip.get_model_config(name)

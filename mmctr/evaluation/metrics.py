@@ -1,10 +1,10 @@
-"""Ranking and retrieval metrics on NumPy arrays: AUC, gAUC, log loss, calibration, recall@k, bootstrap intervals.
+"""Ranking metrics on NumPy arrays: AUC, gAUC, log loss, calibration, and bootstrap intervals.
 
-Labels are 0/1 (1 = click), scores are finite numbers of any scale where higher means "rather a click"; log loss and
-calibration need probabilities. Letters: B impressions, G users (groups), Q queries, C candidates, D embedding.
+Labels are 0/1 (1 = click), scores are finite numbers of any scale, where a higher score means a more probable click;
+log loss and calibration need probabilities. Letters: B impressions, G users (groups).
 
-A metric that the data does not define (AUC of one class, calibration without clicks) is nan here, and None in the
-dictionaries of `impression_metrics` and `ranking_report`, which go into JSON files.
+A metric that the data does not define (AUC of one class, calibration without clicks) is nan in this module, and None in
+the dictionaries of `impression_metrics` and `ranking_report`, which go into JSON files.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from mmctr.evaluation.checks import check_probabilities, checked_scores, numbered_users
+
 CLICK_BUCKETS: tuple[tuple[int, int | None], ...] = ((0, 0), (1, 5), (6, 20), (21, 100), (101, None))
-"""Clicks of the target item in training: first and last (inclusive) of each bucket, None = no upper end."""
+"""buckets of the number of training clicks of the target item: first and last number (inclusive), None = no limit"""
 
 
 def auc(labels: ArrayLike, scores: ArrayLike) -> float:
@@ -39,7 +41,7 @@ def auc(labels: ArrayLike, scores: ArrayLike) -> float:
         assert mmctr.auc(labels=[1, 0, 1, 0], scores=[0.9, 0.8, 0.7, 0.1]) == 0.75
         ```
     """
-    labels, scores = _checked(labels, scores)
+    labels, scores = checked_scores(labels, scores)
     negatives, positives = np.sort(scores[~labels]), np.sort(scores[labels])
     if not len(negatives) or not len(positives):
         return math.nan
@@ -71,17 +73,25 @@ def gauc(labels: ArrayLike, scores: ArrayLike, groups: ArrayLike) -> float:
         assert mmctr.gauc([1, 0, 0, 1, 1], [0.9, 0.2, 0.7, 0.3, 0.8], users) == (2 * 1.0 + 3 * 0.5) / 5
         ```
     """
-    labels, scores = _checked(labels, scores)
-    return _weighted_mean(*_user_aucs(labels, scores, _user_rows(groups, len(labels))))
+    labels, scores = checked_scores(labels, scores)
+    return _weighted_mean(*_user_aucs(labels, scores, numbered_users(groups, len(labels))))
 
 
 def log_loss(labels: ArrayLike, probabilities: ArrayLike) -> float:
     """Mean binary cross-entropy in nats, in float64, with probabilities clipped to [1e-7, 1 - 1e-7].
 
-    labels and probabilities are (B,). nan for no rows. Raises ValueError on probabilities outside [0, 1].
+    Args:
+        labels: (B,) 0 or 1.
+        probabilities: (B,) in [0, 1].
+
+    Returns:
+        A number of nats; nan for no rows.
+
+    Raises:
+        ValueError: unequal lengths, labels other than 0 and 1, or probabilities outside [0, 1].
     """
-    labels, probabilities = _checked(labels, probabilities, name="probabilities")
-    _check_probabilities(probabilities)
+    labels, probabilities = checked_scores(labels, probabilities, name="probabilities")
+    check_probabilities(probabilities)
     if not len(labels):
         return math.nan
     clipped = np.clip(probabilities, 1e-7, 1 - 1e-7)
@@ -89,53 +99,22 @@ def log_loss(labels: ArrayLike, probabilities: ArrayLike) -> float:
 
 
 def calibration(labels: ArrayLike, probabilities: ArrayLike) -> float:
-    """Predicted clicks over observed clicks: 1 is right, 2 promises twice the clicks that came.
+    """Predicted clicks divided by observed clicks: 1 is calibrated, 2 predicts twice the observed clicks.
 
-    labels and probabilities are (B,). nan without a click. Raises ValueError on probabilities outside [0, 1].
+    Args:
+        labels: (B,) 0 or 1.
+        probabilities: (B,) in [0, 1].
+
+    Returns:
+        The ratio; nan without a click.
+
+    Raises:
+        ValueError: unequal lengths, labels other than 0 and 1, or probabilities outside [0, 1].
     """
-    labels, probabilities = _checked(labels, probabilities, name="probabilities")
-    _check_probabilities(probabilities)
+    labels, probabilities = checked_scores(labels, probabilities, name="probabilities")
+    check_probabilities(probabilities)
     clicks = int(labels.sum())
     return float(probabilities.sum() / clicks) if clicks else math.nan
-
-
-def recall_at_k(
-    queries: ArrayLike,
-    candidates: ArrayLike,
-    ks: Sequence[int] = (1, 5, 10),
-    query_ids: ArrayLike | None = None,
-    candidate_ids: ArrayLike | None = None,
-    chunk: int = 1024,
-) -> dict[str, float]:
-    """Share of queries whose right candidate is among the k with the largest inner product: {"R@1": ..., ...}.
-
-    queries (Q, D) and candidates (C, D) are floats; normalise them first for cosine similarity. The right answer of
-    query i is candidate i, or, with query_ids (Q,) and candidate_ids (C,), the best of the candidates with its id.
-    Ties count against: the rank is the number of wrong candidates that score at least as high, up to rounding, so an
-    encoder that gives every item the same vector gets about 0 and not 1. Memory is chunk × C floats.
-
-    Raises ValueError on shapes that do not fit, values that are not finite, and a query without a right candidate.
-    """
-    queries, candidates = _as_vectors(queries, "queries"), _as_vectors(candidates, "candidates")
-    if queries.shape[1] != candidates.shape[1]:
-        raise ValueError(
-            f"queries have {queries.shape[1]} dimensions and candidates {candidates.shape[1]}: "
-            f"encode both with the same encoder"
-        )
-    if any(k < 1 for k in ks):
-        raise ValueError(f"ks is {tuple(ks)}: give positive numbers, for example (1, 5, 10)")
-    query_key, candidate_key = _retrieval_keys(len(queries), len(candidates), query_ids, candidate_ids)
-    largest = np.linalg.norm(candidates, axis=1).max(initial=0.0)
-    rank = np.empty(len(queries), dtype=np.int64)
-    for start in range(0, len(queries), chunk):
-        part = queries[start : start + chunk]
-        scores = part @ candidates.T  # (chunk, C)
-        right = query_key[start : start + chunk, None] == candidate_key[None, :]
-        best = np.where(right, scores, -np.inf).max(axis=1)
-        # the same vectors can give sums that differ in the last bits, by their place in the matrix product
-        rounding = 8 * np.finfo(scores.dtype).eps * np.linalg.norm(part, axis=1) * largest
-        rank[start : start + chunk] = ((scores >= (best - rounding)[:, None]) & ~right).sum(axis=1)
-    return {f"R@{k}": float((rank < k).mean()) if len(rank) else math.nan for k in ks}
 
 
 def bootstrap_intervals(
@@ -146,14 +125,27 @@ def bootstrap_intervals(
     seed: int = 0,
     confidence: float = 0.95,
 ) -> dict[str, list[float]]:
-    """Percentile intervals of AUC and gAUC over resampled users: {"auc_ci": [lo, hi], "gauc_ci": [lo, hi]}.
+    """Percentile bootstrap intervals of AUC and gAUC over resampled users.
 
-    Users, not impressions, are drawn with replacement, as impressions of one user are not independent. The interval
-    says nothing of the spread between training seeds. labels, scores, groups are (B,). Both ends are nan when fewer
-    than two users bear on the metric. Errors as for `auc`.
+    Users, not impressions, are drawn with replacement, because impressions of one user are not independent. The
+    interval does not include the variation between training seeds.
+
+    Args:
+        labels: (B,) 0 or 1.
+        scores: (B,).
+        groups: (B,) the user of each impression.
+        num_samples: number of resamples.
+        seed: seed of the resamples.
+        confidence: probability mass of the interval, in (0, 1).
+
+    Returns:
+        {"auc_ci": [lo, hi], "gauc_ci": [lo, hi]}; both ends are nan when fewer than two users define the metric.
+
+    Raises:
+        ValueError: as `auc`, and for a confidence outside (0, 1).
     """
-    labels, scores = _checked(labels, scores)
-    users = _user_rows(groups, len(labels))
+    labels, scores = checked_scores(labels, scores)
+    users = numbered_users(groups, len(labels))
     auc_samples, gauc_samples = _bootstrap(labels, [scores], users, num_samples, seed)
     return {"auc_ci": interval(auc_samples[:, 0], confidence), "gauc_ci": interval(gauc_samples[:, 0], confidence)}
 
@@ -167,15 +159,30 @@ def paired_difference(
     seed: int = 0,
     confidence: float = 0.95,
 ) -> dict[str, Any]:
-    """How much better b ranks than a: {"auc": b - a, "auc_ci": [lo, hi], "gauc": b - a, "gauc_ci": [lo, hi]}.
+    """Differences of AUC and gAUC between two scores of the same impressions, with bootstrap intervals.
 
-    Both scores are of the same impressions and see the same resampled users, so what is common to both cancels and
-    the interval is narrower than two separate ones. All arguments are (B,); errors and nan as `bootstrap_intervals`.
+    Both scores are evaluated on the same resampled users, so common variation cancels and the interval is narrower than
+    two separate intervals.
+
+    Args:
+        labels: (B,) 0 or 1.
+        scores_a: (B,).
+        scores_b: (B,).
+        groups: (B,) the user of each impression.
+        num_samples: number of resamples.
+        seed: seed of the resamples.
+        confidence: probability mass of the interval, in (0, 1).
+
+    Returns:
+        {"auc": b - a, "auc_ci": [lo, hi], "gauc": b - a, "gauc_ci": [lo, hi]}, nan as in `bootstrap_intervals`.
+
+    Raises:
+        ValueError: as `bootstrap_intervals`.
     """
-    found: dict[str, Any] = {}
+    differences: dict[str, Any] = {}
     for name, (values, samples) in paired_samples(labels, [scores_a], [scores_b], groups, num_samples, seed).items():
-        found |= {name: float(values[0]), f"{name}_ci": interval(samples[:, 0], confidence)}
-    return found
+        differences |= {name: float(values[0]), f"{name}_ci": interval(samples[:, 0], confidence)}
+    return differences
 
 
 def paired_samples(
@@ -186,15 +193,26 @@ def paired_samples(
     num_samples: int = 200,
     seed: int = 0,
 ) -> dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]:
-    """How much better each b ranks than its a: {"auc": (b - a, of resampled users), "gauc": the same}.
+    """Differences of AUC and gAUC of P pairs of scores, on all users and on resampled users.
 
-    labels and groups are (B,), scores_a and scores_b P arrays (B,); the pairs are (P,) and (num_samples, P), where all
-    pairs of a sample see the same users. Errors and nan as `bootstrap_intervals`.
+    Args:
+        labels: (B,) 0 or 1.
+        scores_a: P arrays (B,).
+        scores_b: P arrays (B,).
+        groups: (B,) the user of each impression.
+        num_samples: number of resamples; all pairs of a resample have the same users.
+        seed: seed of the resamples.
+
+    Returns:
+        For "auc" and "gauc" the differences b - a (P,) on all users, and (num_samples, P) on resampled users.
+
+    Raises:
+        ValueError: as `auc`.
     """
-    truth = _checked(labels, scores_a[0], name="scores_a")[0]
-    a = [_checked(labels, scores, name="scores_a")[1] for scores in scores_a]
-    b = [_checked(labels, scores, name="scores_b")[1] for scores in scores_b]
-    users = _user_rows(groups, len(truth))
+    truth = checked_scores(labels, scores_a[0], name="scores_a")[0]
+    a = [checked_scores(labels, scores, name="scores_a")[1] for scores in scores_a]
+    b = [checked_scores(labels, scores, name="scores_b")[1] for scores in scores_b]
+    users = numbered_users(groups, len(truth))
     pairs = list(zip(a, b, strict=True))
     values = {
         "auc": [auc(truth, later) - auc(truth, first) for first, later in pairs],
@@ -210,13 +228,24 @@ def paired_samples(
 def impression_metrics(
     labels: ArrayLike, probabilities: ArrayLike, users: ArrayLike, num_bootstrap: int = 200, seed: int = 0
 ) -> dict[str, Any]:
-    """All metrics of a set of impressions as JSON-ready Python numbers; what the data does not define is None.
+    """All metrics of a set of impressions, as Python numbers for JSON; None for a metric the data does not define.
 
-    labels, probabilities, users are (B,). Keys: auc, gauc, log_loss, calibration, num_impressions, num_positives,
-    auc_ci and gauc_ci ([lo, hi], 95%, `num_bootstrap` resamples of users; None when `num_bootstrap` is 0).
+    Args:
+        labels: (B,) 0 or 1.
+        probabilities: (B,) in [0, 1].
+        users: (B,) the user of each impression.
+        num_bootstrap: number of resamples of users.
+        seed: seed of the resamples.
+
+    Returns:
+        auc, gauc, log_loss, calibration, num_impressions, num_positives, and the 95% intervals auc_ci and gauc_ci as
+        [lo, hi], None when `num_bootstrap` is 0.
+
+    Raises:
+        ValueError: as `log_loss`.
     """
-    labels, probabilities = _checked(labels, probabilities, name="probabilities")
-    users = _user_rows(users, len(labels))
+    labels, probabilities = checked_scores(labels, probabilities, name="probabilities")
+    users = numbered_users(users, len(labels))
     result: dict[str, Any] = {
         "auc": auc(labels, probabilities),
         "gauc": gauc(labels, probabilities, users),
@@ -238,14 +267,26 @@ def ranking_report(
     num_bootstrap: int = 200,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """`impression_metrics` of all impressions, of warm and cold targets, and by clicks of the target in training.
+    """`impression_metrics` of all impressions, of warm and cold targets, and by training clicks of the target.
 
-    All arguments are (B,): cold is True where the target item never occurred in training, clicks counts its clicks
-    there. Returns {"all": M, "warm": M, "cold": M, "buckets": [{"clicks": "1-5", **M}, ...]}, the buckets being
-    those of `CLICK_BUCKETS`, empty ones included. Raises ValueError on unequal lengths and negative clicks.
+    Args:
+        labels: (B,) 0 or 1.
+        probabilities: (B,) in [0, 1].
+        users: (B,) the user of each impression.
+        cold: (B,) bool, whether the target item never occurred in training.
+        clicks: (B,) number of training clicks of the target item.
+        num_bootstrap: number of resamples of users.
+        seed: seed of the resamples.
+
+    Returns:
+        {"all": M, "warm": M, "cold": M, "buckets": [{"clicks": "1-5", **M}, ...]}, with the buckets of `CLICK_BUCKETS`,
+        empty buckets included.
+
+    Raises:
+        ValueError: as `log_loss`, and for unequal lengths and negative clicks.
     """
-    labels, probabilities = _checked(labels, probabilities, name="probabilities")
-    users = _user_rows(users, len(labels))
+    labels, probabilities = checked_scores(labels, probabilities, name="probabilities")
+    users = numbered_users(users, len(labels))
     cold, clicks = np.asarray(cold), np.asarray(clicks)
     for name, column in (("cold", cold), ("clicks", clicks)):
         if column.shape != labels.shape:
@@ -265,53 +306,16 @@ def ranking_report(
 
 
 def bucket_name(first: int, last: int | None) -> str:
-    """The words for a bucket of click counts: "0", "1-5", ">100"."""
+    """The name of a bucket of click counts: "0", "1-5", ">100"."""
     if last is None:
         return f">{first - 1}"
     return str(first) if first == last else f"{first}-{last}"
 
 
-def _checked(labels: ArrayLike, scores: ArrayLike, name: str = "scores") -> tuple[NDArray[np.bool_], NDArray[Any]]:
-    """labels as (B,) bool and scores as (B,) float64, or a ValueError."""
-    labels, scores = np.asarray(labels), np.asarray(scores, dtype=np.float64)
-    if labels.ndim != 1 or labels.shape != scores.shape:
-        raise ValueError(
-            f"labels have shape {labels.shape} and {name} {scores.shape}: give one-dimensional arrays of equal length"
-        )
-    positive = labels == 1
-    wrong = ~positive & (labels != 0)
-    if wrong.any():
-        raise ValueError(f"labels contain {labels[wrong][0]!r}: use 0 for no click and 1 for a click")
-    finite = np.isfinite(scores)
-    if not finite.all():
-        row = int(np.argmin(finite))
-        raise ValueError(
-            f"{name} has {int((~finite).sum())} values that are not finite, the first is {scores[row]} in row {row}: "
-            f"the model diverged, train it with a lower learning rate or gradient clipping"
-        )
-    return positive, scores
-
-
-def _check_probabilities(probabilities: NDArray[Any]) -> None:
-    if len(probabilities) and (probabilities.min() < 0 or probabilities.max() > 1):
-        raise ValueError(
-            f"probabilities range from {probabilities.min():g} to {probabilities.max():g}: give values in [0, 1], "
-            f"the sigmoid of logits"
-        )
-
-
-def _user_rows(groups: ArrayLike, length: int) -> NDArray[np.int64]:
-    """Users as numbers 0..G-1 in the order of their ids."""
-    groups = np.asarray(groups)
-    if groups.shape != (length,):
-        raise ValueError(f"groups have shape {groups.shape} and labels ({length},): give one user an impression")
-    return np.unique(groups, return_inverse=True)[1].reshape(-1)
-
-
 def _user_aucs(
     labels: NDArray[np.bool_], scores: NDArray[Any], users: NDArray[np.int64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """AUC (G,) and weight (G,) of each user 0..G-1; a user with one class has AUC 0 and weight 0."""
+    """AUC (G,) and weight (G,) of each user 0..G-1; a user with equal labels has AUC 0 and weight 0."""
     num_users = int(users.max(initial=-1)) + 1
     if not num_users:
         return np.zeros(0), np.zeros(0)
@@ -333,12 +337,13 @@ def _user_aucs(
 
 
 def _weighted_mean(values: NDArray[np.float64], weights: NDArray[np.float64]) -> float:
+    """The weighted mean of values (n,); nan where all weights are 0."""
     total = weights.sum()
     return float(values @ weights / total) if total else math.nan
 
 
 def _resampled_users(num_users: int, num_samples: int, seed: int) -> Iterator[NDArray[np.int64]]:
-    """How often each user (G,) is drawn in each sample of G draws with replacement."""
+    """For each sample of G draws with replacement, the number of draws of each user (G,)."""
     generator = np.random.default_rng(seed)
     for _ in range(num_samples):
         # counting uniform draws is the multinomial, ten times faster than `Generator.multinomial`
@@ -352,7 +357,7 @@ def _bootstrap(
     aucs = np.full((num_samples, len(scores)), math.nan)
     gaucs = np.full((num_samples, len(scores)), math.nan)
     num_users = int(users.max(initial=-1)) + 1
-    if num_users < 2:  # resampling one user repeats the same data: an interval of width 0 would be a lie
+    if num_users < 2:  # resamples of one user repeat the same data: an interval of width 0 would be wrong
         return aucs, gaucs
     users_of_clicks, users_of_others = users[labels], users[~labels]
     prepared = []
@@ -367,7 +372,7 @@ def _bootstrap(
         pairs = float(click_weights.sum()) * float(times[users_of_others].sum())
         for column, (others, below, below_or_equal, user_auc, user_weight) in enumerate(prepared):
             if pairs:
-                mass = np.append(0, np.cumsum(times[others]))  # weight of the non-clicks before each place
+                mass = np.append(0, np.cumsum(times[others]))  # weight of the non-clicks before each position
                 aucs[sample, column] = float(click_weights @ (mass[below] + mass[below_or_equal])) / (2 * pairs)
             if np.count_nonzero(user_weight) > 1:
                 gaucs[sample, column] = _weighted_mean(user_auc, user_weight * times)
@@ -375,7 +380,18 @@ def _bootstrap(
 
 
 def interval(samples: NDArray[np.float64], confidence: float = 0.95) -> list[float]:
-    """Percentile interval [lo, hi] of the (num_samples,) values that are not nan; both ends nan where there is none."""
+    """Percentile interval of values.
+
+    Args:
+        samples: (num_samples,); nan values are ignored.
+        confidence: probability mass of the interval, in (0, 1).
+
+    Returns:
+        [lo, hi]; both ends are nan where all values are nan.
+
+    Raises:
+        ValueError: a confidence outside (0, 1).
+    """
     if not 0 < confidence < 1:
         raise ValueError(f"confidence is {confidence}: give a number between 0 and 1, for example 0.95")
     samples = samples[~np.isnan(samples)]
@@ -383,37 +399,3 @@ def interval(samples: NDArray[np.float64], confidence: float = 0.95) -> list[flo
         return [math.nan, math.nan]
     tail = (1 - confidence) / 2
     return [float(end) for end in np.quantile(samples, [tail, 1 - tail])]
-
-
-def _as_vectors(values: ArrayLike, name: str) -> NDArray[Any]:
-    values = np.asarray(values)
-    if values.ndim != 2:
-        raise ValueError(f"{name} have shape {values.shape}: give one vector a row, (rows, dimensions)")
-    if values.dtype != np.float64:
-        values = values.astype(np.float32)  # half precision has no fast product and too few digits
-    if not np.isfinite(values).all():
-        raise ValueError(f"{name} hold values that are not finite: the encoder diverged, train it again")
-    return values
-
-
-def _retrieval_keys(
-    num_queries: int, num_candidates: int, query_ids: ArrayLike | None, candidate_ids: ArrayLike | None
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Numbers (Q,) and (C,) that are equal where the candidate is a right answer."""
-    if (query_ids is None) != (candidate_ids is None):
-        raise ValueError("query_ids and candidate_ids go together: give both or neither")
-    if query_ids is None or candidate_ids is None:
-        if num_queries > num_candidates:
-            raise ValueError(f"{num_queries} queries and {num_candidates} candidates: give query_ids and candidate_ids")
-        return np.arange(num_queries), np.arange(num_candidates)
-    query_ids, candidate_ids = np.asarray(query_ids), np.asarray(candidate_ids)
-    for name, ids, rows in (("query_ids", query_ids, num_queries), ("candidate_ids", candidate_ids, num_candidates)):
-        if ids.shape != (rows,):
-            raise ValueError(f"{name} have shape {ids.shape} for {rows} vectors: give one id a vector")
-    keys = np.unique(np.concatenate([query_ids, candidate_ids]), return_inverse=True)[1].reshape(-1)
-    lost = ~np.isin(keys[:num_queries], keys[num_queries:])
-    if lost.any():
-        raise ValueError(
-            f"query_ids contain {query_ids[lost][0]!r}, which no candidate has: add that candidate or drop the query"
-        )
-    return keys[:num_queries], keys[num_queries:]

@@ -1,4 +1,4 @@
-"""What a pretraining run is judged by: validation items and clicks, and the numbers on them."""
+"""Evaluation of a pretraining run: validation items, validation clicks, and the metrics on both."""
 
 from __future__ import annotations
 
@@ -27,28 +27,34 @@ from mmctr.evaluation.probes import (
 from mmctr.tasks import PretrainTask
 
 MAX_COCLICKS = 5000
-"""validation pairs of clicks that are ranked"""
+"""largest number of pairs of clicks that are ranked"""
 MAX_CANDIDATES = 20_000
-"""items they are ranked among"""
+"""number of items among which the targets of the pairs are ranked"""
 MAX_PROMPTS = 256
-"""values of an attribute told apart without training, the commonest"""
+"""largest number of values of an attribute in zero-shot classification, the most frequent values"""
 
 
 @dataclass(frozen=True)
 class ValidationCoClicks:
-    """Pairs of the validation part of the log: the item a user clicked last, and the one clicked then."""
+    """Pairs of items from the validation part of the log: a clicked item and the latest item clicked before."""
 
     rows: np.ndarray
-    """(n,) catalog rows of the candidates, among which are all anchors and targets"""
+    """(n,) catalog rows of the candidates, all anchors and targets included"""
     anchors: np.ndarray
-    """(P,) positions in `rows`"""
+    """(P,) positions in `rows` of the items clicked before"""
     targets: np.ndarray
+    """(P,) positions in `rows` of the clicked items"""
     cold: np.ndarray
-    """(P,) bool: the target has no training click"""
+    """(P,) bool, whether the target has no training click"""
 
     @classmethod
     def make(cls, splits: Splits, has_content: np.ndarray) -> ValidationCoClicks | None:
-        """None when there are no such pairs. Which are taken does not depend on the training seed."""
+        """The pairs of a split, which do not depend on the training seed; None where the split has no pairs.
+
+        Args:
+            splits: the split of the log.
+            has_content: (N,) bool, the items of the catalog with content.
+        """
         part = splits.validation
         rows = np.flatnonzero((part.label == 1) & (part.history_end > part.history_start))
         anchor, target = part.history[part.history_end[rows] - 1], part.item[rows]
@@ -62,47 +68,56 @@ class ValidationCoClicks:
         needed = np.unique(np.concatenate([anchor, target]))
         others = rng.permutation(np.setdiff1d(np.flatnonzero(has_content), needed))
         candidates = np.sort(np.concatenate([needed, others[: max(0, MAX_CANDIDATES - len(needed))]]))
-        at_anchor, at_target = np.searchsorted(candidates, anchor), np.searchsorted(candidates, target)
-        return cls(candidates, at_anchor, at_target, splits.seen[target] == 0)
+        anchors, targets = np.searchsorted(candidates, anchor), np.searchsorted(candidates, target)
+        return cls(candidates, anchors, targets, splits.seen[target] == 0)
 
 
 @dataclass(frozen=True)
 class ValidationItems:
-    """What the embeddings are judged by."""
+    """The validation items and clicks of a pretraining run."""
 
     content: Content
+    """pictures and texts of the catalog"""
     rows: np.ndarray
-    """(m,) items with picture and text that training does not see"""
+    """(m,) catalog rows of items with picture and text that are not in training"""
     attributes: dict[str, list[str | None]]
-    """values of each"""
+    """m values, of the items `rows`, by the name of the attribute"""
     coclicks: ValidationCoClicks | None = None
+    """pairs of clicks; None without a log"""
 
 
 def evaluate_pretraining(task: PretrainTask, validation: ValidationItems, accelerator: Accelerator) -> dict[str, float]:
-    """Numbers on validation items and clicks, all processes taking part:
+    """Validation metrics of a pretraining task; all processes call this.
 
-    retrieval both ways; for each attribute how often neighbours share it, and the accuracy of naming it from the
-    picture without training; `alignment`, `uniformity`, `modality_gap`; and, where there is a log, how often the item a
-    user clicks next is among the 10 nearest of the last one, and the chance that it is nearer than another one, for
-    warm items among warm and cold items among cold ones. With a head `head_...`: see `VariationalHead.numbers`; items
-    are then near by the directions of their latents.
+    Args:
+        task: the task, in evaluation mode.
+        validation: validation items and clicks.
+        accelerator: processes and device.
+
+    Returns:
+        Metrics by name: retrieval of texts by pictures and of pictures by texts; for each attribute the fraction of
+        neighbours with the same value, and the accuracy of zero-shot classification of pictures; `alignment`,
+        `uniformity` and `modality_gap`; with a log, `coclick_recall`, the fraction of pairs whose target is among the
+        10 nearest items of the anchor, and `coclick_auc_warm` and `coclick_auc_cold`, the probability that the target
+        is nearer to the anchor than another warm or cold item; with a head the metrics of `VariationalHead.numbers`
+        with the prefix `head_`, and neighbours by the direction of the latents.
     """
     if not (task.shares_space or task.config.item_vector == "concat" or task.head is not None):
-        return {"mean_recall": 0.0}  # two spaces, and no vector of both
+        return {"mean_recall": 0.0}  # features are in two spaces, and items have no common vector
     content, rows = validation.content, validation.rows
     images, has = embed_rows(task, content, rows, accelerator, "image")
     texts, _ = embed_rows(task, content, rows, accelerator, "text")
     pair = torch.from_numpy(images), torch.from_numpy(texts)
-    both = torch.from_numpy(has)  # all of them have
+    both = torch.from_numpy(has)  # all validation items have picture and text
     if task.head is None:
         items = task.item_vectors(pair[0], both, pair[1], both).numpy()
     else:
-        items, in_nats = _head_numbers(task.head, *pair, accelerator)
+        items, head_metrics = _head_metrics(task.head, *pair, accelerator)
     numbers = retrieval_both_ways(images, texts) if task.shares_space else {"mean_recall": 0.0}
     if task.shares_space:
         numbers |= {"alignment": alignment(images, texts), "modality_gap": modality_gap(images, texts)}
     if task.head is not None:
-        numbers |= in_nats
+        numbers |= head_metrics
     numbers["uniformity"] = uniformity(items)
     for name, values in validation.attributes.items():
         numbers[f"neighbours_share_{name}"] = neighbour_agreement(items, values)
@@ -114,24 +129,25 @@ def evaluate_pretraining(task: PretrainTask, validation: ValidationItems, accele
         vectors = unit_rows(embed_rows(task, content, clicks.rows, accelerator)[0])
         hit = coclick_recall(vectors, clicks.anchors, clicks.targets)
         numbers["coclick_recall"] = float(hit.mean())
-        # cold items among cold ones: beside those that training pulled together, all cold ones stand back
+        # cold items are compared with cold items: training has pulled warm items together, so that cold items are far
         for name, mask in (("warm", ~clicks.cold), ("cold", clicks.cold)):
-            of_kind = np.unique(clicks.targets[mask])
-            if len(of_kind) > 1:
+            candidates = np.unique(clicks.targets[mask])
+            if len(candidates) > 1:
                 anchors, targets = clicks.anchors[mask], clicks.targets[mask]
-                numbers[f"coclick_auc_{name}"] = coclick_auc(vectors, anchors, targets, of_kind)
+                numbers[f"coclick_auc_{name}"] = coclick_auc(vectors, anchors, targets, candidates)
     return numbers
 
 
 def unit_rows(vectors: np.ndarray) -> np.ndarray:
-    """(n, D) scaled to unit norm; zeros stay."""
+    """The rows of (n, D) scaled to unit norm; rows of zeros stay zeros."""
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(min=1e-12)
 
 
 @torch.inference_mode()
-def _head_numbers(
+def _head_metrics(
     head: VariationalHead, images: Tensor, texts: Tensor, accelerator: Accelerator
 ) -> tuple[np.ndarray, dict[str, float]]:
+    """The means of the latents (m, Z) of items, scaled to unit norm, and the metrics of the head."""
     features = {"image": images.to(accelerator.device), "text": texts.to(accelerator.device)}
     has = {name: torch.ones(len(values), dtype=torch.bool, device=values.device) for name, values in features.items()}
     mu, _ = head.posterior(features, has)
@@ -140,16 +156,17 @@ def _head_numbers(
 
 
 def _prompts(values: list[str | None]) -> tuple[list[str], np.ndarray]:
-    """The commonest values as prompts, and the (n,) prompt of each item, -1 for none."""
+    """The most frequent values as prompts, and the number (n,) of the prompt of each item, -1 for no prompt."""
     known = [value for value in values if value]
     names, counts = np.unique(known, return_counts=True) if known else (np.empty(0, str), np.empty(0, int))
-    kept = [str(name) for name in names[np.argsort(-counts, kind="stable")[:MAX_PROMPTS]]]
-    place = {name: number for number, name in enumerate(kept)}
-    return kept, np.array([place.get(value or "", -1) for value in values])
+    prompts = [str(name) for name in names[np.argsort(-counts, kind="stable")[:MAX_PROMPTS]]]
+    numbers = {name: number for number, name in enumerate(prompts)}
+    return prompts, np.array([numbers.get(value or "", -1) for value in values])
 
 
 @torch.inference_mode()
 def _text_vectors(task: PretrainTask, texts: list[str], accelerator: Accelerator) -> np.ndarray:
+    """Unit-norm features (n, D) of texts."""
     items = ItemBatch(
         row=torch.zeros(len(texts), dtype=torch.int64),
         input_ids=task.encoder.tokenize(texts).long(),

@@ -1,4 +1,7 @@
-"""Rankers: vectors in, logits out. To add one: a module, then its config in the union below."""
+"""Rankers: models that turn vectors of items and context into click logits.
+
+A new ranker is a module of this package and one more member of the union `RankerConfig`.
+"""
 
 from typing import Annotated
 

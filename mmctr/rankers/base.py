@@ -1,4 +1,4 @@
-"""What every ranker reads (RankerInput) and gives (RankerOutput), and the config fields all rankers share."""
+"""RankerInput and RankerOutput, the input and the output of every ranker, and the base class of ranker configs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mmctr.config import Config
 
 
 class BaseRankerConfig(Config):
-    """What training has to know of a ranker."""
+    """Base class of ranker configs: the properties by which training prepares the input of a ranker."""
 
     @property
     def needs_negatives(self) -> bool:
@@ -24,58 +24,61 @@ class BaseRankerConfig(Config):
         return False
 
     @property
-    def hands_over(self) -> bool:
-        """Whether the output has what MAKE hands over (`vectors` and `hidden`) and `build` takes `beside`, the sizes of
-        what an expert hands to the hidden layers; see `mmctr.tasks.expert`."""
+    def reads_expert(self) -> bool:
+        """Whether the ranker can read an expert of MAKE (`mmctr.tasks.expert`): the output has `vectors` and `hidden`,
+        and `build` takes `expert_hidden_dims`, the sizes of the hidden layers of the expert."""
         return False
 
     @property
     def needs_columns(self) -> bool:
-        """Whether `build` takes `columns`: where ID and content stand in the vector of an item."""
+        """Whether `build` takes `columns`, the columns of ID and content in the vector of an item."""
         return False
 
     @property
     def weight_dim(self) -> int | None:
-        """For linear rankers the size of the one weight vector a feature value has; None: the ranker reads embeddings
-        of the sizes configured."""
+        """For linear rankers the size of the weight vector of a feature value; None: the ranker reads embeddings of the
+        configured sizes."""
         return None
 
 
 @dataclass(frozen=True)
 class RankerInput:
-    """What a ranker sees of B impressions: vectors of the U distinct items in them, never ids or pixels.
+    """The input of a ranker for B impressions: vectors of the U distinct items, never ids or pixels.
 
-    Positions say where an item stands among these, so what depends on an item alone can be computed once an item
-    (`linear_of_rows`) instead of once a behaviour.
+    Targets and behaviours are positions in `items`, so a function of a single item can be computed once for each
+    distinct item (`linear_of_rows`) instead of once for each behaviour.
     """
 
     items: Tensor
-    """(U, D)"""
+    """(U, D) vectors of the distinct items"""
     target: Tensor
     """(B,) positions in `items`"""
     history: Tensor
     """(H,) positions in `items`, jagged, newest last"""
     history_offsets: Tensor
-    """(B + 1,)"""
+    """(B + 1,) offsets of the histories in `history`"""
     context: Tensor
     """(B, C): user vector, user and context features"""
     negatives: Tensor | None = None
-    """(H,) positions in `items`"""
+    """(H,) positions in `items`, one item without a click for each behaviour"""
     similarity: Tensor | None = None
-    """(H,) cosine of the content of each behaviour and its target, NaN where one of them has none"""
-    beside: Sequence[Tensor] = ()
-    """(B, width) each: what an expert hands to the last hidden layers, the last one's at the end"""
+    """(H,) cosines of the contents of each behaviour and the target, NaN where one of the two has no content"""
+    expert_hidden: Sequence[Tensor] = ()
+    """hidden layers of an expert, each (B, width), which are concatenated to the last hidden layers of the ranker in
+    the same order"""
 
 
 @dataclass(frozen=True)
 class RankerOutput:
+    """The output of a ranker for B impressions."""
+
     logits: Tensor
-    """(B,)"""
+    """(B,) logits of a click"""
     losses: dict[str, Tensor]
-    """auxiliary losses by name, already weighted"""
+    """auxiliary losses by name, scalars, already weighted"""
     history_weights: Tensor | None = None
-    """(H,) what each behaviour counts for; of rankers with attention, when they do not train"""
+    """(H,) attention weights of the behaviours; None for rankers without attention, and in training"""
     vectors: Sequence[Tensor] = ()
-    """(B, width) each: the target and what the user's interest in it was found to be, before the MLP"""
+    """input of the MLP without the context, each (B, width): the target vector and the interest vectors"""
     hidden: Sequence[Tensor] = ()
-    """(B, width) each: the hidden layers of the MLP, first to last"""
+    """hidden layers of the MLP, each (B, width), first to last"""

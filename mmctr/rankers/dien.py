@@ -22,34 +22,38 @@ class DIENConfig(BaseRankerConfig):
 
     name: Literal["dien"] = "dien"
     hidden_dim: int | None = Field(default=None, ge=1)
-    """size of an interest state; None: that of the item vectors. Another size puts a learned linear map between states
-    and item vectors in the auxiliary loss"""
+    """size of an interest state; None: the size of the item vectors. With another size the auxiliary loss has a learned
+    linear map between states and item vectors"""
     gate: Literal["augru", "augru_official", "agru", "aigru"] = "augru"
-    """how attention steers the evolution of interest; see `Recurrence`. `aigru` scales the input of a plain GRU"""
+    """how attention changes the GRU of interest evolution: gates of `Recurrence`, or `aigru`, a plain GRU with inputs
+    scaled by attention"""
     auxiliary_weight: float = Field(default=1.0, ge=0)
-    """of the auxiliary loss; 0: none"""
+    """weight of the auxiliary loss; 0: no auxiliary loss"""
     mlp: list[int] = [200, 80]
     """hidden sizes of the MLP on top"""
     activation: Activation = "dice"
-    """of the hidden layers of the MLP"""
+    """activation of the hidden layers of the MLP"""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """of the hidden layers of the MLP"""
+    """dropout of the hidden layers of the MLP"""
 
     @property
     def needs_negatives(self) -> bool:
+        """Whether training reads `RankerInput.negatives`: for the auxiliary loss."""
         return self.auxiliary_weight > 0
 
     @property
-    def hands_over(self) -> bool:
+    def reads_expert(self) -> bool:
+        """True: DIEN can read an expert of MAKE."""
         return True
 
-    def build(self, dim: int, context_dim: int, beside: Sequence[int] = ()) -> DIEN:
-        return DIEN(self, dim, context_dim, beside)
+    def build(self, dim: int, context_dim: int, expert_hidden_dims: Sequence[int] = ()) -> DIEN:
+        """The ranker; the arguments are those of `DIEN`."""
+        return DIEN(self, dim, context_dim, expert_hidden_dims)
 
 
 class DIEN(nn.Module):
-    """A GRU reads interest states off the behaviours; a second one, steered by attention to the target, follows how
-    the interest in such items evolves.
+    """Two recurrences: a GRU extracts interest states from the behaviours, and a second GRU, whose gate depends on the
+    attention to the target, models the evolution of the interest in the target.
 
     | | paper | official code | here |
     |---|---|---|---|
@@ -61,11 +65,17 @@ class DIEN(nn.Module):
     | top MLP input | all concatenated | user, target, sum, target * sum, state | context, and as the code |
     | activation at test time | - | batch statistics | moving averages |
 
-    The mean over steps keeps the weight of the auxiliary loss independent of how long histories are. An empty history
+    The mean over steps makes the weight of the auxiliary loss independent of the length of histories. An empty history
     has the zero state.
+
+    Args:
+        config: sizes and options.
+        dim: size D of item vectors.
+        context_dim: size C of the context.
+        expert_hidden_dims: sizes of the hidden layers of an expert that are concatenated to the last hidden layers.
     """
 
-    def __init__(self, config: DIENConfig, dim: int, context_dim: int, beside: Sequence[int] = ()):
+    def __init__(self, config: DIENConfig, dim: int, context_dim: int, expert_hidden_dims: Sequence[int] = ()):
         super().__init__()
         self.config = config
         hidden = config.hidden_dim or dim
@@ -75,9 +85,11 @@ class DIEN(nn.Module):
         self.query = nn.Linear(dim, hidden, bias=False)
         mapped = config.auxiliary_weight > 0 and hidden != dim
         self.next_item = nn.Linear(dim, hidden, bias=False) if mapped else None
-        self.mlp = MLP(3 * dim + hidden + context_dim, config.mlp, 1, config.activation, config.dropout, beside)
+        top_dim = 3 * dim + hidden + context_dim
+        self.mlp = MLP(top_dim, config.mlp, 1, config.activation, config.dropout, expert_hidden_dims)
 
     def forward(self, inputs: RankerInput) -> RankerOutput:
+        """Logits (B,), in training with the auxiliary loss, in evaluation with attention weights (H,)."""
         target = take_rows(inputs.items, inputs.target)
         layout = TimeMajor.of(inputs.history_offsets, len(inputs.history))
         history = inputs.history[layout.order]
@@ -97,22 +109,31 @@ class DIEN(nn.Module):
         else:
             evolved = self.evolver(self.evolver.input(interests), layout, attention)
         # the sum of at most one row: zero for an empty history
-        reached = (inputs.history_offsets.diff() > 0).cumsum(0)
-        state = pool_rows(evolved, layout.last[layout.last < len(evolved)], F.pad(reached, (1, 0)))
+        num_states = (inputs.history_offsets.diff() > 0).cumsum(0)
+        state = pool_rows(evolved, layout.last[layout.last < len(evolved)], F.pad(num_states, (1, 0)))
 
         total = pool_rows(inputs.items, inputs.history, inputs.history_offsets).to(target.dtype)
         top = torch.cat([inputs.context, target, total, total * target, state], dim=1)
         weights = None if self.training else attention.new_zeros(len(attention)).index_copy(0, layout.order, attention)
-        out, layers = self.mlp.through(top, inputs.beside)
+        out, layers = self.mlp.through(top, inputs.expert_hidden)
         return RankerOutput(out.squeeze(1), losses, weights, (target, state.to(target.dtype)), layers)
 
     def _auxiliary(
         self, interests: Tensor, items: Tensor, history: Tensor, negatives: Tensor, layout: TimeMajor
     ) -> Tensor:
-        """Mean over all t with a next behaviour of -[log s(h_t e_{t+1}) + log(1 - s(h_t n_{t+1}))], equation 3."""
+        """The auxiliary loss (equation 3), a scalar: the mean of -[log s(h_t e_{t+1}) + log(1 - s(h_t n_{t+1}))] over
+        all steps t with a next behaviour.
+
+        Args:
+            interests: (H, hidden) states, in the order of `layout`.
+            items: (U, D) vectors of the distinct items.
+            history: (H,) positions of the behaviours in `items`.
+            negatives: (H,) positions of the negatives in `items`.
+            layout: the time-major order of the behaviours.
+        """
         first = len(history) - len(layout.previous)
         if self.next_item is not None and 2 * len(items) > len(history):
-            # as many items as behaviours: map the states back instead, h M e = (M' h) e, and compare with items
+            # few behaviours for the number of items: map the states instead of the items, h M e = (M' h) e
             interests = F.linear(interests, self.next_item.weight.T)
         elif self.next_item is not None:
             items = self.next_item(items)

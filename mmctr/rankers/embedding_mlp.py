@@ -14,24 +14,31 @@ from mmctr.rankers.base import BaseRankerConfig, RankerInput, RankerOutput
 
 
 class EmbeddingMLPConfig(BaseRankerConfig):
-    """Embedding&MLP, the base model of Zhou et al. 2018: behaviours pooled alike for every target."""
+    """Embedding&MLP, the base model of Zhou et al. 2018: the pooling of behaviours does not depend on the target."""
 
     name: Literal["embedding_mlp"] = "embedding_mlp"
     pooling: Literal["sum", "mean"] = "mean"
-    """of the behaviours; the paper names both"""
+    """pooling of the behaviours; the paper names both"""
     mlp: list[int] = [200, 80]
     """hidden sizes of the MLP on top"""
     activation: Activation = "prelu"
-    """of the hidden layers of the MLP"""
+    """activation of the hidden layers of the MLP"""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """of the hidden layers of the MLP"""
+    """dropout of the hidden layers of the MLP"""
 
     def build(self, dim: int, context_dim: int) -> EmbeddingMLP:
+        """The ranker, for item vectors of size `dim` and a context of size `context_dim`."""
         return EmbeddingMLP(self, dim, context_dim)
 
 
 class EmbeddingMLP(nn.Module):
-    """The history is pooled to one vector whatever the target is; an MLP reads it beside target and context."""
+    """An MLP over context, target and the pooled history, which does not depend on the target.
+
+    Args:
+        config: sizes and options.
+        dim: size D of item vectors.
+        context_dim: size C of the context.
+    """
 
     def __init__(self, config: EmbeddingMLPConfig, dim: int, context_dim: int):
         super().__init__()
@@ -39,6 +46,7 @@ class EmbeddingMLP(nn.Module):
         self.mlp = MLP(2 * dim + context_dim, config.mlp, 1, config.activation, config.dropout)
 
     def forward(self, inputs: RankerInput) -> RankerOutput:
+        """Logits (B,), without auxiliary losses."""
         target = take_rows(inputs.items, inputs.target)
         pooled = pool_rows(inputs.items, inputs.history, inputs.history_offsets)
         if self.config.pooling == "mean":

@@ -10,16 +10,21 @@ from mmctr.rankers.linear import LR
 
 
 class GBDTLRConfig(BaseRankerConfig):
-    """The linear part is that of `lr`, with one weight a leaf beside those of IDs, side features and crosses. Training
-    fits the trees first (see `mmctr.features.trees`); they are kept with the vocabulary."""
+    """Logistic regression over the leaves of boosted trees, IDs, side features and crosses (He et al. 2014).
+
+    Each leaf has one weight. Training fits the trees first (`mmctr.features.trees`), and saves the trees with the
+    vocabulary.
+    """
 
     name: Literal["gbdt_lr"] = "gbdt_lr"
     trees: TreesConfig = TreesConfig()
-    """the trees that are fitted before the linear part"""
+    """options of the trees, which are fitted before the linear part"""
 
     @property
     def weight_dim(self) -> int:
+        """One weight for each feature value."""
         return 1
 
     def build(self, dim: int, context_dim: int) -> LR:
+        """The linear part, for weights of size `dim` = 1 and a context of size `context_dim`."""
         return LR(dim, context_dim)

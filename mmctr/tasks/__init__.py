@@ -1,4 +1,4 @@
-"""Tasks: `batch -> named, weighted loss terms`; saved folders describe themselves."""
+"""Tasks: trainable models that turn a batch into named, weighted loss terms, saved as self-describing folders."""
 
 from __future__ import annotations
 

@@ -1,14 +1,14 @@
-"""MAKE: a ranker on content alone, trained before for several epochs, hands what it knows to a ranker on IDs.
+"""MAKE: an expert, a ranker on content alone that was trained before, inside a ranker on IDs.
 
-Sheng et al. 2024 (arXiv 2407.19467). IDs overfit after an epoch on the log, while a ranker on content needs several. So
-each is trained for as long as it gains by it: the first run is an ordinary one without item IDs, and the second one, of
-a single epoch, reads at three levels what the first has learned:
+Sheng et al. 2024 (arXiv 2407.19467). IDs overfit after one epoch on the log, while a ranker on content needs several
+epochs. So each of the two is trained for a suitable time: the first run is an ordinary run without item IDs, and the
+second run, of a single epoch, reads the output of the first ranker, the expert, at three levels:
 
-    | of the expert                          | in the ranker                                           |
-    |----------------------------------------|---------------------------------------------------------|
-    | v: target and interest, before its MLP | beside context, target and interest, before the MLP     |
-    | its last hidden layers                 | beside the hidden layers that are as far from the end   |
-    | its logit                              | added to the logit                                      |
+    | output of the expert                           | use in the ranker                                            |
+    |------------------------------------------------|--------------------------------------------------------------|
+    | v: target and interest, the input of the MLP   | concatenated to the input of the MLP                         |
+    | the last hidden layers of the MLP              | concatenated to the last hidden layers, in the same order    |
+    | the logit                                      | added to the logit                                           |
 """
 
 from __future__ import annotations
@@ -25,34 +25,36 @@ from mmctr.data.batches import BehaviorBatch
 from mmctr.embedders.item_embedder import ContentTable, ItemEmbedder
 from mmctr.files import replace_file, write_json
 from mmctr.rankers.base import RankerOutput
+from mmctr.rankers.dien import DIENConfig
 from mmctr.rankers.din import DINConfig
 from mmctr.run_folder import RunFolder
 from mmctr.tasks.ranking_config import RankingTaskConfig
 
 
 class ContentRanker(Protocol):
-    """What an expert is: a RankingTask on content alone."""
+    """A RankingTask on content alone, as the expert uses it."""
 
     config: RankingTaskConfig
     embedder: ItemEmbedder
 
     def output(self, batch: BehaviorBatch) -> RankerOutput:
-        """Logits, and the inner vectors that the ranker reads."""
+        """Logits (B,), and the vectors and hidden layers that the other ranker reads."""
         ...
 
     def bind(self, item_ids: pa.Array) -> None:
-        """Put the content vectors in the order of a catalog."""
+        """Put the content vectors in the order of a catalog with the raw ids `item_ids` (N,)."""
         ...
 
 
 class Expert(nn.Module):
-    """The expert inside the ranker that reads it.
+    """The expert, as a module of the ranker that reads the expert.
 
     Args:
-        config: of the ranker.
-        task: the expert.
+        config: the config of the ranker.
+        task: the trained ranker on content.
 
-    Raises ValueError for a run that cannot be the expert of this ranker, as `check_expert` does.
+    Raises:
+        ValueError: the task cannot be the expert of this ranker (`check_expert`).
     """
 
     def __init__(self, config: RankingTaskConfig, task: ContentRanker):
@@ -61,44 +63,54 @@ class Expert(nn.Module):
         check_expert(config, task.config)
         self.task, self.frozen = task, config.make.frozen
         self.shares_content = False
-        """whether it reads the content vectors that the ranker reads"""
+        """whether the expert and the ranker read the same content vectors"""
         assert isinstance(task, nn.Module), "the expert is a module of the ranker"
         if self.frozen:
             task.requires_grad_(False)
         self.num_hidden = config.make.hidden_layers
         self.dim = 2 * task.embedder.dim  # no multi_query: that needs IDs
-        """size of v"""
+        """size of v, the target and the interest vector"""
         ranker = task.config.ranker
         assert isinstance(ranker, DINConfig)
         widths = ranker.mlp
-        self.beside = widths[len(widths) - self.num_hidden :]
-        """sizes of the hidden layers that are handed over"""
+        self.hidden_dims = widths[len(widths) - self.num_hidden :]
+        """sizes of the hidden layers that the ranker reads"""
 
     def train(self, mode: bool = True) -> Expert:
-        """A frozen expert is always in evaluation mode: its statistics stay, and nothing is dropped."""
+        """Set the training mode; a frozen expert stays in evaluation mode, with fixed statistics and no dropout."""
         return super().train(mode and not self.frozen)
 
     def forward(self, batch: BehaviorBatch) -> tuple[Tensor, list[Tensor], Tensor]:
-        """v (B, dim), the hidden layers handed over (B, width) each, and the logit (B,)."""
+        """The output of the expert for B impressions.
+
+        Returns:
+            v (B, dim), the last hidden layers, each (B, width), and the logits (B,).
+        """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             output = self.task.output(batch)
             hidden = list(output.hidden)
             return torch.cat(list(output.vectors), dim=1), hidden[len(hidden) - self.num_hidden :], output.logits
 
-    def save(self, folder: Path, beside: ItemEmbedder) -> None:
-        """`task.json`, and the table of content where `beside`, the embedder of the ranker, has another one. The ranker
-        keeps the weights and the vocabulary."""
+    def save(self, folder: Path, ranker_embedder: ItemEmbedder) -> None:
+        """Write `task.json`, and the content table where the table of the ranker is another one.
+
+        The ranker saves the weights and the vocabulary of the expert.
+
+        Args:
+            folder: the folder of the expert.
+            ranker_embedder: the embedder of the ranker.
+        """
         write_json(RunFolder(folder).task, {"kind": "ranking", "config": self.task.config.model_dump(mode="json")})
-        own, path = self.task.embedder, RunFolder(folder).content
-        if same_content(own, beside):
+        embedder, path = self.task.embedder, RunFolder(folder).content
+        if same_content(embedder, ranker_embedder):
             path.unlink(missing_ok=True)
             return
-        table = {"content_table": own.content_table, "has_content": own.has_content}
+        table = {"content_table": embedder.content_table, "has_content": embedder.has_content}
         replace_file(path, lambda temporary: save_file(table, temporary))
 
 
 def same_content(one: ItemEmbedder, other: ItemEmbedder) -> bool:
-    """Whether two embedders read equal frozen tables of content."""
+    """Whether two embedders read equal frozen content tables."""
     if not all(isinstance(embedder.config.content, ContentTable) for embedder in (one, other)):
         return False
     tables = (one.content_table, other.content_table), (one.has_content, other.has_content)
@@ -106,7 +118,16 @@ def same_content(one: ItemEmbedder, other: ItemEmbedder) -> bool:
 
 
 def check_expert(config: RankingTaskConfig, expert: RankingTaskConfig) -> None:
-    """Raises ValueError where a ranker cannot read a run of this config as its expert."""
+    """Check that a ranker can read another ranker as an expert.
+
+    Args:
+        config: the config of the ranker, with `make`.
+        expert: the config of the expert.
+
+    Raises:
+        ValueError: the expert is no DIN on a content table without item IDs, or history length, features or numbers of
+            hidden layers do not fit.
+    """
     make = config.make
     assert make is not None
     source = f"task.make.run: {make.run}"
@@ -129,16 +150,17 @@ def check_expert(config: RankingTaskConfig, expert: RankingTaskConfig) -> None:
             f"read the same batches, so set them equal"
         )
     for part in ("item", "user", "context", "cross"):
-        own: dict[str, Any] = getattr(config.features, part)
+        features: dict[str, Any] = getattr(config.features, part)
         for name, feature in getattr(expert.features, part).items():
-            if own.get(name) != feature:
+            if features.get(name) != feature:
                 raise ValueError(
                     f"{source} reads the {part} feature {name!r}, which this ranker lacks or reads in another way; "
-                    f"declare it here as there, or train the expert without it"
+                    f"declare it as the expert does, or train the expert without it"
                 )
-    for whose, layers in (("the expert", expert.ranker.mlp), ("this ranker", config.ranker.mlp)):  # type: ignore[union-attr]
-        if make.hidden_layers > len(layers):
+    for owner, ranker in (("the expert", expert.ranker), ("this ranker", config.ranker)):
+        assert isinstance(ranker, DINConfig | DIENConfig), "no other ranker reads an expert"
+        if make.hidden_layers > len(ranker.mlp):
             raise ValueError(
-                f"task.make.hidden_layers: {make.hidden_layers}, but {whose} has {len(layers)} hidden layers "
+                f"task.make.hidden_layers: {make.hidden_layers}, but {owner} has {len(ranker.mlp)} hidden layers "
                 f"(ranker.mlp); take fewer"
             )

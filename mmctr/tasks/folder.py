@@ -1,4 +1,4 @@
-"""The folder of a saved task: `task.json` says what it is, `model.safetensors` holds its weights."""
+"""The folder of a saved task: `task.json` with kind and config of the task, `model.safetensors` with the weights."""
 
 from __future__ import annotations
 
@@ -16,19 +16,21 @@ Kind = Literal["pretrain", "ranking"]
 
 
 class HasWeights(Protocol):
-    """A module, or whatever else gives its weights by name."""
+    """A module, or another object with named weights."""
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors by name."""
+        ...
 
 
 def save_task(task: nn.Module, config: Config, kind: Kind, folder: Path) -> None:
-    """`task.json` with the kind and the config of the task, and `model.safetensors`."""
+    """Write `task.json` with the kind and the config of a task, and `model.safetensors` with the weights."""
     replace_file(RunFolder(folder).weights, lambda path: save_weights(task, path))
     write_json(RunFolder(folder).task, {"kind": kind, "config": config.model_dump(mode="json")})
 
 
 def _saved(folder: Path) -> dict[str, Any]:
-    """{"kind", "config"}. Raises ValueError when the folder holds no saved task."""
+    """The content of `task.json`, {"kind", "config"}; ValueError when the folder holds no saved task."""
     path = RunFolder(folder).task
     if not path.is_file():
         raise ValueError(f"{folder}: not the folder of a finished run (no task.json)")
@@ -36,12 +38,24 @@ def _saved(folder: Path) -> dict[str, Any]:
 
 
 def task_kind(folder: Path) -> Kind:
-    """Raises ValueError when the folder holds no saved task."""
+    """The kind of a saved task, "pretrain" or "ranking".
+
+    Raises:
+        ValueError: the folder holds no saved task.
+    """
     return _saved(folder)["kind"]
 
 
 def task_config(folder: Path, kind: Kind) -> dict[str, Any]:
-    """The config of a saved task. Raises ValueError when the folder holds none, or one of the other kind."""
+    """The config of a saved task.
+
+    Args:
+        folder: the folder of a run.
+        kind: the kind the task must have.
+
+    Raises:
+        ValueError: the folder holds no saved task, or a task of the other kind.
+    """
     saved = _saved(folder)
     if saved["kind"] != kind:
         recipe = {"pretrain": "pretrain.train", "ranking": "finetune.train"}
@@ -50,7 +64,11 @@ def task_config(folder: Path, kind: Kind) -> dict[str, Any]:
 
 
 def task_weights(folder: Path) -> dict[str, Tensor]:
-    """Raises ValueError when the file cannot be read."""
+    """The weights of a saved task, by name.
+
+    Raises:
+        ValueError: the file of the weights cannot be read.
+    """
     path = RunFolder(folder).weights
     try:
         return load_file(path)
@@ -59,6 +77,6 @@ def task_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def save_weights(module: HasWeights, path: Path) -> None:
-    """The state dict as one safetensors file; it refuses views and tensors that share memory, hence the copies."""
+    """Write the state dict as one safetensors file, from copies: safetensors refuses tensors that share memory."""
     tensors = module.state_dict()
     save_file({name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}, path)

@@ -1,4 +1,4 @@
-"""From what towers give to the vectors that objectives and embeddings are made of."""
+"""Features of items: from the outputs of the towers to the vectors that objectives and embeddings read."""
 
 from __future__ import annotations
 
@@ -16,41 +16,46 @@ from mmctr.encoders.base import EncoderBase
 
 
 class ProjectionConfig(Config):
-    """Trained layers behind each tower."""
+    """Trained layers on the output of each tower."""
 
     dim: int = Field(default=128, ge=1)
-    """size of the space where pictures and texts meet"""
+    """size of the common space of pictures and texts"""
     hidden: list[int] = []
-    """hidden sizes; none: one linear layer"""
+    """hidden sizes; an empty list: one linear layer"""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """of the hidden layers"""
+    """dropout of the hidden layers"""
     residual: bool = False
-    """instead of a space of `dim`: the layers give a change of the unit-norm features, none at first, and the features
-    keep their size (CLIP-Adapter: Gao et al. 2021). Towers that share no space then still share none"""
+    """the layers compute a change that is added to the unit-norm features, initially zero, and the size of the features
+    stays (CLIP-Adapter: Gao et al. 2021); `dim` is then ignored. Features of separate towers are still in separate
+    spaces"""
 
 
 @dataclass(frozen=True)
 class ItemFeatures:
-    """What the towers give, before it is scaled to unit norm; None for a modality that is not there."""
+    """Features of E items before scaling to unit norm; None for a modality that the batch lacks."""
 
     image: Tensor | None = None
-    """(E, dim)"""
+    """(E, dim) features of pictures"""
     text: Tensor | None = None
-    """(E, dim)"""
+    """(E, dim) features of texts"""
     query: Tensor | None = None
     """(B, dim) text features of queries"""
 
 
 class Towers(NamedTuple):
-    """The modules that turn pixels and tokens into features."""
+    """The modules that turn pixels and tokens into features: the encoder and a projection for each tower."""
 
     encoder: EncoderBase
     image_projection: nn.Module
     text_projection: nn.Module
 
     def encode(self, items: ItemBatch | None, query_ids: Tensor | None = None) -> ItemFeatures:
-        """Features of the E items of a batch, from pictures and texts or from stored features of frozen towers; and of
-        B queries (B, T)."""
+        """Features of items and of queries.
+
+        Args:
+            items: E items with pictures and texts, or with stored features of frozen towers; None: no items.
+            query_ids: (B, T) tokens of queries; None: no queries.
+        """
         image = text = query = None
         if items is not None:
             image, text = items.image_features, items.text_features
@@ -70,6 +75,7 @@ class Towers(NamedTuple):
 
 
 def make_projection(config: ProjectionConfig | None, dim: int) -> nn.Module:
+    """The projection of a tower with features of size `dim`; the identity where `config` is None."""
     if config is None:
         return nn.Identity()
     layers: list[nn.Module] = []
@@ -85,19 +91,34 @@ def make_projection(config: ProjectionConfig | None, dim: int) -> nn.Module:
 
 
 class Residual(nn.Module):
-    """Unit-norm features plus a change of them, which reads them scaled to the size linear layers are made for."""
+    """Unit-norm features plus a learned change of the features.
+
+    Args:
+        change: layers that read the features scaled to entries of mean square 1, the scale linear layers expect.
+    """
 
     def __init__(self, change: nn.Module):
         super().__init__()
         self.change = change
 
     def forward(self, features: Tensor) -> Tensor:
+        """Changed features (n, dim) of features (n, dim)."""
         features = unit(features)
         return features + self.change(features * features.shape[1] ** 0.5)
 
 
 def features_of_items(features: Tensor, item: Tensor | None, weight: Tensor | None, has: Tensor | None) -> Tensor:
-    """(E, dim) features of items: the weighted sums of the (V, dim) ones of their pictures or texts, of unit norm."""
+    """Features of items as weighted sums of the unit-norm features of the pictures or texts of each item.
+
+    Args:
+        features: (V, dim) features of pictures or texts.
+        item: (V,) the item of each picture or text; None: item i has the one picture or text i.
+        weight: (V,) weights of the pictures or texts.
+        has: (E,) bool, the items with any picture or text.
+
+    Returns:
+        (E, dim).
+    """
     if item is None:
         return features
     assert weight is not None and has is not None
@@ -106,12 +127,13 @@ def features_of_items(features: Tensor, item: Tensor | None, weight: Tensor | No
 
 
 def unit(x: Tensor | None) -> Tensor:
-    assert x is not None
+    """The rows of x (n, dim) scaled to unit norm, in fp32."""
+    assert x is not None, "the batch holds the modality"
     return F.normalize(x.float(), dim=-1)
 
 
 def content_masks(items: ItemBatch) -> tuple[Tensor, Tensor]:
-    """(E,) which items have a picture, and which have a text."""
+    """The (E,) bool masks of the items with a picture, and of the items with a text."""
     some = items.has_image if items.has_image is not None else items.has_text
     assert some is not None, "a batch to encode has pictures or texts"
     none = torch.zeros_like(some)
@@ -129,8 +151,20 @@ def item_vectors(
     side_by_side: bool,
     dims: tuple[int, int],
 ) -> Tensor:
-    """(E, D) or (E, D + D'): zero rows where an item has neither. Side by side, a missing one is stood in for by the
-    other where both have one size."""
+    """The vectors of items from unit-norm features of pictures and texts.
+
+    Args:
+        image: (E, D) features of pictures; None: no item has a picture.
+        has_image: (E,) bool.
+        text: (E, D') features of texts; None: no item has a text.
+        has_text: (E,) bool.
+        side_by_side: concatenate the features of picture and text, instead of adding; a missing modality is replaced by
+            the other one where D = D'.
+        dims: D and D'.
+
+    Returns:
+        (E, D), or (E, D + D') when concatenated, of unit norm; zeros for an item without picture and text.
+    """
     rows = has_image[:, None]  # its shape, not its length: in an exported graph a length is a constant
     image = (
         rows.new_zeros((rows.shape[0], dims[0]), dtype=torch.float32)
@@ -151,7 +185,16 @@ def item_vectors(
 def head_inputs(
     features: ItemFeatures, has_image: Tensor, has_text: Tensor
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What a variational head reads of E items: unit-norm features and masks, by modality."""
-    given = {"image": (features.image, has_image), "text": (features.text, has_text)}
-    there = {name: pair for name, pair in given.items() if pair[0] is not None}
-    return {name: unit(values) for name, (values, _) in there.items()}, {name: has for name, (_, has) in there.items()}
+    """The input of a variational head for E items.
+
+    Args:
+        features: features of the E items.
+        has_image: (E,) bool.
+        has_text: (E,) bool.
+
+    Returns:
+        Unit-norm features (E, dim) and masks (E,), each by modality, for the modalities of the batch.
+    """
+    both = {"image": (features.image, has_image), "text": (features.text, has_text)}
+    pairs = {name: pair for name, pair in both.items() if pair[0] is not None}
+    return {name: unit(values) for name, (values, _) in pairs.items()}, {name: has for name, (_, has) in pairs.items()}

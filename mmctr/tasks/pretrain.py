@@ -1,4 +1,4 @@
-"""PretrainTask: an encoder, the objectives it is trained on, a head, and the item embeddings that come of it."""
+"""PretrainTask: an encoder with training objectives and an optional head, which gives item embeddings."""
 
 from __future__ import annotations
 
@@ -31,24 +31,26 @@ from mmctr.tasks.sharing import Shareable
 
 
 class PretrainTaskConfig(Config):
-    """The model that is pretrained and the objectives it is trained with."""
+    """The pretrained model and the training objectives."""
 
     encoder: EncoderConfig
     """towers of pictures and texts"""
     projection: ProjectionConfig | None = None
-    """separate towers need one to be compared; others may have one, for example with both towers frozen"""
+    """trained layers on the output of each tower. Separate towers need a projection before pictures and texts can be
+    compared; for other encoders it is optional, for example with both towers frozen"""
     objectives: ObjectivesConfig = ObjectivesConfig(clip=ClipConfig())
-    """none, `{}`, where a head is all that is trained"""
+    """training losses; `{}`, no losses, where only a head is trained"""
     head: HeadConfig | None = None
-    """a variational head over the features; its mean is then the embedding of an item, not scaled to unit norm"""
+    """a variational head over the features; the mean of the latents is then the embedding of an item, not scaled to
+    unit norm"""
     item_vector: Literal["mean", "concat"] = "mean"
-    """the embedding of an item: the mean of its unit-norm picture and text features, or both side by side; a missing
-    one is stood in for by the other, and the result has unit norm"""
+    """the embedding of an item: the mean of the unit-norm features of picture and text, or the concatenation, scaled to
+    unit norm; a missing modality is replaced by the other one"""
     matryoshka: list[int] = []
-    """the objectives hold for the first so many dimensions of the features too (Kusupati et al. 2022), so that
-    embeddings may be cut off there"""
+    """numbers of leading dimensions of the features for which the objectives are trained as well (Kusupati et al.
+    2022), so that embeddings can be cut to these sizes"""
     queue: QueueConfig | None = None
-    """features of earlier steps as further negatives; null: the batch alone"""
+    """features of earlier steps as further negatives; null: negatives come from the batch alone"""
 
     @field_validator("matryoshka")
     @classmethod
@@ -67,7 +69,29 @@ class PretrainTaskConfig(Config):
 
 
 class PretrainTask(Shareable, nn.Module):
-    """Contrastive pretraining, and the item embeddings that come of it."""
+    """A pretraining model: an encoder with objectives, which gives item embeddings.
+
+    Args:
+        config: encoder, objectives and head.
+        folder: the folder of a saved encoder, for the same architecture with fresh weights; None: the encoder that the
+            config names.
+
+    Raises:
+        ValueError: the encoder cannot be built, or a Matryoshka size is too large.
+
+    Example:
+        ```python
+        from mmctr.data.batches import ItemBatch
+        import torch
+
+        task = mmctr.PretrainTask.load("demo/pretrain")
+        input_ids = task.encoder.tokenize(["red dress", "blue dress"]).long()
+        batch = ItemBatch(row=torch.arange(2), input_ids=input_ids, has_text=torch.ones(2, dtype=torch.bool))
+        with torch.inference_mode():
+            vectors, has_content = task.embed(batch)
+        print(vectors.shape, has_content)
+        ```
+    """
 
     def __init__(self, config: PretrainTaskConfig, folder: Path | None = None):
         super().__init__()
@@ -89,7 +113,7 @@ class PretrainTask(Shareable, nn.Module):
 
     @property
     def dims(self) -> tuple[int, int]:
-        """Sizes of the features of pictures and of texts, the same where they share a space."""
+        """Sizes of the features of pictures and of texts; equal where pictures and texts can be compared."""
         projection = self.config.projection
         if projection is not None and not projection.residual:
             return projection.dim, projection.dim
@@ -97,53 +121,73 @@ class PretrainTask(Shareable, nn.Module):
 
     @property
     def embedding_dim(self) -> int:
+        """Size of an item embedding."""
         if self.head is not None:
             return self.head.config.dim
         return sum(self.dims) if self.config.item_vector == "concat" else self.dims[0]
 
     @property
     def shares_space(self) -> bool:
-        """Whether pictures and texts can be compared: not when separate towers give features of their own."""
+        """Whether features of pictures and texts can be compared: not for separate towers without a projection."""
         projection = self.config.projection
         return self.encoder.shares_space or (projection is not None and not projection.residual)
 
     def require_space(self, objectives: bool) -> None:
-        """Raises ValueError where towers that share no space would be compared or averaged."""
+        """Check that features of towers without a common space are neither compared nor averaged.
+
+        Args:
+            objectives: whether the objectives are going to be computed, not only embeddings.
+
+        Raises:
+            ValueError: an objective or the item vector would mix features of different spaces.
+        """
         compared = sorted({"clip", "siglip", "query"} & set(self.config.objectives.given)) if objectives else []
         averaged = self.config.item_vector == "mean" and (self.config.objectives.given or self.head is None)
         if not self.shares_space and (compared or averaged):
-            what = f"task.objectives.{compared[0]}" if compared else "task.item_vector: mean"
+            key = f"task.objectives.{compared[0]}" if compared else "task.item_vector: mean"
             raise ValueError(
-                f"{what}: the towers share no space; set task.projection to train one, or take `item_vector: concat` "
+                f"{key}: the towers share no space; set task.projection to train one, or take `item_vector: concat` "
                 f"and objectives on items, or export one modality (`mmctr embed --modality image`)"
             )
 
     def encode(self, items: ItemBatch | None, query_ids: Tensor | None = None) -> ItemFeatures:
-        """Features of the items a batch carries pictures, texts, or kept features of frozen towers for; of queries."""
+        """Features of E items, from pictures and texts or from stored features of frozen towers, and of queries.
+
+        Args:
+            items: E items; None: no items.
+            query_ids: (B, T) tokens of queries; None: no queries.
+        """
         return self.towers.encode(items, query_ids)
 
     @property
     def towers(self) -> Towers:
-        """The encoder and the projections behind its two towers."""
+        """The encoder, and the projections on the outputs of the two towers."""
         return Towers(self.encoder, self.image_projection, self.text_projection)
 
     def image_features(self, items: ItemBatch) -> Tensor:
-        """(E, dim) unit norm; rows without a picture mean nothing."""
+        """Unit-norm features (E, dim) of pictures; rows of items without a picture are arbitrary."""
         return unit(self.encode(items.only("image")).image)
 
     def text_features(self, items: ItemBatch) -> Tensor:
-        """(E, dim) unit norm; rows without text mean nothing."""
+        """Unit-norm features (E, dim) of texts; rows of items without a text are arbitrary."""
         return unit(self.encode(items.only("text")).text)
 
     def views(self, features: ItemFeatures, has_image: Tensor, has_text: Tensor, size: int | None = None) -> Views:
-        """What objectives read, from the first `size` dimensions of the features."""
+        """The input of the objectives.
+
+        Args:
+            features: features of E items, and of queries.
+            has_image: (E,) bool.
+            has_text: (E,) bool.
+            size: number of leading dimensions of the features to use; None: all.
+        """
         image, text, query = (
             None if x is None else unit(x[:, :size]) for x in (features.image, features.text, features.query)
         )
         query_item = None
         if query is not None:
-            asked = torch.ones(len(query), dtype=torch.bool, device=query.device)
-            query_item = self.item_vectors(None, ~asked, query, asked, size)
+            has_query = torch.ones(len(query), dtype=torch.bool, device=query.device)
+            query_item = self.item_vectors(None, ~has_query, query, has_query, size)
         return Views(
             image=image,
             has_image=has_image,
@@ -157,15 +201,36 @@ class PretrainTask(Shareable, nn.Module):
     def item_vectors(
         self, image: Tensor | None, has_image: Tensor, text: Tensor | None, has_text: Tensor, size: int | None = None
     ) -> Tensor:
-        """(E, embedding_dim) vectors of items from unit-norm features of `size` dimensions."""
+        """The vectors of items from unit-norm features.
+
+        Args:
+            image: (E, dim) features of pictures; None: no item has a picture.
+            has_image: (E,) bool.
+            text: (E, dim) features of texts; None: no item has a text.
+            has_text: (E,) bool.
+            size: size of the features where they were cut to leading dimensions; None: the full size.
+
+        Returns:
+            (E, dim) of unit norm, or (E, 2 dim) where the item vector is a concatenation.
+        """
         dims = self.dims if size is None else (size, size)
         return item_vectors(image, has_image, text, has_text, self.config.item_vector == "concat", dims)
 
     def forward(self, batch: PairBatch) -> dict[str, Tensor]:
+        """The loss terms of a batch, weighted scalars by name."""
         return self.terms(self.encode(batch.items, batch.query_ids), batch)
 
     def terms(self, features: ItemFeatures, batch: PairBatch) -> dict[str, Tensor]:
-        """The weighted objectives, each the mean over the Matryoshka sizes; `head_...` of the head."""
+        """The loss terms of a batch from the features of the items.
+
+        Args:
+            features: features of the items and queries of the batch.
+            batch: the batch.
+
+        Returns:
+            Weighted scalars by name: each objective, averaged over the Matryoshka sizes, and the terms of the head with
+            the prefix `head_`.
+        """
         self.require_space(objectives=True)
         has_image, has_text = content_masks(batch.items)
         terms: dict[str, Tensor] = {}
@@ -174,23 +239,30 @@ class PretrainTask(Shareable, nn.Module):
             views = self.views(features, has_image, has_text, size)
             queue = None
             if self.queue is not None:
-                kept, kept_image, kept_text = self.queue.read()
-                past = self.views(kept, kept_image, kept_text, size)
-                queue = QueuedViews(past, self.queue.keys)
+                queued, queued_has_image, queued_has_text = self.queue.read()
+                queue = QueuedViews(self.views(queued, queued_has_image, queued_has_text, size), self.queue.keys)
             for name, config in self.config.objectives.given.items():
                 term = config.weight / len(sizes) * self.objectives[name](views, batch, queue)
                 terms[name] = terms[name] + term if name in terms else term
         if self.head is not None:
-            read, has = head_inputs(features, has_image, has_text)
+            inputs, has = head_inputs(features, has_image, has_text)
             anchor = batch.anchor
-            found = self.head({n: x[anchor] for n, x in read.items()}, {n: x[anchor] for n, x in has.items()})
-            terms |= {f"head_{name}": value for name, value in found.items()}
+            head_terms = self.head({n: x[anchor] for n, x in inputs.items()}, {n: x[anchor] for n, x in has.items()})
+            terms |= {f"head_{name}": value for name, value in head_terms.items()}
         if self.queue is not None and self.training:
             self.queue.collect(features, batch)
         return terms
 
     def chunks(self, batch: PairBatch, size: int) -> list[tuple[ItemBatch | None, Tensor | None]]:
-        """What `mmctr.training.grad_cache` encodes at a time: items, then queries."""
+        """The parts of a batch that `mmctr.training.grad_cache` encodes one at a time: items, then queries.
+
+        Args:
+            batch: the batch.
+            size: largest number of items or queries of a part.
+
+        Raises:
+            ValueError: the queue has a momentum encoder, which reads whole batches.
+        """
         if self.queue is not None and self.queue.momentum_towers is not None:
             raise ValueError(
                 "fit.chunk_size: the second encoder of task.queue.momentum reads whole batches; set it to 0"
@@ -200,17 +272,26 @@ class PretrainTask(Shareable, nn.Module):
         return [*((part, None) for part in items), *((None, part) for part in queries)]
 
     def encode_chunk(self, chunk: tuple[ItemBatch | None, Tensor | None]) -> dict[str, Tensor]:
+        """Features (rows of the chunk, dim) of a part that `chunks` gave, by name."""
         return {name: values for name, values in vars(self.encode(*chunk)).items() if values is not None}
 
     def terms_of(self, features: dict[str, Tensor], batch: PairBatch) -> dict[str, Tensor]:
+        """The loss terms of a batch from features by name, concatenated over all parts."""
         return self.terms(ItemFeatures(**features), batch)
 
     def embed(self, items: ItemBatch, size: int | None = None) -> tuple[Tensor, Tensor]:
-        """Item embeddings: (E, embedding_dim), and the (E,) mask of items with a picture or a text. They are of unit
-        norm, or, with a head, the means of the latents.
+        """The embeddings of E items: vectors of unit norm, or, with a head, the means of the latents.
 
         Args:
-            size: from the first so many dimensions of the features alone, see `matryoshka`.
+            items: items with pictures, texts, or stored features of frozen towers.
+            size: number of leading dimensions of the features to use, a size of `matryoshka`; None: all. A head always
+                reads all.
+
+        Returns:
+            (E, embedding_dim), and the (E,) bool mask of items with a picture or a text.
+
+        Raises:
+            ValueError: the item vector would average features of different spaces.
         """
         self.require_space(objectives=False)
         if self.head is not None:
@@ -221,25 +302,31 @@ class PretrainTask(Shareable, nn.Module):
         return views.item, views.has_item
 
     def parameter_parts(self) -> dict[str, list[nn.Parameter]]:
-        """`encoder`; `projection`; `temperatures` and biases of objectives; `head`; `discriminator` of `factor_vae`."""
+        """Parameters by part: `encoder`, `projection`, `temperatures` (and biases of the objectives), `head`, and
+        `discriminator` (of the head `factor_vae`)."""
         head = {} if self.head is None else dict(self.head.named_parameters())
-        judges = {name: value for name, value in head.items() if name.startswith("discriminator.")}
+        discriminator = {name: value for name, value in head.items() if name.startswith("discriminator.")}
         return {
             "encoder": list(self.encoder.parameters()),
             "projection": [*self.image_projection.parameters(), *self.text_projection.parameters()],
             "temperatures": list(self.objectives.parameters()),
-            "head": [value for name, value in head.items() if name not in judges],
-            "discriminator": list(judges.values()),
+            "head": [value for name, value in head.items() if name not in discriminator],
+            "discriminator": list(discriminator.values()),
         }
 
     def loss_parameters(self) -> list[nn.Parameter]:
-        """What only losses read, not `embed`."""
+        """The parameters that only losses read, and `embed` does not."""
         parts = self.parameter_parts()
-        unread = [] if self.head is None else [*self.head.rebuild.parameters(), *self.head.log_sigma.parameters()]
-        return [*parts["temperatures"], *parts["discriminator"], *unread]
+        decoder = [] if self.head is None else [*self.head.rebuild.parameters(), *self.head.log_sigma.parameters()]
+        return [*parts["temperatures"], *parts["discriminator"], *decoder]
 
     def start_training(self, num_keys: int, num_items: int) -> None:
-        """What training alone has, not a saved task: the feature queue, and the number of items the head is told."""
+        """Make the state that only training has: the feature queue, and the number of items for the head.
+
+        Args:
+            num_keys: number K of keys of an item.
+            num_items: number of training items.
+        """
         if self.config.queue is not None:
             self.queue = FeatureQueue(self.config.queue, self.dims, num_keys, self.towers)
         if self.head is not None:
@@ -247,7 +334,7 @@ class PretrainTask(Shareable, nn.Module):
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Keep the temperatures within their bounds; put the features of the step into the queue."""
+        """Clamp the temperatures to the allowed range, and update the head and the feature queue."""
         for objective in self.objectives.values():
             assert isinstance(objective, Objective)
             objective.after_step()
@@ -257,26 +344,44 @@ class PretrainTask(Shareable, nn.Module):
             self.queue.after_step(self.towers)
 
     def init_from(self, folder: str | Path) -> None:
-        """Take encoder and projections of a run. Raises ValueError when they are of another architecture."""
+        """Load the weights of encoder and projections from another pretraining run.
+
+        Args:
+            folder: the run folder.
+
+        Raises:
+            ValueError: the folder holds no pretraining task, or the architectures differ.
+        """
         PretrainTaskConfig.parse(task_config(Path(folder), "pretrain"), source=f"{folder}/task.json")
         parts = ("encoder.", "image_projection.", "text_projection.")
-        own = {name: value for name, value in self.state_dict().items() if name.startswith(parts)}
+        current = {name: value for name, value in self.state_dict().items() if name.startswith(parts)}
         given = {name: value for name, value in task_weights(Path(folder)).items() if name.startswith(parts)}
-        for name in [*own, *(name for name in given if name not in own)]:
-            if name not in own or name not in given or own[name].shape != given[name].shape:
-                shapes = " and ".join(str(list(x[name].shape)) if name in x else "none" for x in (given, own))
-                raise ValueError(f"init_from {folder}: {name} is {shapes}, there and here; give the same task.encoder")
+        for name in [*current, *(name for name in given if name not in current)]:
+            if name not in current or name not in given or current[name].shape != given[name].shape:
+                given_shape, shape = (list(x[name].shape) if name in x else "none" for x in (given, current))
+                raise ValueError(
+                    f"init_from {folder}: {name} is {given_shape} in that run and {shape} in this one; give the same "
+                    f"task.encoder"
+                )
         self.load_state_dict(given, strict=False)
 
     def save(self, folder: Path) -> None:
-        """`task.json`, `encoder/` (architecture, tokenizer) and `model.safetensors`."""
+        """Write `task.json`, `encoder/` (architecture and tokenizer) and `model.safetensors`; the feature queue, which
+        only training needs, is dropped."""
         self.encoder.save(RunFolder(folder).encoder)
         self.queue = None
         save_task(self, self.config, "pretrain", folder)
 
     @classmethod
     def load(cls, folder: str | Path) -> PretrainTask:
-        """From a run folder. Raises ValueError when it is not one of a pretraining run."""
+        """Load a task from a run folder, in evaluation mode.
+
+        Args:
+            folder: a run folder of `pretrain.train`, or a folder of `save_pretrained`.
+
+        Raises:
+            ValueError: the folder holds no pretraining task, or a damaged file.
+        """
         folder = Path(folder)
         config = PretrainTaskConfig.parse(task_config(folder, "pretrain"), source=str(RunFolder(folder).task))
         task = cls(config, RunFolder(folder).encoder)

@@ -1,4 +1,4 @@
-"""FeatureQueue: items of earlier steps as further candidates of contrastive losses, so that a small batch has many."""
+"""FeatureQueue: features of items of earlier steps as further negatives of contrastive losses."""
 
 from __future__ import annotations
 
@@ -15,25 +15,26 @@ from mmctr.tasks.item_features import ItemFeatures, Towers, content_masks
 
 
 class QueueConfig(Config):
-    """Candidates of earlier steps, so that a small batch has many negatives (MoCo: He et al. 2020)."""
+    """Features of earlier steps, so that a small batch has many negatives (MoCo: He et al. 2020)."""
 
     size: int = Field(default=4096, ge=1)
-    """items kept; a multiple of fit.batch_size"""
+    """number of items in the queue; a multiple of fit.batch_size"""
     momentum: float = Field(default=0.0, ge=0, lt=1)
-    """0: features as the encoder gave them when they were in a batch (cross-batch memory: Wang et al. 2020). Above 0:
-    a momentum encoder makes the features, at the price of another forward pass; a step moves each of its weights w to
-    momentum * w + (1 - momentum) * the weight of the encoder"""
+    """0: the queue holds features as the encoder computed them in earlier steps (cross-batch memory: Wang et al. 2020).
+    Above 0: a momentum encoder computes the features of the queue, at the price of another forward pass; each step
+    moves each weight w of the momentum encoder to momentum * w + (1 - momentum) * the weight of the encoder"""
 
 
 class FeatureQueue(nn.Module):
-    """Features of the latest M items, (M, dim) of each modality before scaling, and their keys.
+    """Features and keys of the latest M items: (M, dim) for each modality, before scaling to unit norm, and (M, K).
 
-    The queue is the same in every process. Places not yet filled have neither picture nor text.
+    All processes hold the same queue. Positions not yet filled count as items without picture and text.
 
     Args:
+        config: size and momentum.
         dims: sizes of the features of pictures and of texts.
-        num_keys: K, see `mmctr.losses.contrastive`.
-        towers: those of the task; with `momentum` the queue keeps a copy of them.
+        num_keys: number K of keys of an item (`mmctr.losses.contrastive`).
+        towers: the towers of the task; with `momentum` the queue holds a copy.
     """
 
     image: Tensor
@@ -60,32 +61,42 @@ class FeatureQueue(nn.Module):
         self._pending: tuple[Tensor, ...] | None = None
 
     def read(self) -> tuple[ItemFeatures, Tensor, Tensor]:
-        """The features of the M items, and the (M,) masks of those with a picture and with a text."""
+        """The features of the M items, and the (M,) bool masks of the items with a picture and with a text."""
         return ItemFeatures(self.image, self.text), self.has_image, self.has_text
 
     @torch.no_grad()
     def collect(self, features: ItemFeatures, batch: PairBatch) -> None:
-        """Remember the anchors of a step, to be put in by `after_step`: no step may meet its own items in the queue."""
+        """Store the features of the anchors of a step, which `after_step` puts into the queue after the loss has read
+        the queue.
+
+        Args:
+            features: features of the items of the batch.
+            batch: the batch, with B anchors.
+        """
         if self.momentum_towers is not None:
             features = Towers._make(self.momentum_towers.values()).encode(batch.items)
         anchor = batch.anchor
         has_image, has_text = (mask[anchor] for mask in content_masks(batch.items))
         image, text = (
-            kept.new_zeros((len(anchor), kept.shape[1])) if x is None else x.detach()[anchor].float()
-            for x, kept in ((features.image, self.image), (features.text, self.text))
+            queued.new_zeros((len(anchor), queued.shape[1])) if x is None else x.detach()[anchor].float()
+            for x, queued in ((features.image, self.image), (features.text, self.text))
         )
         self._pending = tuple(gather_rows(x) for x in (image, text, has_image, has_text, batch.keys[anchor]))
 
     @torch.no_grad()
     def after_step(self, towers: Towers) -> None:
-        """Replace the oldest items by those of the step, and move the momentum encoder towards the encoder."""
+        """Replace the oldest items by the items of the step, and move the momentum encoder towards the encoder.
+
+        Args:
+            towers: the towers of the task.
+        """
         if self._pending is not None:
             count = len(self._pending[0])
-            places = (self.place + torch.arange(count, device=self.place.device)) % len(self.keys)
+            positions = (self.place + torch.arange(count, device=self.place.device)) % len(self.keys)
             for buffer, values in zip(
                 (self.image, self.text, self.has_image, self.has_text, self.keys), self._pending, strict=True
             ):
-                buffer[places] = values.to(buffer.dtype)
+                buffer[positions] = values.to(buffer.dtype)
             self.place.copy_((self.place + count) % len(self.keys))
             self._pending = None
         if self.momentum_towers is not None:

@@ -1,4 +1,4 @@
-"""RankingTask: ItemEmbedder, user and context features and a ranker."""
+"""RankingTask: predicts clicks with an ItemEmbedder, user and context features, and a ranker."""
 
 from __future__ import annotations
 
@@ -38,7 +38,26 @@ from mmctr.tasks.sharing import Shareable
 
 
 class RankingTask(Shareable, nn.Module):
-    """ItemEmbedder, user and context features, and a ranker; `forward` gives loss terms, `logits` scores."""
+    """A click prediction model: ItemEmbedder, user and context features, and a ranker.
+
+    `forward` gives loss terms, `logits` gives scores.
+
+    Args:
+        config: sizes and options of all parts.
+        vocabulary: items, users and feature values seen in training.
+        table: (N, content dim) content vectors and the (N,) bool mask of items with content; None without content.
+        encoder: the pretrained task whose encoder gives the content; None for other content.
+        catalog_ids: (N,) raw ids of the items in the order of `table`; None without content.
+        expert: the trained ranker of MAKE; None without an expert.
+
+    Example:
+        ```python
+        from pathlib import Path
+
+        task = mmctr.RankingTask.load(Path("demo/din_table"))
+        print(task.config.ranker.name, len(task.vocabulary.item_ids))
+        ```
+    """
 
     item_decay: Tensor
     user_decay: Tensor
@@ -56,7 +75,7 @@ class RankingTask(Shareable, nn.Module):
         self.config = config
         self.vocabulary = vocabulary
         self.catalog_ids = catalog_ids
-        """raw ids of the catalog, in whose order content vectors are; None when there are none"""
+        """(N,) raw ids of the items in the order of the content vectors; None without content"""
         self.embedder = ItemEmbedder(
             config.embedder,
             len(vocabulary.item_ids) + 1,
@@ -68,7 +87,7 @@ class RankingTask(Shareable, nn.Module):
             torch.from_numpy(np.concatenate([[0], vocabulary.clicks])),
         )
         if encoder is not None:
-            # what a ranking loss does not read: parameters without a gradient stop many processes
+            # the ranking loss does not read these parameters, and data-parallel training needs a gradient for all
             for parameter in encoder.loss_parameters():
                 parameter.requires_grad_(False)
         std = initial_std(config.embedder, config.ranker.weight_dim)
@@ -87,14 +106,14 @@ class RankingTask(Shareable, nn.Module):
         if config.make is not None:
             assert expert is not None
             self.expert = Expert(config, expert)
-            options["beside"] = self.expert.beside
+            options["expert_hidden_dims"] = self.expert.hidden_dims
             self.expert.shares_content = same_content(self.embedder, expert.embedder)
-            if self.expert.shares_content:  # once in memory
+            if self.expert.shares_content:  # one copy in memory serves both
                 expert.embedder.refresh(self.embedder.content_table, self.embedder.has_content)
         context_dim = user_dim + self.context.dim + tiers + (self.expert.dim if self.expert else 0)
         self.ranker = config.ranker.build(self.embedder.dim, context_dim, **options)
-        # made last, so that a ranker starts from the same weights with and without a generator, which is trained after
-        # the ranker (mmctr.training.generator_tasks)
+        # the generator is made last, so that a ranker has the same initial weights with and without a generator, which
+        # is trained after the ranker (mmctr.training.generator_tasks)
         self.embedder.generator = make_generator(
             config.embedder.cold_ids,
             config.embedder.id_dim,
@@ -105,16 +124,17 @@ class RankingTask(Shareable, nn.Module):
         )
         if self.embedder.generator is not None:
             self.embedder.generator.requires_grad_(False)
-        # of training alone: see count_samples
+        # only training reads these buffers, which `count_samples` sets
         self.register_buffer("item_decay", torch.zeros(0), persistent=False)
         self.register_buffer("user_decay", torch.zeros(0), persistent=False)
 
     def count_samples(self, items: np.ndarray, users: np.ndarray) -> None:
-        """What `mini_batch_l2` divides by.
+        """Set the numbers of training impressions that `mini_batch_l2` divides by.
 
         Args:
-            items, users: for each row of the ID tables the number of training impressions it is in; row 0, the
-                unknown, is left alone.
+            items: (num_ids,) number of training impressions of each row of the item ID table; row 0, the unknown item,
+                is not regularised.
+            users: the same of the user ID table.
         """
         for name, counts in (("item_decay", items), ("user_decay", users)):
             decay = self.config.mini_batch_l2 / torch.from_numpy(counts).clamp(min=1).float()
@@ -122,16 +142,21 @@ class RankingTask(Shareable, nn.Module):
             self.register_buffer(name, decay.to(self.item_decay.device), persistent=False)
 
     def logits(self, batch: BehaviorBatch, target_ids: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """(B,) logits and the auxiliary losses of the ranker.
+        """Logits and auxiliary losses of B impressions.
 
         Args:
-            target_ids: (U, id_dim) in place of the ID vectors of targets; histories keep theirs.
+            batch: B impressions with U distinct items.
+            target_ids: (U, id_dim) vectors that replace the ID vectors of targets, not of behaviours; None: the vectors
+                of the ID table.
+
+        Returns:
+            Logits (B,), and weighted scalar losses by name.
         """
         output = self.output(batch, target_ids)
         return output.logits, output.losses
 
     def output(self, batch: BehaviorBatch, target_ids: Tensor | None = None) -> RankerOutput:
-        """Logits, auxiliary losses and inner vectors of the ranker; arguments as of `logits`."""
+        """Logits, auxiliary losses, attention weights and hidden layers; the arguments are those of `logits`."""
         vectors, target = self.embedder.by_role(batch, target_ids)
         similarity = self.embedder.similarity(batch) if self.config.compares else None
         context = self.context(batch.context, batch.user)
@@ -152,20 +177,23 @@ class RankingTask(Shareable, nn.Module):
                 context=context,
                 negatives=batch.negatives,
                 similarity=similarity,
-                beside=hidden,
+                expert_hidden=hidden,
             )
         )
         return output if expert_logits is None else replace(output, logits=output.logits + expert_logits)
 
     def forward(self, batch: BehaviorBatch) -> dict[str, Tensor]:
+        """The loss terms of B impressions: `log_loss` and the auxiliary losses, weighted scalars by name."""
         logits, losses = self.logits(batch)
         if self.config.mini_batch_l2:
             losses = {**losses, "mini_batch_l2": self._mini_batch_l2(batch)}
         return {"log_loss": F.binary_cross_entropy_with_logits(logits.float(), batch.label), **losses}
 
     def _mini_batch_l2(self, batch: BehaviorBatch) -> Tensor:
-        """lambda / 2 sum_j |w_j|^2 / n_j over the distinct IDs j of the batch of all processes (negatives drawn for an
-        auxiliary loss are no samples). Equation 5 is its gradient step."""
+        """lambda / 2 sum_j |w_j|^2 / n_j over the distinct IDs j of the batch of all processes, a scalar.
+
+        The gradient step of this term is equation 5 of Zhou et al. 2018. Negatives of an auxiliary loss do not count.
+        """
         if not len(self.item_decay):
             raise ValueError("mini_batch_l2 needs the numbers of samples: call count_samples before training")
         shown = torch.zeros(len(batch.items), dtype=torch.bool, device=batch.target.device)
@@ -178,19 +206,20 @@ class RankingTask(Shareable, nn.Module):
         for table, decay, ids in parts:
             if table is not None:
                 rows = torch.unique(ids)
-                # processes average their losses: those that share an ID share its term
+                # the losses of processes are averaged, so processes with the same ID divide the term of that ID
                 total = total + (table(rows).square().sum(1) * decay[rows] / share_of_processes(rows)).sum()
         return total / 2
 
     @torch.no_grad()
     def sparsity(self) -> dict[str, dict[str, int]]:
-        """Rows of each embedding table and how many of them are not zero: what L1 and L2,1 penalties have left."""
+        """The number of rows, and of rows that are not zero, of each embedding table: L1 and L2,1 penalties set rows to
+        zero."""
         tables = {name: module.weight for name, module in self.named_modules() if isinstance(module, RowTable)}
         return {name: {"rows": len(w), "nonzero": int((w != 0).any(1).sum())} for name, w in tables.items()}
 
     def parameter_parts(self) -> dict[str, list[nn.Parameter]]:
-        """`id`: ID tables of items and users; `encoder`; `content`: its adapter; `expert`: of MAKE; `ranker`: the
-        rest."""
+        """Parameters by part: `id` (ID tables of items and users), `encoder`, `content` (the content adapter), `expert`
+        (the expert of MAKE) and `ranker` (all other parameters)."""
         parts: dict[str, list[nn.Parameter]] = {"id": [], "encoder": [], "content": [], "expert": [], "ranker": []}
         for name, parameter in self.named_parameters():
             if name.startswith(("embedder.ids.", "users.")):
@@ -206,11 +235,10 @@ class RankingTask(Shareable, nn.Module):
         return parts
 
     def after_step(self) -> None:
-        """Nothing is constrained."""
+        """Do nothing: no parameter has constraints."""
 
     def save(self, folder: Path) -> None:
-        """`task.json`, `vocabulary/`, `model.safetensors`, the content: its frozen table or its encoder, and the
-        expert."""
+        """Write config, vocabulary, weights, the content table or the content encoder, and the expert into a folder."""
         files = RunFolder(folder)
         self.vocabulary.save(files.vocabulary)
         if isinstance(self.embedder.encoder, PretrainTask):
@@ -227,7 +255,11 @@ class RankingTask(Shareable, nn.Module):
         save_task(self, self.config, "ranking", folder)
 
     def bind(self, item_ids: pa.Array) -> None:
-        """Put the kept content vectors in the order of another catalog; items they lack count as without content."""
+        """Put the stored content vectors in the order of another catalog.
+
+        Args:
+            item_ids: (N,) raw ids of that catalog; an item without a stored vector counts as an item without content.
+        """
         if self.expert is not None:
             self.expert.task.bind(item_ids)
         if self.catalog_ids is None:
@@ -240,7 +272,16 @@ class RankingTask(Shareable, nn.Module):
 
     @classmethod
     def load(cls, folder: str | Path) -> RankingTask:
-        """From a run folder; content vectors are in the order of the catalog it was trained with (see `bind`)."""
+        """Load a task from a run folder, in evaluation mode.
+
+        The content vectors are in the order of the catalog of the training; `bind` changes the order.
+
+        Args:
+            folder: a run folder of `finetune.train`, or a folder of `save_pretrained`.
+
+        Raises:
+            ValueError: the folder holds no ranking task, or a damaged file.
+        """
         folder = Path(folder)
         files = RunFolder(folder)
         config = RankingTaskConfig.parse(task_config(folder, "ranking"), source=str(files.task))
@@ -260,17 +301,20 @@ class RankingTask(Shareable, nn.Module):
         expert = None if config.make is None else read_expert(files.expert, vocabulary, table, ids)
         task = cls(config, vocabulary, table, encoder, ids, expert)
         task.load_state_dict(weights)
-        task.embedder.generates = task.embedder.generator is not None
+        task.embedder.uses_generator = task.embedder.generator is not None
         return task.eval()
 
 
 def read_expert(
     folder: Path, vocabulary: RankingVocabulary, table: tuple[Tensor, Tensor] | None, ids: pa.Array | None
 ) -> RankingTask:
-    """What `Expert.save` wrote; its weights are still to be loaded.
+    """The expert from a folder written by `Expert.save`, with fresh weights: the ranker loads the weights of both.
 
     Args:
-        table: of the ranker, which the expert reads too where it has none of its own.
+        folder: the folder of the expert.
+        vocabulary: the vocabulary of the ranker.
+        table: the content table of the ranker, which the expert reads where the folder has no table.
+        ids: (N,) raw ids of the items in the order of the table.
     """
     files = RunFolder(folder)
     config = RankingTaskConfig.parse(read_json(files.task)["config"], source=str(files.task))

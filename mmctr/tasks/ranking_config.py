@@ -1,4 +1,4 @@
-"""The config of a ranking task: embedder, features, ranker, and the expert of MAKE."""
+"""The config of a ranking task: item embedder, features, ranker, and the expert of MAKE."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from mmctr.rankers.din import DINConfig
 
 
 class MAKEConfig(Config):
-    """The expert on content, and what is read of it."""
+    """The expert of MAKE, a ranker on content, and the layers of the expert that the ranker reads."""
 
     run: str
-    """run folder of `finetune.train`, of a DIN on a table of content, without item IDs, on the same data and split"""
+    """run folder of `finetune.train`, of a DIN on a content table, without item IDs, on the same data and split"""
     frozen: bool = True
-    """no gradient into the expert; else it learns on with the ranker, as the part `expert` of `fit.optimizer.groups`"""
+    """whether the expert gets no gradient; false: it is trained further with the ranker, as the part `expert` of
+    `fit.optimizer.groups`"""
     hidden_layers: int = Field(default=1, ge=0)
-    """so many of its last hidden layers are handed over"""
+    """number of last hidden layers of the expert that the ranker reads"""
 
 
 class RankingTaskConfig(Config):
@@ -32,25 +33,26 @@ class RankingTaskConfig(Config):
     features: FeatureConfigs = FeatureConfigs()
     """side features of items, users and impressions, and crosses"""
     ranker: RankerConfig = DINConfig()
-    """the network on top of the vectors"""
+    """the network that reads the vectors"""
     user_dim: int = Field(default=16, ge=0)
-    """size of the user ID vector; 0: none"""
+    """size of the user ID vector; 0: no user ID vectors"""
     user_dropout: float = Field(default=0.05, ge=0, lt=1)
-    """chance that a training impression shows an unknown user"""
+    """probability that a training impression has the unknown user"""
     max_history: int = Field(default=50, ge=1)
-    """latest behaviours read"""
+    """number of latest behaviours that the ranker reads"""
     simtier: SimTierConfig | None = None
-    """the ranker's context also says how many behaviours are how like the target in content; null: it does not"""
+    """the context of the ranker includes the numbers of behaviours by content similarity to the target; null: it does
+    not"""
     make: MAKEConfig | None = None
-    """a ranker on content alone, trained before, hands over what it knows (MAKE); null: there is none"""
+    """the ranker reads an expert, a ranker on content alone that was trained before (MAKE); null: no expert"""
     mini_batch_l2: float = Field(default=0.0, ge=0)
-    """mini-batch aware regularisation of the ID vectors of items and users (Zhou et al. 2018, section 5.2): each one in
-    the batch decays by this over the number of training impressions it is in, so frequent IDs decay little at a time
-    and rare ones, which would overfit, much"""
+    """mini-batch aware regularisation of the ID vectors of items and users (Zhou et al. 2018, section 5.2): each ID in
+    a batch decays by this value over the number of training impressions with the ID, so that frequent IDs decay little
+    at each step and rare IDs, which overfit most, decay much"""
 
     @property
     def compares(self) -> bool:
-        """Whether contents of behaviours and targets are compared."""
+        """Whether the ranker reads content similarities of behaviours and targets."""
         return self.simtier is not None or self.ranker.needs_similarity
 
     @model_validator(mode="after")
@@ -74,6 +76,6 @@ class RankingTaskConfig(Config):
             for reason, is_wrong in wrong.items():
                 if is_wrong:
                     raise ValueError(f"ranker.multi_query attends by content and by ID, but {reason}")
-        if self.make and not self.ranker.hands_over:
-            raise ValueError(f"make is for din and dien; {self.ranker.name} has no place for what an expert hands over")
+        if self.make and not self.ranker.reads_expert:
+            raise ValueError(f"make is for din and dien; {self.ranker.name} cannot read an expert")
         return self

@@ -1,4 +1,4 @@
-"""Sharing finished tasks: folders with a model card, and the Hugging Face Hub. No pickle, and no paths of a machine."""
+"""Sharing of finished tasks: folders with a model card, and the Hugging Face Hub, without pickle and machine paths."""
 
 from __future__ import annotations
 
@@ -14,35 +14,40 @@ from mmctr.files import read_json, write_json, write_text
 from mmctr.run_folder import RunFolder
 
 PATTERNS = ["*.safetensors", "*.json", "*.yaml", "*.parquet", "*.txt"]
-"""all that is ever fetched: none of it is code"""
+"""patterns of the files that are downloaded from the hub: none of these files is code"""
 TEMPLATE = Path(__file__).with_name("templates") / "model_card.md"
+"""Jinja template of the model card"""
 
 
 class Shareable:
-    """What tasks have for sharing, on top of `save` and `load`."""
+    """Base class of tasks with the methods for sharing, which build on `save` and `load` of the task."""
 
-    # Not huggingface_hub.ModelHubMixin: its hook `_save_pretrained` is not told which run the task is of, its
-    # `save_pretrained` writes a config.json of the constructor's plain arguments and keeps the card of an earlier task,
-    # its `from_pretrained` asks the hub for a config.json before its hook may say which files are wanted, and its
-    # `push_to_hub` makes the repository before it is known that the task can be saved.
+    # Not huggingface_hub.ModelHubMixin: the hook `_save_pretrained` of that class does not get the run of the task;
+    # `save_pretrained` writes a config.json of the plain constructor arguments and keeps the card of an earlier task;
+    # `from_pretrained` asks the hub for a config.json before the hook can choose the files; and `push_to_hub` makes the
+    # repository before it is known that the task can be saved.
 
     config: Any
 
     def save(self, folder: Path) -> None:
+        """Write the task into a folder."""
         raise NotImplementedError
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
+        """Load a task from a folder written by `save`."""
         raise NotImplementedError
 
     def save_pretrained(self, folder: str | Path, run: str | Path | None = None, name: str | None = None) -> None:
         """Write the task and a model card, `README.md`, into a folder that `from_pretrained` reads.
 
         Args:
-            run: the run folder the task is of: its config and its numbers go along, paths of the machine left out.
-            name: title of the card (default: the name of the folder).
+            folder: the folder to write, which is created where it is missing.
+            run: the run folder of the task, whose config and metrics are added, without paths of the machine.
+            name: title of the card; None: the name of the folder.
 
-        Raises ValueError for the folder of a run, whose own files this would overwrite.
+        Raises:
+            ValueError: the folder is a run folder, whose files would be overwritten.
         """
         folder = Path(folder)
         files = RunFolder(folder)
@@ -56,9 +61,9 @@ class Shareable:
         for pattern in ("config.json", "tokenizer_config.json"):
             for path in files.encoder.rglob(pattern):
                 values = read_json(path)
-                kept = {key: value for key, value in values.items() if key not in ("_name_or_path", "name_or_path")}
-                if kept != values:
-                    write_json(path, kept)
+                cleaned = {key: value for key, value in values.items() if key not in ("_name_or_path", "name_or_path")}
+                if cleaned != values:
+                    write_json(path, cleaned)
         config, metrics = _of_run(run)
         if config is not None:
             write_text(files.config, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
@@ -68,10 +73,15 @@ class Shareable:
 
     @classmethod
     def from_pretrained(cls, name: str | Path, *, revision: str | None = None, token: str | bool | None = None) -> Self:
-        """From a folder of `save_pretrained`, a run folder, or a repository of the hub (`org/name`).
+        """Load a task from a folder or from the Hugging Face Hub.
 
-        Raises ValueError when there is no such folder and the hub does not give one, or when it holds another kind of
-        task.
+        Args:
+            name: a folder of `save_pretrained`, a run folder, or a repository of the hub (`org/name`).
+            revision: branch, tag or commit of the repository.
+            token: access token of the hub.
+
+        Raises:
+            ValueError: neither a folder nor a repository of that name can be read, or the task is of another kind.
         """
         if Path(name).is_dir():
             return cls.load(name)
@@ -95,9 +105,20 @@ class Shareable:
         token: str | None = None,
         message: str = "Upload a model of mmctr",
     ) -> str:
-        """Save as `save_pretrained` does and upload that; the repository is made when there is none. Returns its URL.
+        """Upload the files of `save_pretrained` to the Hugging Face Hub; a missing repository is created.
 
-        Raises ValueError when the hub refuses.
+        Args:
+            repo_id: the repository, `org/name`.
+            run: the run folder of the task, whose config and metrics are added.
+            private: whether a new repository is private; None: the default of the organisation.
+            token: access token of the hub.
+            message: commit message.
+
+        Returns:
+            The URL of the repository.
+
+        Raises:
+            ValueError: the hub refuses the upload.
         """
         from huggingface_hub import HfApi
 
@@ -122,21 +143,26 @@ class Shareable:
 
 
 def without_paths(value: Any) -> Any:
-    """A config in which of absolute paths the last part is left: they say who trained where, and help nobody else."""
+    """A copy of a config in which each absolute path is cut to the last part.
+
+    Paths of the training machine tell user names and folders, and are useless elsewhere.
+    """
     if isinstance(value, dict):
         return {key: without_paths(part) for key, part in value.items()}
     if isinstance(value, list):
         return [without_paths(part) for part in value]
     if not isinstance(value, str):
         return value
-    scheme, path = re.fullmatch(r"((?:local-dir:|file:(?://)?)?)(.*)", value, re.DOTALL).groups()  # type: ignore[union-attr]
+    match = re.fullmatch(r"((?:local-dir:|file:(?://)?)?)(.*)", value, re.DOTALL)
+    assert match is not None, "the pattern matches every text"
+    scheme, path = match.groups()
     last = PureWindowsPath(path).name if re.match(r"[A-Za-z]:[\\/]", path) else Path(path).name
     is_path = Path(path).is_absolute() or path.startswith("~") or re.match(r"[A-Za-z]:[\\/]", path)
     return scheme + last if is_path and last else value
 
 
 def _of_run(run: str | Path | None) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """Config without paths, and numbers, of a run folder, where it has them."""
+    """The config without machine paths, and the metrics of a run folder; None for a file that the folder lacks."""
     if run is None:
         return None, None
     config = metrics = None
@@ -150,7 +176,14 @@ def _of_run(run: str | Path | None) -> tuple[dict[str, Any] | None, dict[str, An
 
 
 def model_card(task: Shareable, name: str, config: dict[str, Any] | None, metrics: dict[str, Any] | None) -> str:
-    """Markdown: what the model is, how to load it, its data, numbers and config."""
+    """The model card as Markdown: kind, loading code, data, metrics and config.
+
+    Args:
+        task: the task.
+        name: title of the card, and the name by which the loading code loads the task.
+        config: the config of the run; None: the card has the config of the task.
+        metrics: the metrics of the run; None: no metrics.
+    """
     from huggingface_hub import ModelCard, ModelCardData
 
     values = without_paths(task.config.model_dump(mode="json"))
@@ -173,14 +206,16 @@ def model_card(task: Shareable, name: str, config: dict[str, Any] | None, metric
 
 
 def loading_code(task: Shareable, name: str) -> str:
+    """Python code that loads a task by a name, for the model card."""
     kind = type(task).__name__
     return f"from mmctr.tasks import {kind}\n\ntask = {kind}.from_pretrained({json.dumps(name)})"
 
 
 def _data(task: Shareable, config: dict[str, Any] | None) -> list[str]:
-    """What the task was trained on, as far as it knows, a line each."""
+    """Lines on the training data of a task, from the config of the run and the vocabulary of the task."""
     lines = []
-    data = (config or {}).get("data") or {}
+    config = config or {}
+    data = config.get("data") or {}
     if data.get("path"):
         lines.append(f"dataset: {Path(data['path']).name}")
     if data.get("text"):
@@ -195,18 +230,19 @@ def _data(task: Shareable, config: dict[str, Any] | None) -> list[str]:
         for group in ("item", "user", "context", "cross"):
             if getattr(features, group):
                 lines.append(f"{group} features: {', '.join(getattr(features, group))}")
-    if (config or {}).get("split"):
-        lines.append(f"split: {json.dumps(config['split'])}")  # type: ignore[index]
+    if config.get("split"):
+        lines.append(f"split: {json.dumps(config['split'])}")
     return lines
 
 
 def _flat(values: Any, key: str = "") -> list[tuple[str, Any]]:
-    """Leaves of nested mappings with their keys joined; lists (intervals, buckets) are left out."""
+    """The leaves of nested mappings, with joined keys; lists (intervals, buckets) are left out."""
     if isinstance(values, dict):
         return [leaf for name, part in values.items() for leaf in _flat(part, f"{key} {name}".strip())]
     return [] if isinstance(values, list) else [(key, values)]
 
 
 def _first_line(error: Exception) -> str:
+    """The first line of an error message, or the class of the error without a message."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__

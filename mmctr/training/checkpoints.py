@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: weights, optimiser and progress, from which it goes on exactly."""
+"""Checkpoints of a training run: weights, optimizer state and progress, from which a run continues exactly."""
 
 from __future__ import annotations
 
@@ -19,21 +19,38 @@ from mmctr.training.task import Task
 
 
 class Checkpoints:
-    """`checkpoints/step-N/` (weights, optimiser, state) and `checkpoints/best.safetensors`. No pickle.
+    """The folders `step-N` (weights, optimizer, progress) and the file `best.safetensors` of a run, without pickle.
 
-    All processes save, and the main one writes.
+    All processes call the methods; the main process writes.
+
+    Args:
+        folder: the folder `checkpoints` of the run.
+        identity: fingerprint of config and dataset; a checkpoint of another identity is refused.
+        sharding: makes a task that is spread over processes whole; None: the task is whole in each process.
     """
 
     def __init__(self, folder: Path, identity: str, sharding: Sharding | None = None):
         self.folder, self.identity, self.sharding = folder, identity, sharding
 
     def save(self, task: Task, optimizer: Any, state: dict[str, Any]) -> None:
+        """Write a checkpoint, and remove older checkpoints.
+
+        Args:
+            task: the task.
+            optimizer: the optimizer of the task.
+            state: progress of the run, with the number of steps under "step".
+
+        Raises:
+            OSError: the checkpoint cannot be written.
+        """
         with self._writing() as writes:
             moments = optimizer_tensors(optimizer, keep=writes)
             if writes:
                 self._write(task, moments, state)
 
     def _write(self, task: Task, moments: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Write the checkpoint of a step, then remove older checkpoints and unfinished files."""
+
         def write(folder: Path) -> None:
             save_weights(task, folder / "task.safetensors")
             save_file(moments, folder / "optimizer.safetensors")
@@ -47,14 +64,25 @@ class Checkpoints:
                 f"cannot save the checkpoint {path}: {error}. Free some space, then start the same command again: "
                 f"it goes on from the checkpoint before"
             ) from error
-        # older ones, and what a killed process left half written
+        # older checkpoints, and unfinished files of a killed process
         for old in [*self._finished()[:-1], *self.folder.glob(".step-*")]:
             shutil.rmtree(old, ignore_errors=True)
         for old in self.folder.glob(".best.*"):
             old.unlink(missing_ok=True)
 
     def load(self, task: Task, optimizer: Any) -> dict[str, Any] | None:
-        """Put the newest checkpoint into task and optimiser; returns its state, None when there is none."""
+        """Load the newest checkpoint into task and optimizer.
+
+        Args:
+            task: the task.
+            optimizer: the optimizer of the task.
+
+        Returns:
+            The progress that was saved; None where the run has no checkpoint.
+
+        Raises:
+            ValueError: the checkpoint belongs to another config or dataset.
+        """
         finished = self._finished()
         if not finished:
             return None
@@ -64,22 +92,26 @@ class Checkpoints:
                 f"{finished[-1]}: this checkpoint belongs to another config or dataset; choose another run_dir, or "
                 f"delete {self.folder.parent} to start anew"
             )
-        own = task.state_dict()
+        current = task.state_dict()
         weights = load_file(finished[-1] / "task.safetensors").items()
-        task.load_state_dict({name: spread_like(x, own[name]) if name in own else x for name, x in weights})
+        task.load_state_dict({name: spread_like(x, current[name]) if name in current else x for name, x in weights})
         load_optimizer_tensors(optimizer, load_file(finished[-1] / "optimizer.safetensors"))
         return state
 
     def save_best(self, task: Task) -> None:
+        """Write the weights of the best evaluation so far."""
         with self._writing() as writes:
             if writes:
                 replace_file(self.folder / "best.safetensors", lambda path: save_weights(task, path))
 
     def load_best(self, task: Task) -> None:
+        """Load the weights of the best evaluation into the task."""
         task.load_state_dict(load_file(self.folder / "best.safetensors"))
 
     def _writing(self) -> AbstractContextManager[bool]:
+        """Within the context the task is whole; the value says whether this process writes."""
         return nullcontext(True) if self.sharding is None else self.sharding.writing()
 
     def _finished(self) -> list[Path]:
+        """The folders of complete checkpoints, oldest first."""
         return sorted(path for path in self.folder.glob("step-*") if (path / "state.json").is_file())

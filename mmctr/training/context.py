@@ -14,15 +14,15 @@ from mmctr.run_folder import RunFolder
 
 @dataclass(frozen=True)
 class RunContext:
-    """What the stages of a run share.
+    """The folder, processes and seed of one training run.
 
     Args:
-        folder: the run folder; checkpoints and the log of a stage go there.
+        folder: the run folder, which gets the checkpoints and the log.
         accelerator: processes, device and precision.
-        seed: of the run, see `mmctr.data.hashing.stream_seed` for how streams of random numbers follow from it.
+        seed: seed of the run; `mmctr.data.hashing.stream_seed` derives a seed for each stream of random numbers.
         identity: a fingerprint of the config and dataset of the run. A checkpoint of another identity is refused.
-        phase: name of a later stage of the same run: metric names in a tracker begin with it.
-        steps_before: training steps of the stages before, because trackers drop a step behind the last one.
+        phase: name of a later stage of the same run, the prefix of metric names in a tracker; empty for the first.
+        steps_before: training steps of earlier stages, which a tracker counts on from.
     """
 
     folder: RunFolder
@@ -34,6 +34,7 @@ class RunContext:
 
     @property
     def device(self) -> torch.device:
+        """The device of this process."""
         return self.accelerator.device
 
     @property
@@ -42,15 +43,29 @@ class RunContext:
         return self.accelerator.is_main_process
 
     def seed_torch(self, stream: str) -> None:
-        """Let what torch draws next, such as initial weights, come from a stream of the run, by its name."""
+        """Seed the generator of torch, for example for initial weights.
+
+        Args:
+            stream: name of the stream of random numbers; two streams of a run are independent.
+        """
         torch.manual_seed(stream_seed(self.seed, stream))
 
     def plan(self, num_rows: int, batch_size: int) -> BatchPlan:
-        """Which of `num_rows` training rows this process takes at each step; `batch_size` is of all processes."""
+        """The training rows of each step of this process.
+
+        Args:
+            num_rows: number of training rows.
+            batch_size: rows of a step over all processes together.
+        """
         return BatchPlan(
             num_rows, batch_size, self.seed, self.accelerator.process_index, self.accelerator.num_processes
         )
 
     def next_phase(self, name: str, steps_before: int) -> RunContext:
-        """The context of a later stage, whose checkpoints and log lie in the folder `name` of the run folder."""
+        """The context of a later stage of the run.
+
+        Args:
+            name: name of the stage, and of the folder in the run folder that gets checkpoints and log of the stage.
+            steps_before: training steps of the earlier stages.
+        """
         return replace(self, folder=RunFolder(self.folder.path / name), phase=name, steps_before=steps_before)

@@ -1,8 +1,9 @@
-"""Contrastive batches larger than memory: gradients of a loss over all rows, with a few rows encoded at a time.
+"""Gradient caching: contrastive batches larger than memory, with a few rows encoded at a time.
 
-GradCache (Gao et al. 2021, arXiv 2101.06983): the features of all chunks are made without a graph; the loss gives the
-gradient of each feature; then each chunk is encoded once more, under the same random numbers, and that gradient is sent
-back through it. The result is the gradient of the whole batch at the price of a second forward pass.
+GradCache (Gao et al. 2021, arXiv 2101.06983): the features of all chunks are computed without a graph; the loss gives
+the gradient of each feature; then each chunk is encoded again, with the same random numbers, and the gradient of the
+features is propagated back into the parameters. The result is the gradient of the whole batch at the price of a second
+forward pass.
 """
 
 from __future__ import annotations
@@ -27,13 +28,20 @@ def chunked_backward(
     accelerator: Accelerator,
     seed: Callable[[int], int],
 ) -> dict[str, Tensor]:
-    """Accumulate the gradient of a batch into the parameters, `size` rows at a time; returns the loss terms.
+    """Accumulate the gradient of a batch into the parameters, one chunk at a time.
+
+    Batch normalisation computes statistics of single chunks, and the running statistics count each chunk once.
 
     Args:
-        model: `task` as `accelerator.prepare` gave it back.
-        seed: of the random numbers of each chunk.
+        model: the result of `accelerator.prepare` for `task`.
+        task: the task.
+        batch: the batch.
+        size: largest number of rows of a chunk.
+        accelerator: processes and precision.
+        seed: the seed of the random numbers of a chunk, by the number of the chunk.
 
-    Batch normalisation sees a chunk at a time, and takes its statistics into account once.
+    Returns:
+        The loss terms, scalars by name.
     """
     chunks = task.chunks(batch, size)
     with accelerator.no_sync(model):  # data-parallel hooks must not average each chunk by itself
@@ -67,13 +75,14 @@ def chunked_backward(
 
 
 def _seeded(task: ChunkedTask, chunk: Any, seed: int) -> dict[str, Tensor]:
+    """The features of a chunk, with random numbers from a seed."""
     torch.manual_seed(seed)
     return task.encode_chunk(chunk)
 
 
 @contextmanager
 def _statistics_kept(task: ChunkedTask) -> Iterator[None]:
-    """The first pass must not move running statistics: the second will."""
+    """Within the context running statistics do not change: the second pass updates the statistics."""
     norms = [module for module in task.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     counted = [norm.num_batches_tracked for norm in norms]
@@ -87,15 +96,14 @@ def _statistics_kept(task: ChunkedTask) -> Iterator[None]:
 
 
 def _average_gradients(task: ChunkedTask) -> None:
-    """Over processes, as one tensor. A parameter that got no gradient here counts as zero."""
-    parameters = [p for p in task.parameters() if p.requires_grad]
-    for p in parameters:
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
-    by_kind: dict[torch.dtype, list[Tensor]] = {}
-    for p in parameters:
-        by_kind.setdefault(p.dtype, []).append(p.grad)  # type: ignore[arg-type]
-    for gradients in by_kind.values():
+    """Average the gradients over processes, as one tensor; a parameter without gradient counts as zero."""
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for p in task.parameters():
+        if p.requires_grad:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+            by_dtype.setdefault(p.dtype, []).append(p.grad)
+    for gradients in by_dtype.values():
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
         dist.all_reduce(flat)
         flat /= dist.get_world_size()

@@ -1,13 +1,13 @@
 """AdamW over the parts of a task, and embedding tables that are trained by the rows of a batch.
 
-A dense optimiser reads and writes every row of a table at every step. That is the fastest way for small tables (one
-fused kernel) and impossible for large ones, so tables above `rows_from` are trained by rows: a step touches the rows
-its batch holds, whatever the size of the vocabulary.
+A dense optimizer reads and writes every row of a table at every step. This is fastest for small tables (one fused
+kernel) and impossible for large tables, so tables of at least `rows_from` rows are trained by rows: a step touches only
+the rows of the batch, whatever the size of the vocabulary.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from pydantic import Field, model_validator
@@ -20,19 +20,19 @@ from mmctr.training.task import Task
 
 
 class ParameterGroupConfig(Config):
-    """Optimiser settings of one part of a task; None takes the common one."""
+    """Optimizer settings of one part of a task; None takes the common setting."""
 
     lr: float | None = Field(default=None, ge=0)
-    """learning rate of the part; null: the common one"""
+    """learning rate of the part; null: the common learning rate"""
     weight_decay: float | None = Field(default=None, ge=0)
-    """weight decay of the part; null: the common one"""
+    """weight decay of the part; null: the common weight decay"""
     from_epoch: float = Field(default=0.0, ge=0)
-    """the part trains when so many epochs have passed, and stays as it is before"""
+    """number of epochs before the part begins to train; until then the part does not change"""
     to_epoch: float | None = Field(default=None, gt=0)
-    """and until so many have passed; it stays as it is then. None: to the end"""
+    """number of epochs after which the part stops training and no longer changes. None: the part trains to the end"""
     redraw: bool = False
-    """of ID tables: draw them anew at the start of every epoch but the first (MEDA); see
-    `mmctr.training.part_schedule`"""
+    """draw the ID tables of the part anew at the start of every epoch but the first (MEDA,
+    `mmctr.training.part_schedule`)"""
 
     @model_validator(mode="after")
     def _epochs_in_order(self) -> ParameterGroupConfig:
@@ -46,30 +46,33 @@ class ParameterGroupConfig(Config):
 
 
 class OptimizerConfig(Config):
-    """AdamW, one setting for all parameters and exceptions by part."""
+    """AdamW, with common settings for all parameters and exceptions by part."""
 
     lr: float = Field(default=1e-3, gt=0)
-    """learning rate at the top of the schedule"""
+    """largest learning rate of the schedule"""
     weight_decay: float = Field(default=0.0, ge=0)
-    """not applied to biases, norms and other vectors; of tables trained by rows, the rows of a batch decay"""
+    """weight decay; not applied to biases, norms and other vectors. In tables trained by rows only the rows of a batch
+    decay"""
     betas: tuple[float, float] = (0.9, 0.999)
     """decay rates of the two moments of Adam"""
     groups: dict[str, ParameterGroupConfig] = {}
-    """by the names of the task's `parameter_parts()`: `encoder`, `projection`, `head` and more in pretraining; `id`,
-    `content`, `encoder`, `expert`, `ranker` in ranking"""
+    """settings by part, by the names of `parameter_parts()` of the task: `encoder`, `projection`, `head` and more in
+    pretraining; `id`, `content`, `encoder`, `expert`, `ranker` in ranking"""
     rows: Literal["adam", "adagrad", "ftrl"] = "adam"
-    """how tables are trained by rows. `adam`: moments of a row advance when it is in a batch, as in torch's SparseAdam.
-    `adagrad`: one accumulator a row, half the memory of the weights and less; wants a higher lr, near 0.05.
-    `ftrl`: FTRL-Proximal (McMahan et al. 2013) with one learning rate a row, for linear rankers; exact zeros"""
+    """how tables are trained by rows. `adam`: the moments of a row advance when the row is in a batch, as in SparseAdam
+    of torch. `adagrad`: one accumulator for each row, at most half the memory of the weights; needs a higher lr, near
+    0.05. `ftrl`: FTRL-Proximal (McMahan et al. 2013) with one learning rate for each row and exact zeros, for linear
+    rankers"""
     rows_from: int = Field(default=300_000, ge=0)
-    """tables with at least so many rows are trained by rows; 0: all"""
+    """smallest number of rows of a table that is trained by rows; 0: all tables are"""
     l1: float = Field(default=0.0, ge=0)
-    """of `ftrl`: sets single weights to zero. As in the paper it stands against the sum of gradients so far: with the
-    mean loss of a batch over T steps, l1 is T times the weight of an L1 term beside that loss; so are the next two"""
+    """L1 penalty of `ftrl`, which sets single weights to zero. As in the paper, the penalty is compared with the sum of
+    all gradients so far: with the mean loss of a batch over T steps, l1 is T times the weight of an L1 term added to
+    that loss. The same holds for l21 and l2"""
     l21: float = Field(default=0.0, ge=0)
-    """of `ftrl`: sets whole rows to zero, by their norm: a feature is dropped (Gai et al. 2017, equation 4)"""
+    """L2,1 penalty of `ftrl`, which sets whole rows to zero and so drops features (Gai et al. 2017, equation 4)"""
     l2: float = Field(default=0.0, ge=0)
-    """of `ftrl`: pulls towards zero"""
+    """L2 penalty of `ftrl`, which shrinks weights towards zero"""
 
     @model_validator(mode="after")
     def _penalties_need_ftrl(self) -> OptimizerConfig:
@@ -81,7 +84,14 @@ class OptimizerConfig(Config):
 
 
 class RowAdamW(torch.optim.AdamW):
-    """Fused AdamW for what has a gradient, and row-wise steps for the tables that are trained by rows."""
+    """Fused AdamW for parameters with a gradient, and row-wise steps for tables that are trained by rows.
+
+    Args:
+        groups: parameter groups of torch, with `lr` and `weight_decay`.
+        config: options of the optimizer.
+        tables: the tables that are trained by rows.
+        max_norm: the gradient of the rows of all tables is scaled down to this norm; None: not scaled.
+    """
 
     def __init__(
         self, groups: list[dict[str, Any]], config: OptimizerConfig, tables: list[RowTable], max_norm: float | None
@@ -92,23 +102,25 @@ class RowAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        result = super().step(closure)  # skips what has no gradient
-        found = {
+        """Update all parameters; returns the loss of the closure, if there is a closure."""
+        result = super().step(closure)  # skips parameters without a gradient
+        gradients = {
             weight: (group, *self.row_tables[weight].pop_gradient())
             for group in self.param_groups
             for weight in group["params"]
             if weight in self.row_tables
         }
         scale = 1.0
-        if found and self._max_norm is not None:
-            norm = torch.stack([grad.square().sum() for _, _, grad in found.values()]).sum().sqrt()
+        if gradients and self._max_norm is not None:
+            norm = torch.stack([grad.square().sum() for _, _, grad in gradients.values()]).sum().sqrt()
             scale = (self._max_norm / (norm + 1e-6)).clamp(max=1.0)
-        for weight, (group, rows, grad) in found.items():
+        for weight, (group, rows, grad) in gradients.items():
             if len(rows):
                 self._step_rows(group, weight, rows, grad * scale)
         return result
 
     def _step_rows(self, group: dict[str, Any], weight: Tensor, rows: Tensor, grad: Tensor) -> None:
+        """Update rows (R,) of a table with gradients (R, D)."""
         state = self.state[weight]
         lr = group["lr"]
         values = weight.index_select(0, rows) * (1 - lr * group["weight_decay"])
@@ -128,7 +140,7 @@ class RowAdamW(torch.optim.AdamW):
         elif self._config.rows == "ftrl":
             before = state["sum"].index_select(0, rows)
             total = before + grad.square().mean(1)
-            # what a step adds to the curvature at the current weights; their sum is sqrt(total) / lr for a constant lr
+            # the curvature that a step adds at the current weights; the sum over steps is sqrt(total) / lr for one lr
             added = (total.sqrt() - before.sqrt()) / max(lr, 1e-12)
             scale = state["scale"].index_select(0, rows) + added
             z = state["z"].index_select(0, rows) + grad - added[:, None] * weight.index_select(0, rows)
@@ -148,10 +160,20 @@ class RowAdamW(torch.optim.AdamW):
 
 
 def proximal_weights(z: Tensor, scale: Tensor, l1: float, l21: float, l2: float) -> Tensor:
-    """For each row the w (R, D) that minimises z w + scale |w|^2 / 2 + l1 |w|_1 + l21 |w|_2 + l2 |w|^2 / 2.
+    """The weights w of each row that minimise z w + scale |w|^2 / 2 + l1 |w|_1 + l21 |w|_2 + l2 |w|^2 / 2.
 
-    The two thresholds compose: single weights first, then the row (Gai et al. 2017 meet both at once; the order is
-    exact because the row's shrinkage keeps signs and zeros).
+    The two thresholds are applied one after the other, to single weights and then to rows (Gai et al. 2017 apply both
+    at once); the result is exact because the shrinkage of a row keeps signs and zeros.
+
+    Args:
+        z: (R, D).
+        scale: (R,).
+        l1: weight of the L1 norm.
+        l21: weight of the norm of a row.
+        l2: weight of the squared norm.
+
+    Returns:
+        (R, D).
     """
     soft = z.sign() * (z.abs() - l1).clamp(min=0)
     norm = soft.norm(dim=1, keepdim=True)
@@ -159,16 +181,28 @@ def proximal_weights(z: Tensor, scale: Tensor, l1: float, l21: float, l2: float)
     return -shrunk / (scale[:, None] + l2).clamp(min=1e-30)
 
 
+@runtime_checkable
+class HasLrScales(Protocol):
+    """A module with factors on the learning rates of parameters."""
+
+    def lr_scales(self) -> dict[nn.Parameter, float]:
+        """Factors on the learning rate by parameter; a missing parameter has the factor 1."""
+        ...
+
+
 def make_optimizer(task: Task, config: OptimizerConfig, max_grad_norm: float | None = None) -> RowAdamW:
-    """The optimiser of a task; its large tables are trained by rows from then on.
+    """The optimizer of a task, whose large tables are trained by rows from then on.
+
+    Modules of the task with a method `lr_scales()` give factors on the learning rates of single parameters.
 
     Args:
-        max_grad_norm: the gradient of the rows of a step, all tables together, is scaled down to this norm; that of
-            everything else is the caller's to clip.
+        task: the task.
+        config: options of the optimizer.
+        max_grad_norm: the gradient of the rows of a step, all tables together, is scaled down to this norm; the caller
+            clips the other gradients.
 
-    Modules of the task with `lr_scales()` say what the learning rate of some of their parameters is multiplied with.
-
-    Raises ValueError for a group name that is no part of the task.
+    Raises:
+        ValueError: a group of the config is no part of the task.
     """
     parts = task.parameter_parts()
     unknown = set(config.groups) - set(parts)
@@ -181,15 +215,15 @@ def make_optimizer(task: Task, config: OptimizerConfig, max_grad_norm: float | N
     ]
     scales: dict[nn.Parameter, float] = {}
     for module in task.modules():
-        if hasattr(module, "lr_scales"):
-            scales |= module.lr_scales()  # type: ignore[operator]
+        if isinstance(module, HasLrScales):
+            scales |= module.lr_scales()
     groups = []
     by_rows = {id(table.weight) for table in tables}
     for name, parameters in parts.items():
-        own = config.groups.get(name, ParameterGroupConfig())
-        lr = config.lr if own.lr is None else own.lr
-        decay = config.weight_decay if own.weight_decay is None else own.weight_decay
-        # the whole rate first: it is the one that is logged
+        settings = config.groups.get(name, ParameterGroupConfig())
+        lr = config.lr if settings.lr is None else settings.lr
+        decay = config.weight_decay if settings.weight_decay is None else settings.weight_decay
+        # the largest rate first, because the log shows the rate of the first group
         for scale in sorted({scales.get(p, 1.0) for p in parameters}, reverse=True):
             trained = [p for p in parameters if p.requires_grad and scales.get(p, 1.0) == scale]
             matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
@@ -206,10 +240,11 @@ def make_optimizer(task: Task, config: OptimizerConfig, max_grad_norm: float | N
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, keep: bool = True) -> dict[str, Tensor]:
-    """The state of an optimiser as named tensors: `<parameter number>.<state name>`.
+    """The state of an optimizer as tensors on the CPU, by the names `<parameter number>.<state name>`.
 
     Args:
-        keep: False for a process that only takes part in putting together what is spread; it gets nothing.
+        optimizer: the optimizer; the state may be spread over processes, which then all call this function.
+        keep: whether this process needs the tensors; False gives an empty dictionary.
     """
     tensors = {}
     for i, entry in optimizer.state_dict()["state"].items():
@@ -221,6 +256,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, keep: bool = True) -> di
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Load the state of an optimizer from the tensors of `optimizer_tensors`."""
     whole = optimizer.state_dict()
     whole["state"] = {}
     parameters = getattr(optimizer, "parameters", None) or [
@@ -234,5 +270,5 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, 
     for parameter, state in optimizer.state.items():
         for name, tensor in state.items():
             if tensor.shape == parameter.shape and tensor.stride() != parameter.stride():
-                # fused AdamW walks through memory and does not look at strides, which are others in channels_last
+                # fused AdamW ignores strides, and the strides of parameters in channels_last are different
                 state[name] = torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)

@@ -1,8 +1,8 @@
-"""What a part of a task does in which epoch: ID tables that train for some epochs only, or start anew in each.
+"""Schedules of the parts of a task by epoch: parts that train in some epochs only, and ID tables drawn anew.
 
-Tables of IDs begin to know the training rows by heart when they see them a second time, while layers and content gain
-by further epochs ("one-epoch overfitting", Zhang et al. 2022, arXiv 2209.06053). So either the tables stop, or begin
-late, or are drawn anew at the start of every epoch: the layers then see several embedding spaces and cannot lean on
+ID tables memorise the training rows in the second epoch, while layers and content improve over several epochs
+("one-epoch overfitting", Zhang et al. 2022, arXiv 2209.06053). So ID tables can stop training early, begin late, or be
+drawn anew at the start of every epoch: the layers are then trained with several embedding spaces and cannot rely on
 single rows (MEDA: Fan et al. 2024, arXiv 2407.01607).
 """
 
@@ -17,13 +17,19 @@ from mmctr.training.task import Task
 
 
 class PartSchedule:
-    """Applies `redraw`, `from_epoch` and `to_epoch` of an optimiser's groups: a function of seed and step alone, so the
-    same in every process and after a resume.
+    """Applies `redraw`, `from_epoch` and `to_epoch` of the groups of an optimizer.
+
+    The schedule is a function of seed and step alone, and so the same in every process and after a resume.
 
     Args:
-        optimizer: of `make_optimizer`, before anything is wrapped around it.
+        task: the task.
+        optimizer: the result of `make_optimizer`, before Accelerate wraps the optimizer.
+        config: options of the optimizer.
+        steps_per_epoch: steps of an epoch.
+        seed: seed of the tables that are drawn anew.
 
-    Raises ValueError for a part that cannot be drawn anew.
+    Raises:
+        ValueError: a part with `redraw` has other parameters than ID tables, or none.
     """
 
     def __init__(self, task: Task, optimizer: RowAdamW, config: OptimizerConfig, steps_per_epoch: int, seed: int):
@@ -41,7 +47,7 @@ class PartSchedule:
             self.tables += [all_tables[p] for p in parts[name] if group.redraw]
 
     def __bool__(self) -> bool:
-        """Whether there is anything to do."""
+        """Whether any part has a schedule."""
         default = ParameterGroupConfig()
         return bool(self.tables) or any(
             (group.from_epoch, group.to_epoch) != (default.from_epoch, default.to_epoch)
@@ -49,17 +55,26 @@ class PartSchedule:
         )
 
     def before_step(self, step: int) -> None:
-        """At the start of every epoch but the first: new tables, and no moments of the old ones."""
-        epoch, place = divmod(step, self.steps_per_epoch)
-        if place or not epoch:
+        """Draw tables anew, and drop the moments of the old tables, at the first step of every epoch but the first.
+
+        Args:
+            step: the step, from 0.
+        """
+        epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
+        if step_of_epoch or not epoch:
             return
         for number, table in enumerate(self.tables):
             table.draw(torch.Generator().manual_seed(stream_seed(self.seed, "redrawn table", epoch, number)))
             self.optimizer.state.pop(table.weight, None)
 
-    def hold(self, step: int) -> None:
-        """Between backward pass and update: forget the gradients of the parts that do not train now. Without a gradient
-        neither weights nor moments move, and nothing decays."""
+    def drop_gradients(self, step: int) -> None:
+        """Drop the gradients of the parts that do not train at a step, between backward pass and update.
+
+        Without a gradient weights and moments do not change, and nothing decays.
+
+        Args:
+            step: the step, from 0.
+        """
         for group in self.optimizer.param_groups:
             if not self.trains(group["part"], step):
                 for p in group["params"]:
@@ -68,6 +83,7 @@ class PartSchedule:
                         self.optimizer.row_tables[p].drop_gradient()
 
     def trains(self, part: str, step: int) -> bool:
-        own = self._groups.get(part, ParameterGroupConfig())
-        first = round(own.from_epoch * self.steps_per_epoch)
-        return step >= first and (own.to_epoch is None or step < round(own.to_epoch * self.steps_per_epoch))
+        """Whether a part trains at a step."""
+        group = self._groups.get(part, ParameterGroupConfig())
+        first = round(group.from_epoch * self.steps_per_epoch)
+        return step >= first and (group.to_epoch is None or step < round(group.to_epoch * self.steps_per_epoch))

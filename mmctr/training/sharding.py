@@ -1,5 +1,5 @@
-"""Tasks that are spread over processes: weights, gradients and optimiser state (FSDP2), or all but the weights
-(DeepSpeed's ZeRO-1 and 2)."""
+"""Tasks that are spread over processes: weights, gradients and optimizer state (FSDP2), or all but the weights
+(ZeRO-1 and ZeRO-2 of DeepSpeed)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ from mmctr.training.task import Task
 
 
 def set_up_sharding(accelerator: Accelerator) -> None:
-    """Choose what an Accelerate config leaves open, and refuse with a ValueError what it must not say."""
+    """Set the options that an Accelerate config leaves open, and check the other options.
+
+    Raises:
+        ValueError: an option of the Accelerate config is not supported.
+    """
     if accelerator.distributed_type == DistributedType.FSDP:
         plugin: Any = accelerator.state.fsdp_plugin
         wrong = {
@@ -43,11 +47,11 @@ def set_up_sharding(accelerator: Accelerator) -> None:
         return
     for setting, is_wrong in wrong.items():
         if is_wrong:
-            raise ValueError(f"the Accelerate config needs {setting}, see {path}")
+            raise ValueError(f"the Accelerate config needs {setting}, as in {path}")
     if accelerator.mixed_precision == "fp16":
         raise ValueError("mixed_precision: fp16 scales the loss, which is not for FSDP and DeepSpeed here; take bf16")
-    # bf16 is autocast's, over fp32 weights, as without sharding. Accelerate's choice would be to round the weights, the
-    # temperature among them, and the sums of gradients
+    # bf16 is the autocast of torch over fp32 weights, as without sharding. Accelerate would round the weights, the
+    # temperature included, and the sums of gradients
     if accelerator.distributed_type == DistributedType.FSDP:
         from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -58,18 +62,25 @@ def set_up_sharding(accelerator: Accelerator) -> None:
 
 
 def _deepspeed_config(accelerator: Accelerator) -> dict[str, Any]:
+    """The config that Accelerate gives to DeepSpeed."""
     plugin: Any = accelerator.state.deepspeed_plugin
     return plugin.deepspeed_config
 
 
 class Sharding:
-    """Spreads a task as Accelerate is told to, and makes it whole for a while. A task that is not to be spread is left
-    as it is.
+    """Spreads a task over processes as the Accelerate config asks, and makes the task whole where that is needed.
 
-    It is made before the optimiser. Raises ValueError for a task that cannot be spread.
+    Without FSDP and DeepSpeed the task is not changed. A Sharding is made before the optimizer of the task.
 
     Args:
-        batch_size: of all processes together.
+        task: the task.
+        accelerator: processes.
+        batch_size: rows of a step over all processes together.
+        chunk_size: `fit.chunk_size`.
+        max_grad_norm: `fit.max_grad_norm`.
+
+    Raises:
+        ValueError: the task cannot be spread.
     """
 
     def __init__(
@@ -91,11 +102,12 @@ class Sharding:
         _require_spreadable(task, chunk_size)
         self._shapes = {name: p.shape for name, p in task.named_parameters()}
         self._twin = _without_weights(task)
-        for p in task.parameters():  # neither takes scalars, nor other layouts in memory
+        for p in task.parameters():  # FSDP and DeepSpeed accept neither scalars nor other layouts in memory
             p.data = p.data.reshape(1) if p.ndim == 0 else p.data.contiguous()
         if accelerator.distributed_type == DistributedType.FSDP:
-            # Accelerate gathers the weights of one of these at a time
-            task._no_split_modules = repeated_layers(task)  # type: ignore[assignment]
+            # Accelerate gathers the weights of one layer of these classes at a time
+            module: Any = task
+            module._no_split_modules = repeated_layers(task)
         else:
             config = _deepspeed_config(accelerator)
             config["train_micro_batch_size_per_gpu"] = batch_size // accelerator.num_processes
@@ -103,7 +115,14 @@ class Sharding:
             config["gradient_clipping"] = max_grad_norm or 0.0  # DeepSpeed clips by itself
 
     def prepare(self, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
-        """What to call in place of the task, and its optimiser."""
+        """Wrap task and optimizer.
+
+        Args:
+            optimizer: the optimizer of the task.
+
+        Returns:
+            The module to call in place of the task, and the optimizer to use in place of `optimizer`.
+        """
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         model, optimizer = self.accelerator.prepare(self.task, optimizer)
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -112,15 +131,15 @@ class Sharding:
         return model, optimizer
 
     def after_step(self) -> None:
-        """Call `after_step` of the task, and tell DeepSpeed of the scalars that it has changed."""
+        """Call `after_step` of the task, and give the scalars that the task has changed to DeepSpeed."""
         self.task.after_step()
         if self._zero is not None:
             self._zero.take_scalars()
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        """Within, the task has all of its weights in each process: any of its methods can be called, and as often as
-        each process likes. All processes enter."""
+        """Within the context the task has all weights in each process, and each process can call any method of the
+        task. All processes enter the context."""
         self.make_whole()
         try:
             yield
@@ -132,12 +151,12 @@ class Sharding:
 
     @contextmanager
     def writing(self) -> Iterator[bool]:
-        """As `whole`; True for the one process that writes files."""
+        """As `whole`; the value of the context is True in the process that writes files."""
         with self.whole():
             yield self.accelerator.is_main_process
 
     def make_whole(self) -> None:
-        """As `whole`, for good."""
+        """Give the task all weights in each process for good. All processes call this."""
         if self._module is None or self._twin is None:
             return
         weights = dict(self._twin.named_parameters())
@@ -148,10 +167,12 @@ class Sharding:
 
 
 class ZeroOptimizer:
-    """DeepSpeed's optimiser, whose state goes in and out as torch has it: by parameter, whole.
+    """The optimizer of DeepSpeed, with state dictionaries in the format of torch: whole tensors by parameter.
 
     Args:
-        parameters: in the order of the groups, before DeepSpeed replaced them by pieces of one long vector.
+        wrapped: the optimizer that `accelerator.prepare` returned.
+        parameters: the parameters in the order of the groups, before DeepSpeed replaced the parameters of the groups by
+            pieces of one long vector.
     """
 
     def __init__(self, wrapped: Any, parameters: list[nn.Parameter]):
@@ -159,25 +180,27 @@ class ZeroOptimizer:
         for piece in (piece for group in self.param_groups for piece in group["params"]):
             self.state[piece] = {name: torch.zeros_like(piece) for name in _MOMENTS}
             self.state[piece]["step"] = torch.zeros((), device=piece.device)
-        # DeepSpeed does so at the first step of the first group, when the other groups have no state to find
+        # DeepSpeed does this at the first step of the first group, when the other groups have no state yet
         self._zero._lazy_init_hp_params_optimizer_state()
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
+        """The parameter groups of the inner optimizer."""
         return self._zero.optimizer.param_groups
 
     @property
     def state(self) -> dict[Tensor, dict[str, Tensor]]:
+        """The state of the inner optimizer, by pieces of parameters."""
         return self._zero.optimizer.state
 
     def step(self) -> None:
-        """DeepSpeed's backward pass did it."""
+        """Do nothing: the backward pass of DeepSpeed updates the parameters."""
 
     def zero_grad(self) -> None:
-        """DeepSpeed's backward pass did it."""
+        """Do nothing: the backward pass of DeepSpeed drops the gradients."""
 
     def take_scalars(self) -> None:
-        """Temperatures and biases as they are in the task now, which DeepSpeed would put back at the next step."""
+        """Copy temperatures and biases from the task into DeepSpeed, which would undo changes at the next step."""
         from deepspeed.utils import safe_set_full_fp32_param  # type: ignore[import-not-found]
 
         for p in self.parameters:
@@ -185,18 +208,18 @@ class ZeroOptimizer:
                 safe_set_full_fp32_param(p, p.data)
 
     def state_dict(self) -> dict[str, Any]:
-        """All processes take part."""
+        """The state as whole tensors, by the number of the parameter. All processes call this."""
         from deepspeed.utils import safe_get_full_optimizer_state  # type: ignore[import-not-found]
 
         state = {}
-        step = next(iter(self.state.values()))["step"]  # all pieces have had as many
+        step = next(iter(self.state.values()))["step"]  # all pieces have the same number of steps
         for number, p in enumerate(self.parameters):
             state[number] = {"step": step}
             state[number] |= {name: safe_get_full_optimizer_state(p, name) for name in _MOMENTS}
         return {"state": state}
 
     def load_state_dict(self, whole: dict[str, Any]) -> None:
-        """The weights are taken from the task, which has been loaded before."""
+        """Load the state of `state_dict`; the weights are those of the task, which is loaded before."""
         from deepspeed.utils import (  # type: ignore[import-not-found]
             safe_set_full_fp32_param,
             safe_set_full_optimizer_state,
@@ -216,6 +239,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def _require_spreadable(task: nn.Module, chunk_size: int | None) -> None:
+    """Raise ValueError for a task that cannot be spread over processes."""
     instead = "launch with configs/accelerate/multi_gpu.yaml"
     if any(isinstance(module, RowTable) for module in task.modules()):
         raise ValueError(
@@ -232,7 +256,7 @@ def _require_spreadable(task: nn.Module, chunk_size: int | None) -> None:
 
 
 def repeated_layers(task: nn.Module) -> list[str]:
-    """Class names of the layers that stand one behind another in a task's towers."""
+    """Class names of the repeated layers of the towers of a task."""
     names: dict[str, None] = {}
     for module in task.modules():
         if isinstance(module, nn.ModuleList | nn.Sequential):
@@ -243,13 +267,13 @@ def repeated_layers(task: nn.Module) -> list[str]:
 
 
 def _without_weights(task: nn.Module) -> nn.Module:
-    """A copy that shares the buffers and has empty parameters."""
+    """A copy of a task with the same buffers and empty parameters."""
     memo: dict[int, Any] = {id(p): nn.Parameter(p.data.new_empty(0), p.requires_grad) for p in task.parameters()}
     memo |= {id(buffer): buffer for buffer in task.buffers()}
     return copy.deepcopy(task, memo)
 
 
 def _swap(one: nn.Module, other: nn.Module) -> None:
-    """Each object becomes the other, so that whoever holds the task sees it."""
+    """Exchange class and attributes of two modules, so that all references to the task get the other module."""
     one.__dict__, other.__dict__ = other.__dict__, one.__dict__
     one.__class__, other.__class__ = other.__class__, one.__class__

@@ -1,7 +1,8 @@
-"""The stages of a `staged` split: new items get ID rows of their own, which a few of their impressions train.
+"""The stages of a `staged` split: new items get rows in the ID table, which a few impressions of the items train.
 
-Each stage is a function of the weights before it, so that a killed run goes on with the stage it was in. Every process
-trains on all rows of a stage: they are few, and the result does not depend on the number of processes.
+Each stage is a function of the weights before the stage, so that a killed run continues with the unfinished stage.
+Every process trains on all rows of a stage: a stage has few rows, and the result does not depend on the number of
+processes.
 """
 
 from __future__ import annotations
@@ -45,27 +46,31 @@ logger = logging.getLogger(__name__)
 
 
 class StagesConfig(Config):
-    """How the stages of a `staged` split train."""
+    """Training options of the stages of a `staged` split."""
 
     trains: Literal["new_ids", "all"] = "new_ids"
-    """`new_ids`: the ID rows of new items alone, as in the papers; `all`: everything but an encoder"""
+    """`new_ids`: only the ID rows of new items are trained, as in the papers; `all`: all parameters but an encoder"""
     passes: int = Field(default=1, ge=1)
-    """how often the rows of a stage are gone through"""
+    """number of passes over the rows of a stage"""
     batch_size: int = Field(default=256, ge=1)
     """rows of a step"""
     lr: float = Field(default=1e-2, gt=0)
-    """of Adam, begun anew in each stage; no decay"""
+    """constant learning rate of Adam, whose state is new in each stage"""
 
 
 def check_stages(task: RankingTaskConfig, stages: StagesConfig) -> None:
-    """Raises ValueError for a ranker whose new items cannot be warmed up."""
+    """Check that the stages can train the new items of a ranker.
+
+    Raises:
+        ValueError: the ranker has trees, a cross of item IDs, or nothing that the stages train.
+    """
     if isinstance(task.ranker, GBDTLRConfig):
         raise ValueError("split 'staged': gbdt_lr has trees, which stages do not train; take another ranker")
     for name, cross in task.features.cross.items():
         if "item_id" in cross.of:
             raise ValueError(
-                f"split 'staged': the cross {name!r} is of item_id, and a new item's would fall where others' are; "
-                f"leave it out"
+                f"split 'staged': the cross {name!r} is of item_id, and values of new items would collide with those "
+                f"of old items; leave it out"
             )
     if not task.embedder.id_dim and stages.trains == "new_ids":
         raise ValueError(
@@ -74,13 +79,16 @@ def check_stages(task: RankingTaskConfig, stages: StagesConfig) -> None:
         )
 
 
-def with_rows(task: RankingTask, item_ids: pa.Array, items: ItemBatch) -> RankingTask:
-    """A copy of a trained task in which new items have ID rows of their own, behind the others.
+def add_item_rows(task: RankingTask, item_ids: pa.Array, items: ItemBatch) -> RankingTask:
+    """A copy of a trained task in which new items have rows at the end of the ID table.
+
+    The initial values of the rows are those of the generator of the task, or, without a generator, the row of the
+    unknown item.
 
     Args:
-        item_ids: (n,) their raw ids.
-        items: what is known of them; the rows begin with what the task's generator starts from, or, without one, with
-            the row of the unknown item, which they have read so far.
+        task: the trained ranker.
+        item_ids: (n,) raw ids of the new items.
+        items: side features and content of the n new items.
     """
     task = copy.deepcopy(task)
     freeze(task)
@@ -105,22 +113,31 @@ def with_rows(task: RankingTask, item_ids: pa.Array, items: ItemBatch) -> Rankin
 def train_stage(
     task: RankingTask, collator: BehaviorCollator, first: int, config: StagesConfig, seed: int, device: torch.device
 ) -> float:
-    """Train on all rows of a collator, each once a pass. Returns the mean log loss of the last pass.
+    """Train on all rows of a collator, each row once per pass.
 
     Args:
-        first: row of the ID table where the new items begin; with `trains: new_ids` no weight before it changes, and
-            no step looks at more of the table than its rows.
+        task: the ranker, with rows of new items.
+        collator: makes batches of the rows of the stage.
+        first: first row of the new items in the ID table; with `trains: new_ids` only this row and later rows change,
+            and a step reads only the rows of the batch.
+        config: options of the stages.
+        seed: seed of the stage.
+        device: device of the task.
+
+    Returns:
+        The mean log loss of the last pass.
     """
     freeze(task)
     table, fresh = task.embedder.ids, None
     if config.trains == "all":
         task.requires_grad_(True).train()
-        task.embedder.eval()  # what it keeps of an encoder is read, not made anew
+        task.embedder.eval()  # vectors of an encoder are read from the table, not computed anew
         for module in (task.embedder.encoder, task.embedder.generator):
             if module is not None:
                 module.requires_grad_(False)
     else:
-        task.embedder.ids = fresh = _FreshRows(table, first)  # type: ignore[assignment, arg-type]
+        assert table is not None, "check_stages refuses a ranker without ID vectors"
+        task.embedder.ids = fresh = _FreshRows(table, first)  # type: ignore[assignment]
     parameters = [p for p in task.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=config.lr)
     num_rows, total = len(collator.impressions), torch.zeros((), device=device)
@@ -136,15 +153,15 @@ def train_stage(
             loss.backward()
             optimizer.step()
             total += loss.detach() * len(batch)
-    if fresh is not None:
+    if fresh is not None and table is not None:
         task.embedder.ids = table
-        table.weight.data[first:] = fresh.weight.detach()  # type: ignore[union-attr]
+        table.weight.data[first:] = fresh.weight.detach()
     freeze(task)
     return float(total) / num_rows
 
 
 class _FreshRows(nn.Module):
-    """An ID table of which the rows from `first` on are a parameter of their own, beside those before."""
+    """An ID table in which the rows from `first` on are a separate parameter, and the rows before are constant."""
 
     def __init__(self, table: RowTable, first: int):
         super().__init__()
@@ -152,9 +169,9 @@ class _FreshRows(nn.Module):
         self.weight = nn.Parameter(self.known[first:].clone())
 
     def forward(self, ids: Tensor) -> Tensor:
-        """(n, D) from ids (n,)."""
-        place = ids - self.first
-        return torch.where((place >= 0)[:, None], F.embedding(place.clamp(min=0), self.weight), self.known[ids])
+        """The ID vectors (n, D) of rows `ids` (n,)."""
+        position = ids - self.first
+        return torch.where((position >= 0)[:, None], F.embedding(position.clamp(min=0), self.weight), self.known[ids])
 
 
 def train_stages(
@@ -165,24 +182,31 @@ def train_stages(
     item_ids: pa.Array,
     context: RunContext,
 ) -> dict[str, np.ndarray]:
-    """Scores (n,) of the test rows after each stage, by its name; the task itself is left as it is.
+    """Train the stages on a copy of a task, and score the test rows after each stage.
+
+    With a generator for warm items (MWUF) a stage trains the plain ID rows, and the test rows read the ID vectors that
+    the generator computes from these rows and the users of all stages so far.
 
     Args:
-        data_of: gives the rows of the dataset, encoded with a vocabulary.
+        task: the trained ranker, which is not changed.
+        data_of: gives the dataset, encoded with a vocabulary.
+        splits: the stages and the test rows.
+        config: options of the stages.
         item_ids: (N,) raw ids of the catalog.
+        context: run folder, processes and seed.
 
-    With a generator that warms vectors (MWUF) a stage trains the plain ID rows, and the test rows read them warmed by
-    the users of all stages so far.
+    Returns:
+        Click probabilities (n,) of the test rows by the name of the stage.
     """
     accelerator, seed, device = context.accelerator, context.seed, context.device
     new = np.unique(splits.test.item)
     items = ItemBatch(torch.from_numpy(new).long(), data_of(task.vocabulary).items.take(torch.from_numpy(new).long()))
     first = len(task.vocabulary.item_ids) + 1
-    task = with_rows(task, item_ids.take(pa.array(new)), items.to(device))
+    task = add_item_rows(task, item_ids.take(pa.array(new)), items.to(device))
     data = data_of(task.vocabulary)
     folder = context.folder.checkpoints
     finished = [name for name in splits.stages if (folder / f"{name}.safetensors").is_file()]
-    accelerator.wait_for_everyone()  # all have looked before one writes
+    accelerator.wait_for_everyone()  # all processes have listed the files before one process writes
     test, scores = data.collator(splits.test), {}
     for number, (name, part) in enumerate(splits.stages.items()):
         path = folder / f"{name}.safetensors"
@@ -207,30 +231,37 @@ def train_stages(
 def _warmed(
     task: RankingTask, data: RankingData, stages: list[Impressions], first: int, items: ItemBatch
 ) -> Iterator[None]:
-    """Within, the rows of new items are what the generator makes of them."""
+    """Within the context the ID rows of new items are the vectors that the generator gives for warm items."""
     embedder = task.embedder
     if embedder.generator is None or embedder.ids is None:
         yield
         return
     item, user = (torch.from_numpy(np.concatenate([getattr(s, n) for s in stages])) for n in ("item", "user"))
-    own = embedder.ids.weight.data[first:]
-    kept = own.clone()
+    new_rows = embedder.ids.weight.data[first:]
+    plain_rows = new_rows.clone()
     with torch.no_grad():
         id_rows = torch.from_numpy(data.id_rows)[item.long()]
         users, count = (part[first:] for part in mean_users(task, data.user_rows[user.long()], id_rows))
-        own.copy_(embedder.generator.warm(kept, embedder.describe(items), users, count > 0))
+        new_rows.copy_(embedder.generator.warm(plain_rows, embedder.describe(items), users, count > 0))
     try:
         yield
     finally:
-        own.copy_(kept)
+        new_rows.copy_(plain_rows)
 
 
 def save_stages(
     folder: RunFolder, test: Impressions, predictions: pa.Table, scores: dict[str, np.ndarray]
 ) -> dict[str, dict[str, Any]]:
-    """Write RUN/stages.parquet, the columns of `predictions` that say what a row is and a score (n,) a stage.
+    """Write `stages.parquet` with user, item and label of each test row, and the scores after each stage.
 
-    Returns `metrics.json`'s "stages": the numbers of the test rows, all of new items, by stage.
+    Args:
+        folder: the run folder.
+        test: the n test rows, all of new items.
+        predictions: table with the columns user, item and label of the test rows.
+        scores: click probabilities (n,) by the name of the stage.
+
+    Returns:
+        The metrics of the test rows by stage, the entry "stages" of metrics.json.
     """
     columns = {name: predictions[name] for name in ("user", "item", "label")}
     table = pa.table(columns | {name: values.astype(np.float32) for name, values in scores.items()})

@@ -1,4 +1,4 @@
-"""Task: the protocol of a module that `fit` trains, such as PretrainTask, RankingTask, or one of yours."""
+"""Task: the protocol of a module that `fit` trains, such as PretrainTask and RankingTask."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 class Task(Protocol):
     """A `torch.nn.Module` that turns a batch into named, weighted loss terms.
 
-    The methods below `after_step` are those of `nn.Module`, so a subclass of it writes the first three alone.
+    `nn.Module` has the methods after `after_step`, so a subclass of `nn.Module` defines only the first three.
     """
 
     def __call__(self, batch: Any) -> dict[str, Tensor]:
@@ -19,27 +19,40 @@ class Task(Protocol):
         ...
 
     def parameter_parts(self) -> dict[str, list[nn.Parameter]]:
-        """Parameters by the part of the task they belong to, for optimiser settings by part. Each trained parameter is
-        in one part."""
+        """Parameters by the part of the task, for optimizer settings by part; each trained parameter is in one part."""
         ...
 
     def after_step(self) -> None:
-        """Called after each update: put constraints on parameters back in force, store features of the step."""
+        """Called after each update: for example to clamp parameters, or to store features of the step."""
         ...
 
-    def train(self, mode: bool = True) -> Any: ...
+    def train(self, mode: bool = True) -> Any:
+        """Set the training mode, as `nn.Module.train`."""
+        ...
 
-    def eval(self) -> Any: ...
+    def eval(self) -> Any:
+        """Set the evaluation mode, as `nn.Module.eval`."""
+        ...
 
-    def parameters(self) -> Iterator[nn.Parameter]: ...
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """All parameters."""
+        ...
 
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """All parameters with names."""
+        ...
 
-    def modules(self) -> Iterator[nn.Module]: ...
+    def modules(self) -> Iterator[nn.Module]:
+        """All modules, the task included."""
+        ...
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> dict[str, Any]:
+        """Parameters and buffers by name."""
+        ...
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> Any: ...
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> Any:
+        """Set parameters and buffers by name."""
+        ...
 
 
 @runtime_checkable
@@ -47,13 +60,13 @@ class ChunkedTask(Task, Protocol):
     """A task whose loss reads features that can be encoded in chunks (`fit.chunk_size`)."""
 
     def chunks(self, batch: Any, size: int) -> Sequence[Any]:
-        """The parts of a batch, each with at most `size` pictures, texts or queries to encode."""
+        """The chunks of a batch, each with at most `size` items or queries to encode."""
         ...
 
     def encode_chunk(self, chunk: Any) -> dict[str, Tensor]:
-        """(rows of the chunk, D) features by name. The features of a batch are those of the chunks, concatenated."""
+        """Features (rows of the chunk, D) by name; the concatenation over all chunks gives the features of a batch."""
         ...
 
     def terms_of(self, features: dict[str, Tensor], batch: Any) -> dict[str, Tensor]:
-        """The named, weighted loss terms of a whole batch, from the features of all of its chunks."""
+        """The weighted loss terms of a batch by name, from the concatenated features of all chunks."""
         ...

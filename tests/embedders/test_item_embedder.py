@@ -288,7 +288,7 @@ def test_a_residual_adapter_by_hand(out_dim):
     mlp = torch.nn.functional.gelu(x @ first.weight.T + first.bias) @ last.weight.T + last.bias
     straight = x if out_dim == K else x @ adapter.skip.weight.T
     torch.testing.assert_close(adapter(vectors, has), straight + mlp)
-    torch.testing.assert_close(adapter.nothing(2), adapter(vectors, has)[[2, 2]])
+    torch.testing.assert_close(adapter.absent_vectors(2), adapter(vectors, has)[[2, 2]])
     without = ContentAdapter(K, [8], out_dim, 0.0)
     assert without.skip is None and not any("skip" in name for name in without.state_dict())
 

@@ -112,13 +112,13 @@ def test_a_missing_modality_changes_nothing_else():
 def test_modality_dropout_is_of_training_items_that_have_both():
     head, (_, has) = build("beta_vae", modality_dropout=0.9), batch()
     big = {name: mask.repeat(500) for name, mask in has.items()}
-    shown = head._shown(big)
+    shown = head._modalities_to_read(big)
     both = big["image"] & big["text"]
     assert torch.equal(shown["image"][~both], big["image"][~both])
     assert (shown["image"] | shown["text"]).all()  # never both
     dropped = {name: float((both & ~mask).sum() / both.sum()) for name, mask in shown.items()}
     assert dropped == pytest.approx({"image": 0.45, "text": 0.45}, abs=0.02)
-    assert head.eval()._shown(big) is big
+    assert head.eval()._modalities_to_read(big) is big
 
 
 def factors(count: int, seed: int = 0) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:

@@ -117,7 +117,7 @@ def test_the_head_of_siglip_is_an_attention_too():
     encoder = build("hf", architecture=SIGLIP, image="lora", lora={"targets": ["head.attention"]})
     assert encoder.adapters == {"image": ["model.vision_model.head.attention"]}
     assert len(gradients_of(encoder)) > 4
-    with pytest.raises(ValueError, match=r"'head\.attention\.out_proj' is nothing that can be adapted"):
+    with pytest.raises(ValueError, match=r"'head\.attention\.out_proj' names no module that can be adapted"):
         build("hf", architecture=SIGLIP, image="lora", lora={"targets": ["head.attention.out_proj"]})
 
 
@@ -216,19 +216,29 @@ def test_impossible_adapters_are_refused_before_anything_changes(monkeypatch):
     cases = [
         (r"image tower hold nothing linear .* can name conv1", "openclip", residual, {}),
         (
-            r"'qkv' is nothing .*in the image tower there is conv1, attn, c_fc, c_proj",
+            r"'qkv' names no module .*the image tower has conv1, attn, c_fc, c_proj",
             "openclip",
             image,
             {"targets": ["qkv"]},
         ),
-        (r"'ln_1' is nothing", "openclip", image, {"targets": ["attn", "ln_1"]}),
-        (r"'out_proj' is nothing", "openclip", image, {"targets": ["out_proj"]}),
+        (r"'ln_1' names no module", "openclip", image, {"targets": ["attn", "ln_1"]}),
+        (r"'out_proj' names no module", "openclip", image, {"targets": ["out_proj"]}),
         # the projections of its attention pool are linear layers that are never called
-        (r"'q_proj' is nothing", "openclip", residual, {"targets": ["q_proj"]}),
+        (r"'q_proj' names no module", "openclip", residual, {"targets": ["q_proj"]}),
         (r"dropout: 'attn' of the image tower .* fused", "openclip", image, {"dropout": 0.1}),
-        (r"none of them is in the text tower", "towers", with_modes("towers", "lora", "lora"), {"targets": ["fc1"]}),
+        (
+            r"none of the targets is in the text tower",
+            "towers",
+            with_modes("towers", "lora", "lora"),
+            {"targets": ["fc1"]},
+        ),
         # the pooler of BERT is called, but the features do not depend on it
-        (r"'pooler\.dense' is nothing", "towers", with_modes("towers", text="lora"), {"targets": ["pooler.dense"]}),
+        (
+            r"'pooler\.dense' names no module",
+            "towers",
+            with_modes("towers", text="lora"),
+            {"targets": ["pooler.dense"]},
+        ),
         # convolutions that pad by themselves are none of torch's
         (r"hold nothing linear .* can name nothing", "towers", {"image": efficientnet}, {}),
     ]
@@ -243,7 +253,7 @@ def test_impossible_adapters_are_refused_before_anything_changes(monkeypatch):
     before = {name: p.requires_grad for name, p in encoder.named_parameters()}
     options = open_clip(image="lora").options
     encoder.options = options.model_copy(update={"lora": options.lora.model_copy(update={"targets": ["attn", "qkv"]})})
-    with pytest.raises(ValueError, match="'qkv' is nothing"):
+    with pytest.raises(ValueError, match="'qkv' names no module"):
         encoder.set_up(None)
     assert {name: p.requires_grad for name, p in encoder.named_parameters()} == before
     assert encoder.modes == {"image": "full", "text": "full"} and encoder.training

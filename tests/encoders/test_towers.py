@@ -233,7 +233,7 @@ def test_checkpointing_that_does_nothing_or_too_much_is_refused():
     for module in encoder.model.transformer.modules():
         vars(module).pop("grad_checkpointing", None)
     encoder.options = open_clip(gradient_checkpointing=True).options
-    with pytest.raises(ValueError, match=r"text tower \(Transformer\) knows none"):
+    with pytest.raises(ValueError, match=r"text tower \(Transformer\) has none"):
         encoder.set_up(None)
     assert not encoder.model.visual.transformer.grad_checkpointing
 

@@ -214,7 +214,7 @@ def test_an_expert_that_does_not_fit_is_refused(world, expert, student, message)
 
 
 def test_rankers_without_a_place_for_it_are_refused(world, tmp_path):
-    with pytest.raises(ValueError, match="make is for din and dien; embedding_mlp has no place"):
+    with pytest.raises(ValueError, match="make is for din and dien; embedding_mlp cannot read an expert"):
         RankingTaskConfig.parse({"ranker": {"name": "embedding_mlp"}, "make": {"run": "r"}})
     run = save_run(world, with_expert(world, DIN), tmp_path / "run")
     with pytest.raises(ValueError, match=r"a ranker with an expert \(task.make\) has no graph"):

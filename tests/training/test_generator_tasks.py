@@ -251,7 +251,7 @@ def test_a_generator_learns_and_the_ranker_stays(world, name, tmp_path):
     before = {key: value.clone() for key, value in task.state_dict().items() if "generator" not in key}
     cold = data.collator(test)
     accelerator = Accelerator(cpu=True)
-    assert not task.embedder.generates and auc(test.label, predict(task, cold, accelerator)) == 0.5
+    assert not task.embedder.uses_generator and auc(test.label, predict(task, cold, accelerator)) == 0.5
     fit = FitConfig.parse({"epochs": 6, "batch_size": 64, "optimizer": {"lr": 2e-2}, "warmup": 0})
     if name == "meta_embedding":
         fit = FitConfig.parse(fit.model_dump() | {"epochs": 16, "evaluations": 0.1, "optimizer": {"lr": 6e-2}})

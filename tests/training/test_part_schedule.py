@@ -161,7 +161,7 @@ def test_moments_of_a_held_part_stay(tmp_path):
     for step in range(STEPS + 2):
         ids, y = task.data[step % STEPS]
         (Tables.forward(task, ids) - y).square().mean().backward()
-        schedule.hold(step)
+        schedule.drop_gradients(step)
         optimizer.step()
         optimizer.zero_grad()
         seen.append(optimizer_tensors(optimizer))

@@ -32,7 +32,7 @@ from mmctr.studies.runner import Outcome, run_study, study_cells
 from mmctr.studies.table import study_table
 from mmctr.tasks import RankingTask, RankingTaskConfig
 from mmctr.training.context import RunContext
-from mmctr.training.stages import StagesConfig, train_stages, with_rows
+from mmctr.training.stages import StagesConfig, add_item_rows, train_stages
 from tests.helpers.pages import Page
 from tests.helpers.tiny import finetune_values, start, write_config
 
@@ -57,7 +57,7 @@ def task_of(world, **embedder) -> tuple[RankingTask, RankingData]:
         task.embedder.ids.weight[0] = 0.3  # type: ignore[union-attr]
         for parameter in task.embedder.generator.parameters() if task.embedder.generator else ():
             parameter.add_(0.3 * torch.randn_like(parameter))
-    task.embedder.generates = task.embedder.generator is not None
+    task.embedder.uses_generator = task.embedder.generator is not None
     return task, RankingData(dataset, vocabulary, config.features, config.max_history)
 
 
@@ -140,7 +140,7 @@ def test_a_step_costs_the_new_rows_whatever_the_table(world, tmp_path, monkeypat
     items = np.unique(splits.test.item)
     rows = torch.from_numpy(items).long()
     features = RankingData(dataset, task.vocabulary, task.config.features, 5).items.take(rows)
-    whole = with_rows(task, dataset.catalog.item_ids.take(pa.array(items)), ItemBatch(rows, features))
+    whole = add_item_rows(task, dataset.catalog.item_ids.take(pa.array(items)), ItemBatch(rows, features))
     collator = RankingData(dataset, whole.vocabulary, task.config.features, 5).collator(splits.stages["warm_a"])
     ids = whole.embedder.ids.weight.requires_grad_(True)  # type: ignore[union-attr]
     optimizer = adam([ids], lr=1e-2)
@@ -182,7 +182,7 @@ def test_an_item_that_is_clicked_in_a_stage_rises_after_it(world, tmp_path):
         ({"ranker": {"name": "gbdt_lr"}}, "gbdt_lr has trees, which stages do not train"),
         (
             {"features": {"cross": {"c": {"of": ["user_id", "item_id"]}}}},
-            "the cross 'c' is of item_id, and a new item's would fall",
+            "the cross 'c' is of item_id, and values of new items would collide",
         ),
         ({"embedder": {"id_dim": 0}}, "without ID vectors .* a stage has nothing to train"),
     ],
