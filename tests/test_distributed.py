@@ -48,7 +48,7 @@ WORKER = """
 import sys, torch, torch.distributed as dist, torch.nn.functional as F
 from mmctr.losses.contrastive import gather_rows
 from mmctr.embedders.memory_bank import MemoryBank
-from mmctr.layers.jagged import Dice
+from mmctr.layers.dice import Dice
 from tests.test_distributed import LOSSES, loss_and_gradients
 
 dist.init_process_group("gloo")
