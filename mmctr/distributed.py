@@ -52,8 +52,8 @@ def gather_rows(x: Tensor) -> Tensor:
 def masked_mean_over_processes(values: Tensor, valid: Tensor | None = None) -> Tensor:
     """The mean over the valid rows of all processes, 0 without valid rows.
 
-    Every process gets the sum of the local values over the total number of valid rows, times the number of processes, so that
-    the average over processes, as data-parallel training averages gradients, is the mean.
+    Every process gets the sum of the local values over the total number of valid rows, times the number of processes.
+    The average over processes, as data-parallel training averages gradients, is then the mean.
 
     Args:
         values: (B,) values; B is equal in all processes.

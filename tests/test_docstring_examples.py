@@ -32,16 +32,19 @@ def blocks(docstring: str | None) -> list[str]:
 
 
 def documented() -> dict[str, str | None]:
-    """name -> docstring of the public names and the public methods of public classes."""
+    """name -> docstring of the public names and the public methods of public classes, inherited ones included."""
     docstrings = {}
     for name in mmctr.__all__:
         value = getattr(mmctr, name)
         docstrings[name] = value.__doc__
         if inspect.isclass(value):
-            for method, member in vars(value).items():
-                function = getattr(member, "__func__", member)
-                if not method.startswith("_") and (inspect.isfunction(function) or isinstance(member, property)):
-                    docstrings[f"{name}.{method}"] = function.__doc__
+            for base in value.__mro__:
+                if not base.__module__.startswith("mmctr."):
+                    continue
+                for method, member in vars(base).items():
+                    function = getattr(member, "__func__", member)
+                    if not method.startswith("_") and (inspect.isfunction(function) or isinstance(member, property)):
+                        docstrings.setdefault(f"{name}.{method}", function.__doc__)
     return docstrings
 
 
