@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from mmctr.data.embeddings import EmbeddingTable
-from mmctr.encoders.heads import Standardise
+from mmctr.encoders.variational_head import Standardise
 from mmctr.layers.dice import Dice
 from mmctr.losses.contrastive import (
     QueuedCandidates,

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from mmctr.datasets.toy_config import ToyWorldConfig
+from mmctr.datasets.toy_draws import count_up, row_numbers, sigmoid, word_at, write_parquet
 from mmctr.datasets.toy_pictures import FACTOR_VALUES, draw_pictures, encode_jpeg
 from mmctr.datasets.toy_words import BRANDS, FILLERS, WORDS
 from mmctr.files import replace_file
@@ -111,11 +111,11 @@ class ToyWorld:
 
     def item_rows(self, item_ids: np.ndarray) -> np.ndarray:
         """The (n,) int64 item rows of n raw item ids."""
-        return _rows(item_ids, _ITEM_BASE)
+        return row_numbers(item_ids, _ITEM_BASE)
 
     def user_rows(self, user_ids: np.ndarray) -> np.ndarray:
         """The (n,) int64 user rows of n raw user ids."""
-        return _rows(user_ids, _USER_BASE)
+        return row_numbers(user_ids, _USER_BASE)
 
     # Items ----------------------------------------------------------------------------------------------------------
 
@@ -155,9 +155,9 @@ class ToyWorld:
             if missing < self.config.missing_title:
                 result.append(None)
                 continue
-            words.insert(int(place * (len(words) + 1)), _pick(FILLERS, filler))
+            words.insert(int(place * (len(words) + 1)), word_at(FILLERS, filler))
             if second < 0.4:
-                words.append(_pick(FILLERS, second / 0.4))
+                words.append(word_at(FILLERS, second / 0.4))
             if brand < 0.4:
                 words.insert(0, BRANDS[self.brand[row]])
             title = " ".join(words)
@@ -171,7 +171,7 @@ class ToyWorld:
         extra = self._uniform("description extras", rows, 2)
         for words, (missing, filler) in zip(self._mentions("description", rows), extra.tolist(), strict=True):
             about = f"It is {', '.join(words)}." if words else "See the picture for details."
-            result.append(None if missing < 0.5 else f"From our {_pick(FILLERS, filler)} range. {about}")
+            result.append(None if missing < 0.5 else f"From our {word_at(FILLERS, filler)} range. {about}")
         return result
 
     def _mentions(self, purpose: str, rows: np.ndarray) -> Iterator[list[str]]:
@@ -191,7 +191,7 @@ class ToyWorld:
             draws[..., 3].argsort(1),
             strict=True,
         ):
-            yield [_pick(words[f][values[f]], pick[f]) for f in order.tolist() if mentioned[f]]
+            yield [word_at(words[f][values[f]], pick[f]) for f in order.tolist() if mentioned[f]]
 
     def items(self, rows: np.ndarray, images: list[str | None] | list[bytes | None]) -> pa.Table:
         """The rows of items.parquet of some items.
@@ -277,7 +277,7 @@ class ToyWorld:
         low, high = -100.0, 100.0
         for _ in range(60):
             middle = (low + high) / 2
-            low, high = (low, middle) if _sigmoid(middle + logits).mean() > self.config.click_rate else (middle, high)
+            low, high = (low, middle) if sigmoid(middle + logits).mean() > self.config.click_rate else (middle, high)
         return (low + high) / 2
 
     def _exposures(self, chunk: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -289,7 +289,7 @@ class ToyWorld:
         sessions = np.maximum(1, np.rint(spread * config.impressions_per_user / config.session_length)).astype(np.int64)
         sessions = np.minimum(sessions, SPAN // 2 // _SESSION_GAP)
         user = np.repeat(users, sessions)
-        ordinal = _count_up(sessions)
+        ordinal = count_up(sessions)
         when = rng.random(len(user))
         when = when[np.lexsort((when, user))]
         free = SPAN - _SESSION_GAP * np.repeat(sessions, sessions)
@@ -297,7 +297,7 @@ class ToyWorld:
 
         spare = config.session_length // 2
         lengths = rng.integers(config.session_length - spare, config.session_length + spare + 1, len(user))
-        session, position = np.repeat(np.arange(len(user)), lengths), _count_up(lengths)
+        session, position = np.repeat(np.arange(len(user)), lengths), count_up(lengths)
         item = self._distinct_items(rng, session)
         # a session is one page, so all positions have the same time. With different times, clicks on upper positions
         # would be in the histories of lower positions, and a ranker could infer the position from the history
@@ -322,7 +322,7 @@ class ToyWorld:
     def _log_chunks(self) -> Iterator[pa.Table]:
         for chunk in range(math.ceil(self.config.num_users / _USERS_PER_CHUNK)):
             user, item, timestamp, position, draw = self._exposures(chunk)
-            label = draw < _sigmoid(self.bias + self.click_logits(user, item, timestamp, position))
+            label = draw < sigmoid(self.bias + self.click_logits(user, item, timestamp, position))
             yield pa.table(
                 {
                     "user_id": pa.array(self.user_ids[user]),
@@ -363,9 +363,9 @@ class ToyWorld:
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        replace_file(folder / "items.parquet", partial(_write_parquet, self._item_chunks(folder)))
-        replace_file(folder / "interactions.parquet", partial(_write_parquet, self._log_chunks()))
-        replace_file(folder / "users.parquet", partial(_write_parquet, iter([self.users()])))
+        replace_file(folder / "items.parquet", partial(write_parquet, self._item_chunks(folder)))
+        replace_file(folder / "interactions.parquet", partial(write_parquet, self._log_chunks()))
+        replace_file(folder / "users.parquet", partial(write_parquet, iter([self.users()])))
         return folder
 
     def _item_chunks(self, folder: Path) -> Iterator[pa.Table]:
@@ -385,32 +385,3 @@ class ToyWorld:
                     path.write_bytes(images[at])
                     images[at] = path.relative_to(folder).as_posix()
             yield self.items(rows, images)
-
-
-def _write_parquet(tables: Iterator[pa.Table], path: Path) -> None:
-    """One row group per table."""
-    first = next(tables)
-    with pq.ParquetWriter(path, first.schema) as writer:
-        writer.write_table(first)
-        for table in tables:
-            writer.write_table(table)
-
-
-def _pick(words: Sequence[str], uniform: float) -> str:
-    return words[min(int(uniform * len(words)), len(words) - 1)]
-
-
-def _rows(ids: np.ndarray, base: int) -> np.ndarray:
-    ids = np.asarray(ids)
-    if ids.dtype.kind in "iu":
-        return ids - base
-    return np.array([int(name.rpartition("-")[2]) for name in ids.tolist()], dtype=np.int64)
-
-
-def _count_up(counts: np.ndarray) -> np.ndarray:
-    """0, 1, ... count-1 for each count, one after the other."""
-    return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-
-
-def _sigmoid(x: np.ndarray) -> np.ndarray:
-    return np.exp(-np.logaddexp(0.0, -x))

@@ -10,13 +10,14 @@ the dictionaries of `impression_metrics` and `ranking_report`, which go into JSO
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mmctr.evaluation.checks import check_probabilities, checked_scores, numbered_users
+from mmctr.evaluation.user_resampling import bootstrap, interval, user_aucs, weighted_mean
 
 CLICK_BUCKETS: tuple[tuple[int, int | None], ...] = ((0, 0), (1, 5), (6, 20), (21, 100), (101, None))
 """buckets of the number of training clicks of the target item: first and last number (inclusive), None = no limit"""
@@ -74,7 +75,7 @@ def gauc(labels: ArrayLike, scores: ArrayLike, groups: ArrayLike) -> float:
         ```
     """
     labels, scores = checked_scores(labels, scores)
-    return _weighted_mean(*_user_aucs(labels, scores, numbered_users(groups, len(labels))))
+    return weighted_mean(*user_aucs(labels, scores, numbered_users(groups, len(labels))))
 
 
 def log_loss(labels: ArrayLike, probabilities: ArrayLike) -> float:
@@ -146,7 +147,7 @@ def bootstrap_intervals(
     """
     labels, scores = checked_scores(labels, scores)
     users = numbered_users(groups, len(labels))
-    auc_samples, gauc_samples = _bootstrap(labels, [scores], users, num_samples, seed)
+    auc_samples, gauc_samples = bootstrap(labels, [scores], users, num_samples, seed)
     return {"auc_ci": interval(auc_samples[:, 0], confidence), "gauc_ci": interval(gauc_samples[:, 0], confidence)}
 
 
@@ -218,7 +219,7 @@ def paired_samples(
         "auc": [auc(truth, later) - auc(truth, first) for first, later in pairs],
         "gauc": [gauc(truth, later, users) - gauc(truth, first, users) for first, later in pairs],
     }
-    drawn = _bootstrap(truth, [*a, *b], users, num_samples, seed)
+    drawn = bootstrap(truth, [*a, *b], users, num_samples, seed)
     return {
         name: (np.array(values[name]), samples[:, len(pairs) :] - samples[:, : len(pairs)])
         for name, samples in zip(values, drawn, strict=True)
@@ -310,92 +311,3 @@ def bucket_name(first: int, last: int | None) -> str:
     if last is None:
         return f">{first - 1}"
     return str(first) if first == last else f"{first}-{last}"
-
-
-def _user_aucs(
-    labels: NDArray[np.bool_], scores: NDArray[Any], users: NDArray[np.int64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """AUC (G,) and weight (G,) of each user 0..G-1; a user with equal labels has AUC 0 and weight 0."""
-    num_users = int(users.max(initial=-1)) + 1
-    if not num_users:
-        return np.zeros(0), np.zeros(0)
-    order = np.lexsort((scores, users))
-    labels, scores, users = labels[order], scores[order], users[order]
-    new_user = users[1:] != users[:-1]
-    block = np.append(np.flatnonzero(np.append(True, new_user | (scores[1:] != scores[:-1]))), len(users))
-    clicks = np.append(0, np.cumsum(labels))  # clicks before each row
-    others = np.arange(len(labels) + 1) - clicks
-    user = users[block[:-1]]  # the user of each block of tied scores
-    first_row = np.searchsorted(users, np.arange(num_users))
-    others_below = others[block[:-1]] - others[first_row][user]
-    wins = np.diff(clicks[block]) * (others_below + np.diff(others[block]) / 2)
-    impressions = np.bincount(users, minlength=num_users)
-    num_clicks = np.bincount(users[labels], minlength=num_users)
-    pairs = num_clicks * (impressions - num_clicks)
-    aucs = np.bincount(user, weights=wins, minlength=num_users) / np.maximum(pairs, 1)
-    return aucs, np.where(pairs > 0, impressions, 0).astype(np.float64)
-
-
-def _weighted_mean(values: NDArray[np.float64], weights: NDArray[np.float64]) -> float:
-    """The weighted mean of values (n,); nan where all weights are 0."""
-    total = weights.sum()
-    return float(values @ weights / total) if total else math.nan
-
-
-def _resampled_users(num_users: int, num_samples: int, seed: int) -> Iterator[NDArray[np.int64]]:
-    """For each sample of G draws with replacement, the number of draws of each user (G,)."""
-    generator = np.random.default_rng(seed)
-    for _ in range(num_samples):
-        # counting uniform draws is the multinomial, ten times faster than `Generator.multinomial`
-        yield np.bincount(generator.integers(0, num_users, num_users), minlength=num_users)
-
-
-def _bootstrap(
-    labels: NDArray[np.bool_], scores: list[NDArray[Any]], users: NDArray[np.int64], num_samples: int, seed: int
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """AUC and gAUC, each (num_samples, number of score arrays), of the same resampled users for every score array."""
-    aucs = np.full((num_samples, len(scores)), math.nan)
-    gaucs = np.full((num_samples, len(scores)), math.nan)
-    num_users = int(users.max(initial=-1)) + 1
-    if num_users < 2:  # resamples of one user repeat the same data: an interval of width 0 would be wrong
-        return aucs, gaucs
-    users_of_clicks, users_of_others = users[labels], users[~labels]
-    prepared = []
-    for values in scores:
-        order = np.argsort(values[~labels], kind="stable")
-        sorted_others, clicked = values[~labels][order], values[labels]
-        below = np.searchsorted(sorted_others, clicked, side="left")
-        below_or_equal = np.searchsorted(sorted_others, clicked, side="right")
-        prepared.append((users_of_others[order], below, below_or_equal, *_user_aucs(labels, values, users)))
-    for sample, times in enumerate(_resampled_users(num_users, num_samples, seed)):
-        click_weights = times[users_of_clicks]
-        pairs = float(click_weights.sum()) * float(times[users_of_others].sum())
-        for column, (others, below, below_or_equal, user_auc, user_weight) in enumerate(prepared):
-            if pairs:
-                mass = np.append(0, np.cumsum(times[others]))  # weight of the non-clicks before each position
-                aucs[sample, column] = float(click_weights @ (mass[below] + mass[below_or_equal])) / (2 * pairs)
-            if np.count_nonzero(user_weight) > 1:
-                gaucs[sample, column] = _weighted_mean(user_auc, user_weight * times)
-    return aucs, gaucs
-
-
-def interval(samples: NDArray[np.float64], confidence: float = 0.95) -> list[float]:
-    """Percentile interval of values.
-
-    Args:
-        samples: (num_samples,); nan values are ignored.
-        confidence: probability mass of the interval, in (0, 1).
-
-    Returns:
-        [lo, hi]; both ends are nan where all values are nan.
-
-    Raises:
-        ValueError: a confidence outside (0, 1).
-    """
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence is {confidence}: give a number between 0 and 1, for example 0.95")
-    samples = samples[~np.isnan(samples)]
-    if not len(samples):
-        return [math.nan, math.nan]
-    tail = (1 - confidence) / 2
-    return [float(end) for end in np.quantile(samples, [tail, 1 - tail])]

@@ -12,7 +12,7 @@ from torch import Tensor
 from mmctr.data.batches import ItemBatch
 from mmctr.data.content import Content
 from mmctr.data.splits import Splits
-from mmctr.encoders.heads import VariationalHead
+from mmctr.encoders.variational_head import VariationalHead
 from mmctr.evaluation.predict import embed_rows
 from mmctr.evaluation.probes import (
     alignment,

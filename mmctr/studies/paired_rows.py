@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet
 
-from mmctr.evaluation.metrics import interval, paired_samples
+from mmctr.evaluation.metrics import paired_samples
+from mmctr.evaluation.user_resampling import interval
 from mmctr.reports.run import Estimate, Interval, read_predictions
 from mmctr.run_folder import RunFolder
 from mmctr.studies.config import StudyConfig

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from mmctr.config import Config
 from mmctr.data.batches import ItemBatch, PairBatch
 from mmctr.encoders import EncoderConfig
-from mmctr.encoders.heads import HeadConfig, VariationalHead
+from mmctr.encoders.heads import HeadConfig
+from mmctr.encoders.variational_head import VariationalHead
 from mmctr.losses.objectives import ClipConfig, Objective, ObjectivesConfig, QueuedViews, Views
 from mmctr.run_folder import RunFolder
 from mmctr.tasks.folder import save_task, task_config, task_weights

@@ -6,7 +6,8 @@ from pydantic import TypeAdapter
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from mmctr.encoders.heads import HeadConfig, Standardise, VariationalHead
+from mmctr.encoders.heads import HeadConfig
+from mmctr.encoders.variational_head import Standardise, VariationalHead
 from mmctr.losses.variational import dip_penalties, gaussian_nll, kl_parts, kl_to_prior
 
 HEADS = {
