@@ -17,8 +17,10 @@ class RunFolder:
 
     Example:
         ```python
-        run = RunFolder(Path("demo/din_table"))
-        run.read_config()["seed"], run.read_metrics()["test"]["cold"]["gauc"]
+        from pathlib import Path
+
+        run = mmctr.RunFolder(Path("demo/din_table"))
+        print(run.read_config()["seed"], run.read_metrics()["test"]["cold"]["gauc"])
         ```
     """
 
