@@ -1,4 +1,4 @@
-"""The public Python API: open what a run, an embedding folder or an index holds; train; compare."""
+"""The public Python API: open a run, an embedding folder or an index; train a run; compare runs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mmctr.run_folder import RunFolder
 from mmctr.runs.config import FinetuneConfig, PretrainConfig
 from mmctr.runs.item_encoder import ItemEncoder, Picture
 from mmctr.serving.scoring import Scorer
-from mmctr.serving.search import Part, Searcher
+from mmctr.serving.search import Kind, Part, Searcher
 from mmctr.shipped import recipe_module
 from mmctr.tasks.folder import task_kind
 
@@ -42,7 +42,10 @@ def load(path: str | Path) -> ItemEncoder | Ranker | ItemSearch:
 
     Example:
         ```python
-        encoder, ranker, search = mmctr.load("demo/pretrain"), mmctr.load("demo/din_table"), mmctr.load("demo/index")
+        encoder = mmctr.load("demo/pretrain")
+        ranker = mmctr.load("demo/din_table")
+        search = mmctr.load("demo/index")
+        print(encoder.dim, len(ranker.item_ids), len(search))
         ```
     """
     folder = Path(path)
@@ -60,7 +63,10 @@ class ItemSearch:
     Args:
         path: an index, an embedding folder, or a file of vectors, which is searched exactly.
         run: the pretraining run that encodes texts and pictures; None: the run that made the vectors.
-        data: the dataset whose log says what users clicked; None: the dataset of the vectors.
+        data: the dataset whose log has the clicks of users; None: the dataset of the vectors.
+
+    Raises:
+        ValueError: the path holds no index and no vectors.
 
     Example:
         ```python
@@ -76,6 +82,7 @@ class ItemSearch:
         self._searcher = Searcher(self.index, run, data)
 
     def __len__(self) -> int:
+        """Number of items in the index."""
         return len(self.index)
 
     def search(
@@ -91,41 +98,55 @@ class ItemSearch:
     ) -> list[Neighbour]:
         """The k items nearest to a query, nearest first.
 
-        A query of several parts is the sum of their unit vectors. Items that the query is made of are left out.
+        The vector of a query of several parts is the sum of the unit vectors of the parts. Items that are parts of the
+        query are left out of the result.
 
         Args:
-            item_id: an item of the index, by raw id.
-            text: words.
+            item_id: raw id of an item of the index.
+            text: a text.
             image: encoded bytes, a path, a PIL image, or (H, W, 3) uint8 pixels.
-            user_id: a user of the dataset: the mean vector of what the user clicked.
-            vector: (D,) of `ItemEncoder.embed`; alone, not with other parts.
-            where: conditions on catalog columns, such as `"price<20"`; see `mmctr.retrieval.filters`.
+            user_id: raw id of a user of the dataset, whose vector is the mean over the clicked items.
+            vector: (D,), for example of `ItemEncoder.embed`; without other parts.
+            k: number of neighbours.
+            where: conditions on catalog columns, such as `"price<20"` (`mmctr.retrieval.filters`).
 
         Raises:
-            ValueError: an unknown item or user, a picture that cannot be read, a malformed condition.
+            ValueError: an unknown item or user, a picture that cannot be read, a malformed condition, or no part.
+
+        Example:
+            ```python
+            search = mmctr.load("demo/index")
+            neighbours = search.search(text="red striped circle", k=5)
+            similar = search.search(item_id=neighbours[0].item_id, k=5)
+            ```
         """
-        given = {"item_id": item_id, "text": text, "image": image, "user_id": user_id}
-        parts = [Part(kind, value) for kind, value in given.items() if value is not None]  # type: ignore[arg-type]
+        given: dict[Kind, Any] = {"item_id": item_id, "text": text, "image": image, "user_id": user_id}
+        parts = [Part(kind, value) for kind, value in given.items() if value is not None]
         if vector is not None:
             if parts:
-                raise ValueError("a vector is a query of its own: leave the other parts out")
+                raise ValueError("a vector is a complete query: leave the other parts out")
             return self.index.search(vector, k, where=where)
         return self._searcher.answer(parts, k, where)
 
 
 class Ranker:
-    """A finished ranking run that scores items for a user, both by raw id.
+    """A finished ranking run that scores items for a user; items and users are given by raw id.
 
     Args:
         run: folder of `finetune.train`.
-        data: dataset folder with the items and users of today; None: the dataset of the run.
+        data: dataset folder with the current items and users; None: the dataset of the run.
         embeddings: folders with vectors of items that are new to the run.
+
+    Raises:
+        ValueError: the folder holds no finished ranking run, or the embeddings are of another pretraining run.
 
     Example:
         ```python
         ranker = mmctr.load("demo/din_table")
-        ranker.rank(user_id=5000000003, k=5)  # the whole catalog, best first: [(item_id, click probability), ...]
-        ranker.score([7000000042, 7000000007], history=[7000000001])  # a user nobody knows
+        user_id = ranker.dataset.users["user_id"][0].as_py()
+        best = ranker.rank(user_id=user_id, k=5)  # [(item_id, click probability), ...]
+        history = [item_id for item_id, _ in best]
+        probabilities = ranker.score(ranker.cold_item_ids[:4], history=history)  # for a user who is not in the log
         ```
     """
 
@@ -141,7 +162,14 @@ class Ranker:
 
     @property
     def cold_item_ids(self) -> list[Any]:
-        """Raw ids of the catalog items that no training row held."""
+        """Raw ids of the items of the catalog that occur in no training row.
+
+        Example:
+            ```python
+            ranker = mmctr.load("demo/din_table")
+            print(len(ranker.cold_item_ids), "of", len(ranker.item_ids), "items are cold")
+            ```
+        """
         return self.item_ids.filter(pa.array(self._scorer.cold)).to_pylist()
 
     def score(
@@ -152,18 +180,30 @@ class Ranker:
         context: dict[str, Any] | None = None,
         at: int | None = None,
     ) -> np.ndarray:
-        """Click probabilities (n,) of n items for one user.
+        """Click probabilities of n items for one user.
 
         Args:
             items: raw ids of catalog items.
-            user_id: raw id. None, or an id that is not in the log together with a `history`: a user nobody knows.
-            history: raw ids of clicked items, oldest first; None: what the user has clicked in the log.
-            context: values of context columns; those not given are as in the latest impression of the user.
-            at: timestamp in the unit of the log: only what happened before counts. None: all of the log.
+            user_id: raw id of the user; None, or an id that is not in the log, for an unknown user, who needs a
+                `history` where an id is given.
+            history: raw ids of clicked items, oldest first; None: the clicks of the user in the log.
+            context: values of context columns by name; a missing column has the value of the latest impression of the
+                user.
+            at: timestamp in the unit of the log: only earlier events count. None: the whole log counts.
+
+        Returns:
+            (n,) probabilities in [0, 1].
 
         Raises:
             UnknownId: an item is not in the catalog, or the user is not in the log and no history is given.
             ValueError: a context column that the ranker does not read.
+
+        Example:
+            ```python
+            ranker = mmctr.load("demo/din_table")
+            items = ranker.item_ids[:3].to_pylist()
+            probabilities = ranker.score(items, history=items[:1])
+            ```
         """
         if not len(items):
             return np.zeros(0)
@@ -180,18 +220,34 @@ class Ranker:
         context: dict[str, Any] | None = None,
         at: int | None = None,
     ) -> list[tuple[Any, float]]:
-        """The k best of some items for one user: (raw id, click probability), best first.
+        """The k candidates with the largest click probabilities for one user.
 
         Args:
-            candidates: raw ids; None: the whole catalog.
-            k: None: all candidates.
+            candidates: raw ids of catalog items; None: the whole catalog.
+            user_id: as in `score`.
+            history: as in `score`.
+            k: number of items to return; None: all candidates.
+            context: as in `score`.
+            at: as in `score`.
 
-        The other arguments and errors are those of `score`.
+        Returns:
+            Pairs of raw id and click probability, largest probability first.
+
+        Raises:
+            UnknownId: as `score`.
+            ValueError: as `score`.
+
+        Example:
+            ```python
+            ranker = mmctr.load("demo/din_table")
+            user_id = ranker.dataset.users["user_id"][0].as_py()
+            best_cold_items = ranker.rank(ranker.cold_item_ids, user_id=user_id, k=5)
+            ```
         """
         chosen = self.item_ids.to_pylist() if candidates is None else list(candidates)
         scores = self.score(chosen, user_id, history, context, at)
         order = np.argsort(-scores, kind="stable")[:k]
-        return [(chosen[place], float(scores[place])) for place in order]
+        return [(chosen[position], float(scores[position])) for position in order]
 
     def _rows(self, items: Sequence[Any]) -> np.ndarray:
         """(n,) catalog rows of raw ids."""
@@ -217,30 +273,49 @@ class Ranker:
                 user = self.dataset.user_row(user_id)
             except UnknownId as error:
                 if history is None:
-                    raise UnknownId(f"{error}; give a history to score for a user nobody knows") from None
+                    raise UnknownId(f"{error}; give a history to score for an unknown user") from None
         return user, self._scorer.history(user, at) if history is None else self._rows(history)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Finished ranking runs on the same rows, each against the first one."""
+    """A comparison of finished ranking runs on the same rows, each run with the first run.
+
+    Args:
+        runs: the runs.
+
+    Example:
+        ```python
+        comparison = mmctr.compare("demo/din_id", "demo/din_table")
+        print(comparison)
+        cold_gauc = comparison.to_json()["runs"][1]["test"]["cold"]["gauc"]
+        ```
+    """
 
     runs: list[Run]
 
     def __str__(self) -> str:
+        """The comparison as a text table."""
         return comparison_table(self.runs)
 
     def to_json(self) -> dict[str, Any]:
-        """Metrics of each run, and paired differences to the first run with their intervals."""
+        """The metrics of each run, and the paired differences to the first run with bootstrap intervals."""
         return comparison_json(self.runs)
 
     def write_html(self, path: str | Path) -> None:
-        """One HTML file that needs no network: tables, plots, training curves."""
+        """Write a self-contained HTML file with tables, plots and training curves.
+
+        Args:
+            path: the file to write.
+        """
         write_report(self.runs, path)
 
 
 def compare(*runs: str | Path) -> Comparison:
-    """Read finished ranking runs, the first of which the others are compared with.
+    """Compare finished ranking runs with the first one, on the same rows.
+
+    Args:
+        *runs: run folders of `finetune.train`.
 
     Raises:
         ValueError: a folder is not a finished ranking run.
@@ -254,15 +329,18 @@ def compare(*runs: str | Path) -> Comparison:
 
 
 def train(config: FinetuneConfig | PretrainConfig) -> ItemEncoder | Ranker:
-    """Run the recipe that a config belongs to, in this process, and open the finished run.
+    """Train a run in this process, by the recipe of the config, and open the finished run.
 
-    A run that was interrupted goes on. To train with several processes, use the command line.
+    An interrupted run continues. The command line trains with several processes.
 
     Args:
-        config: `FinetuneConfig.load(path, ["key=value"])` or `.parse({...})`; `PretrainConfig` alike.
+        config: a `FinetuneConfig` or a `PretrainConfig`, made by `load(path, ["key=value"])` or `parse({...})`.
+
+    Returns:
+        A `Ranker` for a `FinetuneConfig`, an `ItemEncoder` for a `PretrainConfig`.
 
     Raises:
-        ValueError: for whatever the recipe refuses; the message names the key, file or row.
+        ValueError: the recipe refuses the config or the data; the message names the key, file or row.
 
     Example:
         ```python

@@ -1,4 +1,4 @@
-"""The root configs of the two recipes, and the section on data that both have."""
+"""The configs of the two recipes, PretrainConfig and FinetuneConfig, and the section `data` of both."""
 
 from __future__ import annotations
 
@@ -15,33 +15,37 @@ from mmctr.training.stages import StagesConfig, check_stages
 
 
 class StreamConfig(Config):
-    """Read items from shards as training goes on, instead of preparing the dataset."""
+    """Reading of items from shards during training, without preparing the dataset."""
 
     buffer_rows: int = Field(default=16_384, ge=1)
-    """rows, of consecutive groups, that are mixed; a process holds one such window, encoded"""
+    """number of rows, of consecutive row groups, that are shuffled together; each process holds this many encoded
+    rows"""
     validation_items: int = Field(default=2048, ge=2)
-    """items of the validation part that are read and evaluated, at most"""
+    """largest number of validation items that are read and evaluated"""
 
 
 class DataConfig(Config):
-    """Where the dataset is and how its pictures and texts are read."""
+    """The dataset, and how pictures and texts are read."""
 
     path: str
     """a dataset folder, or a folder made by `mmctr prepare`"""
     items: str | None = None
-    """a `datasets` dataset to take the catalog from instead of `path/items.*`"""
+    """a dataset of the library `datasets` that holds the items, instead of `path/items.*`"""
     item_tables: list[str] = []
     """Parquet, CSV or JSON lines files whose columns are joined to the items by `item_id`"""
     text: list[str] = Field(default=["title"], min_length=1)
-    """columns joined to the text of an item"""
+    """columns that are joined to the text of an item"""
     text_fields: dict[str, float] = {}
-    """columns that are texts of their own, and their weights beside `text`, which has 1; a step shows one of them"""
+    """columns that are further, separate texts of an item, with weights; `text` has the weight 1. A training step reads
+    one text of an item"""
     images: dict[str, float] = {"image": 1.0}
-    """columns of pictures, and their weights; a cell may hold a list. A step shows one of them"""
+    """columns of pictures, with weights; a cell may hold a list of pictures. A training step reads one picture of an
+    item"""
     image_size: int | None = Field(default=None, ge=8)
-    """side of the cached pictures; None: what the encoder takes"""
+    """side of the cached pictures in pixels; None: the side that the encoder reads"""
     image_resize: Resize = "shortest"
-    """`shortest`: centre crop (CLIP's way); `longest`: padded; `squash`: both sides"""
+    """`shortest`: resize the shorter side and crop the centre, as CLIP; `longest`: resize the longer side and pad;
+    `squash`: resize both sides"""
     stream: StreamConfig | None = None
     """for catalogs larger than the disk: `path` is then a folder or a glob of Parquet or tar shards"""
 
@@ -55,38 +59,47 @@ class DataConfig(Config):
 
 
 class PretrainConfig(Config):
-    """The config of `pretrain.train`."""
+    """The config of `pretrain.train`.
+
+    Example:
+        ```python
+        changes = ["data.path=demo/data", "run_dir=runs/pretrain", "fit.epochs=1"]
+        config = mmctr.PretrainConfig.load("configs/pretrain/toy.yaml", changes)
+        print(config.task.encoder.name, config.primary_metric)
+        ```
+    """
 
     data: DataConfig
     """dataset, and how pictures and texts are read"""
     split: SplitConfig = ColdItemsSplit()
-    """objectives on behaviour see the training part of this split alone: give the one the ranker has"""
+    """split of the log; objectives on behaviour read only the training part, so the ranker should have the same
+    split"""
     task: PretrainTaskConfig
     """model and objectives"""
     init_from: str | None = None
-    """a run folder: its encoder and projections are what this run starts from. With both towers frozen a head or an
-    objective on behaviour is then trained behind them, on features made once"""
+    """a pretraining run whose encoder and projections are the initial weights. With both towers frozen, a head or an
+    objective on behaviour is trained on features that are computed once"""
     fit: FitConfig = FitConfig()
-    """training: length, batches, optimiser, evaluations"""
+    """training: length, batches, optimizer, evaluations"""
     validation: float = Field(default=0.1, gt=0, lt=1)
-    """fraction of the items with picture and text held out for retrieval"""
+    """fraction of the items with picture and text that are validation items, excluded from training"""
     same: list[str] = ["text", "image"]
-    """items that share one of these are no negatives of each other: `text` and `image` mean equal ones, other names are
-    columns of the items table"""
+    """two items that agree in one of these are not negatives of each other: `text` and `image` compare text and
+    pictures, other names are columns of the items table"""
     attributes: list[str] = []
-    """columns of the items table: how often neighbours among validation items share them is reported"""
+    """columns of the items table for which evaluations measure how often neighbouring validation items agree"""
     primary: str | None = None
-    """the validation metric that chooses the best weights; None: `coclick_recall` with an objective on behaviour, else
-    `mean_recall`; with `group` alone how often neighbours share its column, where that is one of `attributes`; where a
-    head alone is trained its `head_elbo`"""
+    """the validation metric that chooses the best weights. None: `coclick_recall` with an objective on behaviour;
+    `neighbours_share_COLUMN` with the objective `group` alone, where the column of `group` is one of `attributes`;
+    `head_elbo` where only a head is trained; else `mean_recall`"""
     run_dir: str
     """the run folder to write"""
     seed: int = Field(default=0, ge=0)
-    """of initial weights, batches, partners and the validation items"""
+    """seed of initial weights, batches and partners"""
 
     @property
     def primary_metric(self) -> str:
-        """The validation metric that chooses the best weights: `primary`, or the one that fits the objectives."""
+        """The validation metric that chooses the best weights: `primary`, or the default of the objectives."""
         objectives = self.task.objectives
         if self.primary is not None:
             return self.primary
@@ -100,26 +113,34 @@ class PretrainConfig(Config):
 
 
 class FinetuneConfig(Config):
-    """The config of `finetune.train`."""
+    """The config of `finetune.train`.
+
+    Example:
+        ```python
+        changes = ["data.path=demo/data", "run_dir=runs/din", "seed=1"]
+        config = mmctr.FinetuneConfig.load("configs/finetune/toy_din_id.yaml", changes)
+        print(config.task.ranker.name, config.fit.batch_size)
+        ```
+    """
 
     data: DataConfig
     """dataset, and how pictures and texts are read"""
     split: SplitConfig = ColdItemsSplit()
-    """how the log is cut into training, validation and test rows"""
+    """how the log is split into training, validation and test rows"""
     task: RankingTaskConfig = RankingTaskConfig()
     """features, embeddings and ranker"""
     fit: FitConfig = FitConfig()
-    """training: length, batches, optimiser, evaluations"""
+    """training: length, batches, optimizer, evaluations"""
     primary: Literal["gauc", "auc", "gauc_warm", "gauc_cold"] = "gauc"
-    """what early stopping looks at, on the validation rows"""
+    """the validation metric that chooses the best weights and stops early"""
     cold_fit: FitConfig = FitConfig()
-    """how `task.embedder.cold_ids` are learned, after `fit`"""
+    """training of the generator `task.embedder.cold_ids`, after `fit`"""
     stages: StagesConfig = StagesConfig()
-    """how new items of a `staged` split are warmed up, after that"""
+    """training of the stages of a `staged` split, after `fit` and `cold_fit`"""
     run_dir: str
     """the run folder to write"""
     seed: int = Field(default=0, ge=0)
-    """of initial weights, batches and dropout; `split.seed` chooses the rows"""
+    """seed of initial weights, batches and dropout; `split.seed` chooses the rows"""
 
     @model_validator(mode="after")
     def _one_accelerator(self) -> FinetuneConfig:

@@ -1,4 +1,4 @@
-"""The dataset of a run, opened and prepared, and the pictures and texts of the items for an encoder."""
+"""The dataset of a run, and the content of the items: pictures and texts for an encoder, or a table of vectors."""
 
 from __future__ import annotations
 
@@ -24,22 +24,27 @@ from mmctr.training.context import RunContext
 logger = logging.getLogger(__name__)
 
 MAX_PICTURES = 32
+"""largest number of pictures of an item in one column"""
 
 
 def open_data(config: DataConfig, accelerator: Accelerator) -> Dataset:
-    """Open the dataset, its item tables joined; the main process prepares it first where that is needed."""
+    """The dataset of a config with the item tables joined; the main process prepares the dataset where needed.
+
+    Raises:
+        ValueError: the dataset or an item table cannot be read.
+    """
     with accelerator.main_process_first():
         return joined_dataset(config)
 
 
 def joined_dataset(config: DataConfig) -> Dataset:
-    """The same in a single process."""
+    """As `open_data`, for a single process."""
     dataset = open_dataset(config.path, config.items)
     return join_item_tables(dataset, config.item_tables) if config.item_tables else dataset
 
 
 def open_run_data(config: DataConfig, context: RunContext) -> Dataset:
-    """`open_data` for a training run, which keeps the columns of its item tables in the run folder."""
+    """As `open_data`, for a training run: the columns of the item tables are saved in the run folder."""
     accelerator = context.accelerator
     dataset = open_data(config, accelerator)
     if config.item_tables:
@@ -52,13 +57,14 @@ def open_run_data(config: DataConfig, context: RunContext) -> Dataset:
 
 @dataclass(frozen=True)
 class RankingContent:
-    """The content that a new ranker reads: none, a frozen table, or an encoder and the vectors it gives at first.
+    """The content of a new ranker: none, a frozen table, or an encoder with the initial vectors of the encoder.
 
     Args:
-        table: (N, C) vectors in the order of the catalog, and the (N,) bool mask of items that have one.
-        encoder: the pretrained encoder, where content comes from one.
-        items: pictures and texts of the catalog, where the encoder trains inside the ranker; else no step encodes.
         config: the section `task.embedder.content`.
+        table: (N, C) vectors in the order of the catalog, and the (N,) bool mask of items with a vector; None without
+            content.
+        encoder: the pretrained task; None for other content.
+        items: pictures and texts of the catalog, where the encoder trains inside the ranker; None otherwise.
     """
 
     config: ContentConfig
@@ -68,7 +74,7 @@ class RankingContent:
 
     @property
     def frozen_table(self) -> tuple[Tensor, Tensor] | None:
-        """`table`, where the vectors are those of a file and so stay as they are."""
+        """`table`, where the vectors come from a file and so do not change in training; None otherwise."""
         return self.table if isinstance(self.config, ContentTable) else None
 
     @property
@@ -78,13 +84,18 @@ class RankingContent:
 
     @property
     def max_encoded(self) -> int | None:
-        """Distinct items a training step encodes at most; None: all."""
+        """Largest number of distinct items that a training step encodes; None: all items."""
         return self.config.max_encoded if isinstance(self.config, ContentEncoder) else None
 
     def refresh(self, task: RankingTask, accelerator: Accelerator) -> dict[str, float]:
-        """Encode the catalog anew where the encoder trains, for evaluation; all processes take part.
+        """Encode the catalog for an evaluation where the encoder is being trained; all processes call this.
 
-        Returns how stale the vectors of a memory bank were, see `MemoryBank.renew`; empty without one.
+        Args:
+            task: the ranker, whose content vectors are replaced.
+            accelerator: processes and device.
+
+        Returns:
+            How stale the vectors of a memory bank were, as `MemoryBank.renew` measures it; empty without a bank.
         """
         if self.encoder is None or self.items is None:
             return {}
@@ -93,8 +104,17 @@ class RankingContent:
 
 
 def open_content(config: ContentConfig, dataset: Dataset, data: DataConfig, context: RunContext) -> RankingContent:
-    """Read the table of vectors, or load the encoder and encode the catalog. Raises ValueError for a missing or
-    damaged table or run."""
+    """Read the table of vectors, or load the encoder and encode the catalog.
+
+    Args:
+        config: the section `task.embedder.content`.
+        dataset: the dataset of the run.
+        data: the section `data`.
+        context: processes of the run.
+
+    Raises:
+        ValueError: the table or the pretraining run is missing or damaged.
+    """
     accelerator, num_items = context.accelerator, len(dataset.catalog)
     content = RankingContent(config)
     if isinstance(config, ContentTable):
@@ -111,10 +131,19 @@ def open_content(config: ContentConfig, dataset: Dataset, data: DataConfig, cont
 
 
 def item_content(dataset: Dataset, config: DataConfig, task: PretrainTask, accelerator: Accelerator) -> ItemContent:
-    """Pictures and tokens of the catalog for an encoder, cached; the main process builds the caches.
+    """Pictures and tokens of the catalog for an encoder, from caches that the main process builds.
 
-    Frozen towers read each picture and text once: from then on their features stand in for them, which all processes
-    make together.
+    Frozen towers encode each picture and text once: the content then has features in place of pictures and texts. All
+    processes compute the features together.
+
+    Args:
+        dataset: the dataset.
+        config: the section `data`.
+        task: the pretrained task.
+        accelerator: processes and device.
+
+    Raises:
+        ValueError: a column is missing, or an item has too many pictures.
     """
     encoder, catalog = task.encoder, dataset.catalog
     size = config.image_size or encoder.image_size
@@ -128,9 +157,9 @@ def item_content(dataset: Dataset, config: DataConfig, task: PretrainTask, accel
                 raise ValueError(
                     f"items table: an item has {count} pictures in {name!r}, more than {MAX_PICTURES}; shorten the list"
                 )
-            for place in range(count):
-                kept = catalog.pictures(size, config.image_resize, column=name, position=place)
-                pictures.append(PictureField(kept, config.images[name]))
+            for number in range(count):
+                cached = catalog.pictures(size, config.image_resize, column=name, position=number)
+                pictures.append(PictureField(cached, config.images[name]))
         texts = []
         for columns, weight in ((config.text, 1.0), *(([name], weight) for name, weight in config.text_fields.items())):
             input_ids, has_text = catalog.tokens(columns, encoder.tokenize, encoder.tokenizer_key)
@@ -139,10 +168,18 @@ def item_content(dataset: Dataset, config: DataConfig, task: PretrainTask, accel
 
 
 def pair_rows(content: ItemContent, validation: float, source: str) -> tuple[np.ndarray, np.ndarray]:
-    """Catalog rows of items with both picture and text, in two parts: to train on, and held out.
+    """Catalog rows of the items with picture and text: training rows and validation rows.
 
-    Which are held out depends on their number alone, so that seeds are compared on the same items. Raises ValueError
-    when there is nothing to hold out.
+    The choice of validation rows depends on the number of items alone, so that runs with different seeds are evaluated
+    on the same items.
+
+    Args:
+        content: pictures and texts of the catalog.
+        validation: fraction of validation rows.
+        source: name of the dataset for errors.
+
+    Raises:
+        ValueError: the dataset has no pictures or texts, or fewer than two validation rows.
     """
     if content.has_image is None or content.has_text is None:
         raise ValueError(f"{source}: image-text pretraining needs an `image` column in the items table")

@@ -1,4 +1,4 @@
-"""`mmctr embed`: item vectors of a whole catalog by the encoder of a finished run."""
+"""`mmctr embed`: embeds a whole catalog with the encoder of a finished run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from mmctr.tasks import PretrainTask
 logger = logging.getLogger(__name__)
 
 MEASURED = 32
-"""items of a batch that precisions are compared on"""
+"""items of a batch on which precisions are compared"""
 
 
 def embed_run(
@@ -42,21 +42,30 @@ def embed_run(
     precision: Precision | Literal["auto"] = "fp32",
     append: bool = False,
 ) -> EmbeddingTable | None:
-    """Write the vectors of a catalog into `out`; every process of a launch writes some of the shards.
+    """Write the vectors of a catalog into an embedding folder; every process of a launch writes some of the shards.
 
     Args:
-        precision: of the towers; "auto": the one the folder was begun with, else the fastest that keeps the vectors
-            (see `mmctr.runs.precision.choose`), measured on items of this catalog by one process for all.
-        append: `out` holds vectors of an earlier state of the catalog: encode the items it lacks alone.
+        run: folder of `pretrain.train`.
+        out: the embedding folder; an unfinished folder of the same run and catalog is continued.
+        data: dataset folder; None: the dataset of the run.
+        modality: the part of the content to encode.
+        shard_size: items of a shard.
+        precision: precision of the towers. "auto": the precision of an unfinished folder, else the fastest precision
+            with nearly the same vectors (`mmctr.runs.precision.choose`), which the main process measures on items of
+            the catalog.
+        append: encode only the items that `out`, a folder of an earlier state of the catalog, lacks.
 
     Returns:
-        With `append`, on the main process, the table of the items that are new.
+        With `append`, on the main process, the table of the new items; None otherwise.
+
+    Raises:
+        ValueError: the run or the dataset cannot be read, or `out` holds other vectors.
     """
     accelerator = Accelerator()
     keep_heap()
     folder = Path(run)
     task = load_encoder(folder).to(accelerator.device)
-    if precision != "fp32":  # features that a frozen tower has kept are in fp32
+    if precision != "fp32":  # stored features of frozen towers are in fp32
         task.encoder.modes = dict.fromkeys(task.encoder.modes, "full")
     config = data_config(folder, data)
     titles = None
@@ -82,12 +91,12 @@ def embed_run(
         shard_size=shard_size,
         precision=None if precision == "fp32" else precision,
     )
-    named = np.asarray(item_ids.is_valid())  # a row of a shard may lack its id
+    has_id = np.asarray(item_ids.is_valid())  # a row of a shard may have no id
 
     def encode(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         logger.info(f"items {rows[0]}-{rows[-1]} of {len(item_ids)}")
         vectors, has = embed_items(task, content, rows, accelerator.device, modality)
-        return vectors, has & named[rows]
+        return vectors, has & has_id[rows]
 
     new = write_embeddings(
         Path(out),
@@ -112,19 +121,20 @@ def embed_run(
 def _chosen_precision(
     task: PretrainTask, content: Any, num_items: int, modality: Modality, out: Path, accelerator: Accelerator
 ) -> tuple[Precision, dict[str, Any] | None]:
-    """What `auto` means for a folder, the same in every process, and what was measured, unless the folder knows."""
+    """The precision that "auto" stands for, the same in every process, and the measured rates and cosines, None where
+    an unfinished folder gives the precision."""
     result: list[Any] = [None, None]
     if accelerator.is_main_process:
         begun, _ = begun_identity(out)
         if begun is not None:
             result[0] = begun.precision or "fp32"
-            logger.info(f"precision {result[0]}: as {out} was begun")
+            logger.info(f"precision {result[0]}, that of the vectors in {out}")
         else:
-            # all over a catalog in memory; of a stream the first ones, which are in one group
+            # items spread over a catalog in memory; of a stream the first items, which are in one row group
             last = num_items - 1 if isinstance(content, ItemContent) else min(num_items, 2 * MEASURED) - 1
             rows = torch.from_numpy(np.unique(np.linspace(0, last, 2 * MEASURED).astype(np.int64)))
             batches = [content.batch(part).to(accelerator.device) for part in rows.split(MEASURED)]
-            measured = choose(task, batches, lambda some, items: embed_batch(some, items, modality))
+            measured = choose(task, batches, lambda lowered, items: embed_batch(lowered, items, modality))
             logger.info(measured)
             result = [measured.precision, measured.facts()]
     if accelerator.num_processes > 1:

@@ -1,4 +1,4 @@
-"""`mmctr evaluate`: the metrics of a finished run again, on the same data or on another log."""
+"""`mmctr evaluate`: computes the metrics of a finished run again, on the same data or on another dataset."""
 
 from __future__ import annotations
 
@@ -24,11 +24,16 @@ from mmctr.tasks.folder import task_kind
 def evaluate_run(
     run: str, data: str | None, item_tables: list[str] | None = None, embeddings: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """The numbers of `metrics.json`, computed again from the run folder; or of a ranker on all rows of another log.
+    """The metrics of metrics.json, computed again from the run folder, or the metrics on all rows of another dataset.
 
     Args:
-        item_tables: files to join to the items instead of the columns the run has kept, for items it did not know.
-        embeddings: where items of `data` that are new to the run have their vectors; see `bind_content`.
+        run: folder of a finished run.
+        data: another dataset folder; None: the dataset of the run.
+        item_tables: files to join to the items, in place of the columns saved in the run folder; for rankers.
+        embeddings: folders with vectors of items of `data` that are new to the run (`bind_content`).
+
+    Raises:
+        ValueError: the run or the dataset cannot be read, or an argument does not fit the kind of the run.
     """
     folder, accelerator = Path(run), Accelerator()
     keep_heap()
@@ -37,10 +42,9 @@ def evaluate_run(
             raise ValueError(f"{run}: --item-tables is for rankers, this is a run of pretrain.train")
         return {"validation": _evaluate_pretraining(folder, data, accelerator)}
     task, dataset, _ = open_ranker(folder, data, accelerator, item_tables, embeddings)
-    own = data is None
     ranking = ranking_data(task, dataset)
     task.to(accelerator.device)
-    if own:
+    if data is None:
         splits = splits_of_run(folder, dataset)
         parts = {"validation": splits.validation, "test": splits.test}
     else:
@@ -53,6 +57,7 @@ def evaluate_run(
 
 
 def _evaluate_pretraining(folder: Path, data: str | None, accelerator: Accelerator) -> dict[str, float]:
+    """The validation metrics of a pretraining run, or retrieval on all items of another dataset."""
     task = load_encoder(folder).to(accelerator.device)
     config = data_config(folder, data)
     values = RunFolder(folder).read_config()

@@ -1,4 +1,4 @@
-"""Loads the content expert of MAKE from a finished run, matched to the vocabulary of the new ranker."""
+"""Loading of the expert of MAKE from a finished run, with checks that the new ranker has the same data and split."""
 
 from __future__ import annotations
 
@@ -17,33 +17,36 @@ from mmctr.tasks.ranking_config import MAKEConfig
 def load_expert(
     config: MAKEConfig, data: DataConfig, split: Config, vocabulary: RankingVocabulary, item_ids: pa.Array
 ) -> RankingTask:
-    """The expert of a new run, its content in the order of the catalog `item_ids`.
+    """The expert of a new run, with content vectors in the order of the catalog.
 
     Args:
-        data: the section `data` of the new run's config.
-        split: how the new run cuts the log.
-        vocabulary: of the new run.
+        config: the section `task.make` of the new run.
+        data: the section `data` of the new run.
+        split: the section `split` of the new run.
+        vocabulary: the vocabulary of the new run.
+        item_ids: (N,) raw ids of the catalog.
 
-    Raises ValueError for a run on another dataset, or one that cut it in another way: an expert that was trained on
-    the rows that are tested knows their answers.
+    Raises:
+        ValueError: the run is missing, or was trained on another dataset or split: an expert that was trained on test
+            rows has memorised the labels.
     """
     run, source = RunFolder(Path(config.run)), f"task.make.run: {config.run}"
     if not run.is_begun or not run.task.is_file():
         raise ValueError(f"{source} is not the folder of a finished run; make it with `python -m finetune.train` first")
-    theirs = run.read_config()
+    values = run.read_config()
     for key, old, new in (
-        ("path", theirs["data"]["path"], data.path),
-        ("items", theirs["data"].get("items"), data.items),
+        ("path", values["data"]["path"], data.path),
+        ("items", values["data"].get("items"), data.items),
     ):
-        if _place(old) != _place(new):
+        if _resolved(old) != _resolved(new):
             raise ValueError(f"{source} was trained on data.{key} {old!r}, this run on {new!r}; give both the same")
-    cut, before = split.model_dump(mode="json"), theirs["split"]
-    differing = [key for key in {**before, **cut} if cut.get(key) != before.get(key)]
+    new_split, old_split = split.model_dump(mode="json"), values["split"]
+    differing = [key for key in {**old_split, **new_split} if new_split.get(key) != old_split.get(key)]
     if differing:
         key = differing[0]
         raise ValueError(
-            f"{source} was trained on another split ({key}: {before.get(key)!r} there, {cut.get(key)!r} here): it may "
-            f"have seen the rows that are tested; give both runs the same split"
+            f"{source} was trained on another split ({key}: {old_split.get(key)!r}, in this run "
+            f"{new_split.get(key)!r}), possibly on test rows of this run; give both runs the same split"
         )
     task = RankingTask.load(run.path)
     known = task.vocabulary
@@ -57,5 +60,6 @@ def load_expert(
     return task
 
 
-def _place(path: str | None) -> Path | None:
+def _resolved(path: str | None) -> Path | None:
+    """The absolute path of a path; None for None."""
     return None if path is None else Path(path).resolve()

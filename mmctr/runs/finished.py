@@ -1,4 +1,4 @@
-"""What the commands do with finished runs: embed a catalog, embed a query, evaluate."""
+"""Opening of finished runs: a task with the dataset of the run or another dataset, and the data that the task reads."""
 
 from __future__ import annotations
 
@@ -30,8 +30,21 @@ def open_ranker(
     item_tables: list[str] | None = None,
     embeddings: Sequence[str] = (),
 ) -> tuple[RankingTask, Dataset, np.ndarray]:
-    """The task of a ranker's run with the catalog it was trained on or another one, whose content is bound to it (see
-    `bind_content`); and the (N,) rows of its items in the ID table, 0 for cold ones."""
+    """Open a ranking run with the catalog of the training or with another catalog.
+
+    Args:
+        run: folder of `finetune.train`.
+        data: another dataset folder; None: the dataset of the run.
+        accelerator: processes and device.
+        item_tables: files to join to the items; None: the columns saved in the run folder.
+        embeddings: folders with vectors of items that are new to the run (`bind_content`).
+
+    Returns:
+        The task, the dataset, and the (N,) rows of the items of the catalog in the ID table, 0 for cold items.
+
+    Raises:
+        ValueError: the run or the dataset cannot be read, or the embeddings do not fit the run.
+    """
     task = RankingTask.load(run)
     config = data_config(run, data, item_tables)
     dataset = joined_dataset(config)
@@ -44,13 +57,22 @@ def open_ranker(
 def bind_content(
     task: RankingTask, dataset: Dataset, config: DataConfig, accelerator: Accelerator, embeddings: Sequence[str] = ()
 ) -> None:
-    """Give a ranker the content of another catalog, so that items that are new to it are scored as cold items.
+    """Give a ranker the content of another catalog, so that new items are scored as cold items.
 
-    A live encoder encodes the catalog. A table keeps the vectors it was trained on; items it lacks take theirs from
-    `embeddings`, or from the folders the table was read from where those are still there (`mmctr embed --append` adds
-    new items to them).
+    A content encoder encodes the catalog. A content table keeps the vectors of the training; vectors of new items are
+    read from `embeddings`, or from the folders of the training where these still exist (`mmctr embed --append` adds new
+    items to an embedding folder).
 
-    Raises ValueError when embeddings named are of another run: known items then have other vectors than the ranker saw.
+    Args:
+        task: the ranker, which is changed.
+        dataset: the dataset with the catalog.
+        config: the section `data`.
+        accelerator: processes and device.
+        embeddings: folders with vectors.
+
+    Raises:
+        ValueError: the vectors of known items in `embeddings` differ from the vectors of the training, or the ranker
+            has no content.
     """
     item_ids = dataset.catalog.item_ids
     task.bind(item_ids)
@@ -59,39 +81,46 @@ def bind_content(
         bind_content(task.expert.task, dataset, config, accelerator, embeddings)
     content = task.config.embedder.content
     if task.embedder.encoder is not None:
-        pretrained: PretrainTask = task.embedder.encoder  # type: ignore[assignment]
-        live = item_content(dataset, config, pretrained, accelerator)
-        task.embedder.refresh(*embed_catalog(pretrained, live, len(item_ids), accelerator))
+        pretrained = task.embedder.encoder
+        assert isinstance(pretrained, PretrainTask)
+        items = item_content(dataset, config, pretrained, accelerator)
+        task.embedder.refresh(*embed_catalog(pretrained, items, len(item_ids), accelerator))
     elif isinstance(content, ContentTable):
         paths = list(embeddings or content.paths)
         if not embeddings and not all(Path(path).exists() for path in paths):
             return
-        kept, has = task.embedder.content_table.cpu(), task.embedder.has_content.cpu()
-        vectors, there = read_tables(paths, item_ids)
-        both = has & there
-        if vectors.shape[1] != kept.shape[1] or not torch.allclose(vectors[both], kept[both], atol=1e-4):
+        old_vectors, has_old = task.embedder.content_table.cpu(), task.embedder.has_content.cpu()
+        vectors, has_vector = read_tables(paths, item_ids)
+        both = has_old & has_vector
+        if vectors.shape[1] != old_vectors.shape[1] or not torch.allclose(vectors[both], old_vectors[both], atol=1e-4):
             if not embeddings:
                 return
             raise ValueError(
-                f"{', '.join(paths)}: not the vectors this ranker was trained on (items it knows have others); give "
-                f"the folders of its content.path, with the new items appended"
+                f"{', '.join(paths)}: not the vectors this ranker was trained on (known items have others); give "
+                f"the folders of content.path of the run, with the new items appended"
             )
-        new = there & ~has
-        task.embedder.refresh(torch.where(new[:, None], vectors, kept), has | new)
+        new = has_vector & ~has_old
+        task.embedder.refresh(torch.where(new[:, None], vectors, old_vectors), has_old | new)
     elif embeddings and task.expert is None:
-        raise ValueError("this ranker reads no content: it has no use for embeddings")
+        raise ValueError("this ranker reads no content: leave the embeddings out")
 
 
 def ranked_impressions(
     run: Path, task: RankingTask
 ) -> tuple[Dataset, Impressions, Callable[[Impressions], BehaviorCollator]]:
-    """The dataset of a ranker's run, its test impressions, and what makes batches of some of them."""
+    """The dataset of a ranking run, the test impressions, and a function from impressions to a collator.
+
+    Args:
+        run: folder of `finetune.train`.
+        task: the task of the run, whose content is put in the order of the catalog.
+    """
     dataset = joined_dataset(data_config(run, None))
     task.bind(dataset.catalog.item_ids)
     return dataset, splits_of_run(run, dataset).test, ranking_data(task, dataset).collator
 
 
 def ranking_data(task: RankingTask, dataset: Dataset) -> RankingData:
+    """A dataset, encoded with the vocabulary of a ranker."""
     content = None
     if isinstance(task.config.embedder.content, ContentTable):
         content = task.embedder.content_table, task.embedder.has_content
@@ -99,17 +128,22 @@ def ranking_data(task: RankingTask, dataset: Dataset) -> RankingData:
 
 
 def splits_of_run(run: Path, dataset: Dataset) -> Splits:
-    """The training, validation and test impressions of a run, cut again as its config says."""
+    """The training, validation and test impressions of a run, by the split of the config of the run."""
     return split_interactions(dataset.interactions, len(dataset.catalog), split_config(run))
 
 
 def load_encoder(run: Path) -> PretrainTask:
-    """The task of a pretraining run, its adapters folded into the weights: it is read, not trained."""
+    """The task of a pretraining run for inference, with the adapters merged into the weights.
+
+    Raises:
+        ValueError: the folder holds no finished pretraining run.
+    """
     task = PretrainTask.load(run)
     task.encoder.merge_lora()
     return task
 
 
 def all_impressions(log: Interactions) -> Impressions:
+    """All rows of a log as impressions with histories."""
     values, start, end = log.histories(np.ones(len(log), bool))
     return Impressions(log.user, log.item, log.label, np.arange(len(log)), values, start, end)

@@ -1,4 +1,4 @@
-"""A run folder begun by one config, and the sections of the config that later commands read back."""
+"""Begin a run folder with a config, and read sections of the config of a run folder."""
 
 from __future__ import annotations
 
@@ -16,9 +16,18 @@ from mmctr.runs.config import DataConfig
 
 
 def begin_folder(config: Config, folder: RunFolder, accelerator: Accelerator) -> str:
-    """Create the run folder with its `config.yaml`, or check that the folder holds a run of the same config.
+    """Create a run folder with `config.yaml`, or check that the folder holds a run of the same config.
 
-    Returns the identity of the run, which checkpoints carry. Raises ValueError naming the first key that differs.
+    Args:
+        config: the config of the run.
+        folder: the run folder.
+        accelerator: processes; the main process writes.
+
+    Returns:
+        The identity of the run, which checkpoints contain: a fingerprint of the config without `run_dir`.
+
+    Raises:
+        ValueError: the folder holds a run of another config; the message names the first key that differs.
     """
     values = config.model_dump(mode="json")
     if accelerator.is_main_process:
@@ -29,7 +38,7 @@ def begin_folder(config: Config, folder: RunFolder, accelerator: Accelerator) ->
             if differing:
                 key, before, now = differing
                 raise ValueError(
-                    f"{folder.path}: holds a run of another config ({key}: {before!r} there, {now!r} now); "
+                    f"{folder.path}: holds a run of another config ({key}: {before!r} in the folder, {now!r} now); "
                     f"choose another run_dir=, or delete the folder"
                 )
         else:
@@ -39,9 +48,15 @@ def begin_folder(config: Config, folder: RunFolder, accelerator: Accelerator) ->
 
 
 def first_difference(old: Any, new: Any, key: str = "") -> tuple[str, Any, Any] | None:
-    """(key, old value, new value) of the first difference between two dumped configs, None when they agree.
+    """The first difference between two dumped configs, `run_dir` aside, because a run folder may be moved.
 
-    `run_dir` is not compared: the folder may have been moved.
+    Args:
+        old: the first config, or a part.
+        new: the second config, or a part.
+        key: the dotted key of the part.
+
+    Returns:
+        (key, old value, new value); None when the configs agree.
     """
     if isinstance(old, dict) and isinstance(new, dict):
         for name in [*old, *(n for n in new if n not in old)]:
@@ -55,11 +70,15 @@ def first_difference(old: Any, new: Any, key: str = "") -> tuple[str, Any, Any] 
 
 
 def data_config(run: str | Path, data: str | None, item_tables: list[str] | None = None) -> DataConfig:
-    """The section `data` of a run's config, or the same section for another dataset folder.
+    """The section `data` of the config of a run, or the same section for another dataset folder.
 
     Args:
-        data: another dataset folder; None: the one of the run.
-        item_tables: files to join to the items; None: the columns that the run has kept in its folder.
+        run: the run folder.
+        data: another dataset folder; None: the dataset of the run.
+        item_tables: files to join to the items; None: the columns saved in the run folder.
+
+    Raises:
+        ValueError: the folder holds no run.
     """
     folder = RunFolder(Path(run))
     values = folder.read_config()["data"]
@@ -73,5 +92,9 @@ def data_config(run: str | Path, data: str | None, item_tables: list[str] | None
 
 
 def split_config(run: str | Path) -> Any:
-    """The section `split` of a run's config: one of the members of `SplitConfig`."""
+    """The section `split` of the config of a run, a member of `SplitConfig`.
+
+    Raises:
+        ValueError: the folder holds no run.
+    """
     return TypeAdapter(SplitConfig).validate_python(RunFolder(Path(run)).read_config()["split"])

@@ -1,4 +1,4 @@
-"""Features of frozen towers: made once for a catalog, kept on disk, and read instead of pictures and texts."""
+"""Features of frozen towers: computed once for a catalog, stored on disk, and read in place of pictures and texts."""
 
 from __future__ import annotations
 
@@ -25,10 +25,16 @@ logger = logging.getLogger(__name__)
 def with_frozen_features(
     encoder: EncoderBase, content: ItemContent, catalog: Catalog, accelerator: Accelerator
 ) -> ItemContent:
-    """The content with the features of each frozen tower in place of what it reads.
+    """The content with the features of each frozen tower in place of pictures or texts.
 
-    They are made by all processes, in shards: a killed run goes on. An image tower whose pictures are augmented has
-    other features each step, so its pictures stay.
+    All processes compute the features, in shards, so that a killed run continues. A frozen image tower with
+    augmentation still reads pictures, because the features are different at each step.
+
+    Args:
+        encoder: the encoder.
+        content: pictures and texts of the catalog.
+        catalog: the catalog, whose folder gets the features.
+        accelerator: processes and device.
     """
     pictures, texts = content.pictures, content.texts
     if encoder.modes.get("image") == "frozen" and encoder.augment == AugmentConfig():
@@ -41,6 +47,7 @@ def with_frozen_features(
 def _with_features(
     encoder: EncoderBase, tower: str, field: PictureField | TextField, catalog: Catalog, accelerator: Accelerator
 ) -> Any:
+    """A field with the features (N, D) of a tower, which are computed where the folder lacks them."""
     if isinstance(field, PictureField):
         source = [field.pictures.folder.name, field.pictures.report["key"]]
     else:
@@ -65,7 +72,7 @@ def _with_features(
         return torch.cat(parts).numpy(), has[rows]
 
     if not (folder / "manifest.json").is_file():
-        logger.info(f"{tower} tower is frozen: its features of {int(has.sum())} items are made once, in {folder}")
+        logger.info(f"the {tower} tower is frozen: features of {int(has.sum())} items are computed once, into {folder}")
     was_training = encoder.training
     encoder.eval()
     write_embeddings(
@@ -85,8 +92,8 @@ def _with_features(
 
 
 def _tower_key(encoder: EncoderBase, tower: str) -> str:
-    """Changes with the weights, the architecture and what is done to the pixels; not with the other tower, which may
-    be in training."""
+    """A fingerprint of the weights, the architecture and the pixel preparation of a tower, which does not depend on the
+    other tower."""
     other = {id(p) for p in encoder.tower_parameters("text" if tower == "image" else "image")}
     weights = [
         fingerprint(name, value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())

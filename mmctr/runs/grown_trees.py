@@ -1,4 +1,4 @@
-"""Boosted trees of GBDT+LR, grown once a run, before the linear ranker trains on the other rows."""
+"""Boosted trees of GBDT+LR, which are fitted once per run, before the linear ranker trains on the other rows."""
 
 from __future__ import annotations
 
@@ -23,10 +23,21 @@ def grow_trees(
     content: RankingContent,
     context: RunContext,
 ) -> tuple[RankingVocabulary, Impressions]:
-    """The vocabulary with trees, and the training impressions that the trees have not been fitted on.
+    """Fit the trees of GBDT+LR on a part of the training impressions.
 
-    A ranker other than GBDT+LR gets the vocabulary and the impressions back as they are. The main process fits the
-    trees; a run that is resumed reads them from the run folder.
+    The main process fits the trees; a resumed run reads the trees from the run folder.
+
+    Args:
+        config: the config of the run.
+        dataset: the dataset.
+        train: the training impressions.
+        vocabulary: the vocabulary without trees.
+        content: the content of the ranker.
+        context: run folder and processes.
+
+    Returns:
+        The vocabulary with trees, and the training impressions on which the trees were not fitted; for a ranker other
+        than GBDT+LR the unchanged arguments.
     """
     ranker = config.task.ranker
     if not isinstance(ranker, GBDTLRConfig):

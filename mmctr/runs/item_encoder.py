@@ -1,4 +1,4 @@
-"""ItemEncoder: pictures and texts in memory -> vectors in the embedding space of a finished pretraining run."""
+"""ItemEncoder: embeds pictures and texts in memory with the encoder of a finished pretraining run."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ from mmctr.runs.folder import data_config
 Picture = bytes | str | Path | Image.Image | np.ndarray
 """an encoded picture (JPEG, PNG, ...), the path of a file, a PIL image, or (H, W, 3) uint8 pixels"""
 BATCH_SIZE = 256
+"""items that are encoded at once"""
 
 
 class ItemEncoder:
-    """The encoder of a finished pretraining run, for items that are in no catalog.
+    """The encoder of a finished pretraining run, for items in memory.
 
-    A picture is resized and an item is embedded just as `mmctr embed` does it, so the vectors can be compared with
-    those of an embedding folder of the same run. Safe in many threads; one call at a time runs.
+    Pictures are resized and items embedded exactly as by `mmctr embed`, so the vectors can be compared with the vectors
+    of an embedding folder of the same run. Thread-safe: one call runs at a time.
 
     Args:
         run: folder of `pretrain.train`.
@@ -38,7 +39,8 @@ class ItemEncoder:
     Example:
         ```python
         encoder = mmctr.load("demo/pretrain")
-        vectors = encoder.embed(images=["new.jpg", None], texts=["red circle", "blue square"])  # (2, encoder.dim)
+        vectors = encoder.embed(texts=["red circle", "blue square"])
+        assert vectors.shape == (2, encoder.dim)
         ```
     """
 
@@ -61,16 +63,27 @@ class ItemEncoder:
         """Embeddings of N items, each from a picture, a text, or both.
 
         Args:
-            images: one picture an item, None for an item without; or the picture of a single item.
-            texts: one text an item, None for an item without; or the text of a single item. The text of a catalog item
-                is the columns `data.text` of the run, joined by a space.
+            images: a picture for each item, None for an item without picture; or the picture of a single item.
+            texts: a text for each item, None for an item without text; or the text of a single item. The text of a
+                catalog item is the columns `data.text` of the run, joined by a space.
 
         Returns:
-            (N, D) float32; (D,) for a single item. Unit norm, unless the run has a head: then means of latents.
+            (N, D) float32, (D,) for a single item. The vectors have unit norm, or, where the run has a head, are the
+            means of the latents.
 
         Raises:
             ValueError: lists of different length, an item with neither picture nor text, an empty text, or a picture
                 that cannot be read; the message names the item.
+
+        Example:
+            ```python
+            from PIL import Image
+
+            encoder = mmctr.load("demo/pretrain")
+            picture = Image.new("RGB", (200, 150), "red")
+            vectors = encoder.embed(images=[picture, None], texts=["red circle", "blue square"])
+            one_vector = encoder.embed(images=picture)
+            ```
         """
         single = isinstance(images, Picture) or isinstance(texts, str)
         image_list: list[Picture | None] = _as_list(images, Picture)
@@ -97,7 +110,7 @@ class ItemEncoder:
         return result[0] if single else result
 
     def _batch(self, images: list[Picture | None], texts: list[str | None], names: list[str]) -> ItemBatch:
-        """The batch of some items; a modality that all items lack is left out. Error messages begin with `names`."""
+        """The batch of some items; a modality that all items lack is None. Error messages begin with `names`."""
         has_image = torch.tensor([image is not None for image in images])
         has_text = torch.tensor([text is not None for text in texts])
         pixels = input_ids = None
@@ -118,7 +131,7 @@ class ItemEncoder:
         )
 
     def _pixels(self, image: Picture, name: str) -> torch.Tensor:
-        """(3, S, S) uint8 pixels of a picture, S the size the encoder reads."""
+        """(3, S, S) uint8 pixels of a picture, where S is the side of the pictures that the encoder reads."""
         name += f"picture {image}" if isinstance(image, str | Path) else "picture"
         try:
             return decode_picture(_encoded(image), self.task.encoder.image_size, self._resize)
@@ -129,14 +142,14 @@ class ItemEncoder:
 
 
 def _as_list(values: Any, kind: Any) -> list[Any]:
-    """One value, several or none as a list."""
+    """The values as a list: several values, one value of a kind, or none."""
     if values is None:
         return []
     return [values] if isinstance(values, kind) else list(values)
 
 
 def _encoded(image: Picture) -> bytes:
-    """A picture as the bytes of an image file. PNG has no loss, so pixels in memory stay as they are."""
+    """A picture as the bytes of an image file; pixels in memory become a PNG file, which is lossless."""
     if isinstance(image, bytes):
         return image
     if isinstance(image, str | Path):

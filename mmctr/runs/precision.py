@@ -1,4 +1,4 @@
-"""Encoders in fewer bits, to embed catalogs faster. Their weights change, so this is for reading, not for training."""
+"""Encoders in lower precision, which embed catalogs faster: for inference only, because the weights are rounded."""
 
 from __future__ import annotations
 
@@ -17,20 +17,22 @@ from mmctr.tasks import PretrainTask
 
 Precision = Literal["fp32", "bf16", "int8"]
 MIN_COSINE = 0.999
-"""vectors of `auto` are at least so near to those of fp32"""
+"""smallest cosine between the vectors of a precision that `choose` accepts and the fp32 vectors"""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What `choose` found."""
+    """The result of `choose`."""
 
     precision: Precision
+    """the chosen precision"""
     rates: dict[str, float]
-    """items a second by precision"""
+    """items per second by precision"""
     min_cosine: dict[str, float]
-    """of the measured items, to their fp32 vectors"""
+    """smallest cosine between the vectors of the measured items and the fp32 vectors, by precision"""
 
     def __str__(self) -> str:
+        """One line for the log."""
         rates = ", ".join(
             f"{name} {rate:.3g} items/s (cosine to fp32 at least {self.min_cosine[name]:.5f})"
             for name, rate in self.rates.items()
@@ -38,17 +40,23 @@ class Measured:
         return f"precision {self.precision}: {rates}"
 
     def facts(self) -> dict[str, Any]:
+        """The measured numbers for the manifest of an embedding folder."""
         return {"items_per_s": self.rates, "min_cosine": self.min_cosine}
 
 
 def lower(task: PretrainTask, precision: Precision) -> None:
-    """Turn the towers of a task into another precision, in place; projections and heads stay in fp32.
+    """Convert the towers of a task to a lower precision, in place; projections and heads stay in fp32.
 
-    `bf16`: the weights themselves, so that nothing is cast from layer to layer as autocast does, which on a CPU costs
-    more than it saves. `int8`: linear layers with int8 weights, the scale of their input found at each call; what
-    `nn.MultiheadAttention` projects with stays as it is.
+    `bf16` rounds the weights, so that nothing is cast between layers: on a CPU the casts of autocast cost more time
+    than they save. `int8` gives linear layers int8 weights, with a scale of the inputs computed at each call; the
+    projections of `nn.MultiheadAttention` stay in fp32.
 
-    Raises ValueError for int8 where the towers are not on a CPU, or torch has no such layers any more.
+    Args:
+        task: the task, which is changed.
+        precision: the precision of the towers.
+
+    Raises:
+        ValueError: int8 for towers that are not on a CPU, or with a torch without dynamic quantisation.
     """
     if precision == "fp32":
         return
@@ -68,6 +76,8 @@ def lower(task: PretrainTask, precision: Precision) -> None:
 
 
 def _cast_pixels(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """A forward pre-hook that casts floating point inputs to bf16."""
+
     def cast(x: Any) -> Any:
         return x.to(torch.bfloat16) if isinstance(x, Tensor) and x.is_floating_point() else x
 
@@ -75,6 +85,7 @@ def _cast_pixels(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 def _quantise(root: nn.Module) -> None:
+    """Give the linear layers below a module int8 weights, in place."""
     try:
         from torch.ao.nn.quantized.dynamic import Linear
         from torch.ao.quantization import quantize_dynamic
@@ -85,10 +96,10 @@ def _quantise(root: nn.Module) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch announces that this moves to another package
         quantize_dynamic(root, {nn.Linear}, dtype=torch.qint8, inplace=True)
-    for module in root.modules():
-        if isinstance(module, Linear):
-            # open_clip asks the first layer in which dtype to go on
-            module.int8_original_dtype = torch.float32  # type: ignore[assignment]
+    layers: list[Any] = [module for module in root.modules() if isinstance(module, Linear)]
+    for layer in layers:
+        # open_clip asks the first layer for the dtype of the activations
+        layer.int8_original_dtype = torch.float32
 
 
 def choose(
@@ -97,12 +108,13 @@ def choose(
     embed: Callable[[PretrainTask, Any], tuple[Tensor, Tensor]],
     rounds: int = 3,
 ) -> Measured:
-    """The fastest precision for a task, among those whose vectors keep a cosine of `MIN_COSINE` to fp32.
+    """The fastest precision for a task whose vectors have at least the cosine `MIN_COSINE` to the fp32 vectors.
 
     Args:
+        task: the task in fp32.
         batches: a few batches of the catalog, on the device of the task.
-        embed: (task, batch) -> vectors (n, D) and the (n,) mask of items that have some.
-        rounds: each precision is measured once a round, by turns, and its fastest round counts.
+        embed: function from a task and a batch to vectors (n, D) and the (n,) mask of items with content.
+        rounds: number of measurements of each precision, of which the fastest counts.
     """
     on_cpu = next(task.parameters()).device.type == "cpu"
     names: list[Precision] = ["fp32", "bf16", "int8"] if on_cpu else ["fp32", "bf16"]
@@ -116,15 +128,15 @@ def choose(
     for _ in range(rounds):
         for name in names:
             began = time.perf_counter()
-            found = [tuple(part.cpu() for part in embed(tasks[name], batch)) for batch in batches]
+            outputs = [tuple(part.cpu() for part in embed(tasks[name], batch)) for batch in batches]
             seconds[name] = min(time.perf_counter() - began, seconds.get(name, np.inf))
             if name not in cosine:
-                vectors = [part[has].double() for part, has in found]
+                vectors = [part[has].double() for part, has in outputs]
                 exact = exact or vectors
-                near = torch.cosine_similarity(torch.cat(vectors), torch.cat(exact))
-                cosine[name] = float(near.min()) if len(near) else 1.0
+                cosines = torch.cosine_similarity(torch.cat(vectors), torch.cat(exact))
+                cosine[name] = float(cosines.min()) if len(cosines) else 1.0
     count = sum(len(batch) for batch in batches)
-    fit: list[Precision] = [name for name in names if cosine[name] >= MIN_COSINE or name == "fp32"]
-    best = min(fit, key=lambda name: seconds[name])
+    accurate: list[Precision] = [name for name in names if cosine[name] >= MIN_COSINE or name == "fp32"]
+    best = min(accurate, key=lambda name: seconds[name])
     rates = {name: round(count / seconds[name], 2) for name in names}
     return Measured(best, rates, {name: round(value, 6) for name, value in cosine.items()})

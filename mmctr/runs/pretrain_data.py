@@ -1,4 +1,4 @@
-"""What `pretrain.train` reads: training items and their partners, from a prepared dataset or from shards."""
+"""The data of `pretrain.train`: training items with partners, and validation items, prepared or read from shards."""
 
 from __future__ import annotations
 
@@ -33,22 +33,33 @@ from mmctr.training.context import RunContext
 
 @dataclass(frozen=True)
 class PartnerSources:
-    """What objectives ask for beyond pictures and texts: partners of items, queries, groups, a table to distil from."""
+    """The input of objectives besides pictures and texts: partners of items, queries, groups, and teacher vectors."""
 
     samplers: dict[str, PartnerSampler] = field(default_factory=dict)
+    """samplers of partner items by the role of the partner: "clicked", "shown" or "group" """
     queries: ClickedQueries | None = None
+    """sampler of search queries with a click on an item"""
     groups: dict[str, Tensor] = field(default_factory=dict)
+    """(N,) group numbers of the items by column"""
     teacher: tuple[Tensor, Tensor] | None = None
+    """(N, C) unit-norm teacher vectors and the (N,) bool mask of items with a vector, for distillation"""
 
     @classmethod
     def make(
         cls, dataset: Dataset, splits: Splits | None, task: PretrainTask, allowed: np.ndarray, source: str, seed: int
     ) -> PartnerSources:
-        """Raises ValueError when the dataset lacks what an objective reads.
+        """The sources that the objectives of a task need.
 
         Args:
-            splits: not None where an objective reads behaviour.
+            dataset: the dataset.
+            splits: the split of the log; not None where an objective reads behaviour.
+            task: the task.
             allowed: (N,) bool, the items that may be partners.
+            source: name of the dataset for errors.
+            seed: seed of the samplers.
+
+        Raises:
+            ValueError: the dataset lacks the data of an objective.
         """
         objectives, catalog, num_items = task.config.objectives, dataset.catalog, len(dataset.catalog)
         samplers: dict[str, PartnerSampler] = {}
@@ -73,26 +84,31 @@ class PartnerSources:
             groups[column] = torch.from_numpy(codes)
             samplers["group"] = GroupMates(codes, allowed, seed)
         if objectives.distillation is not None:
-            vectors, there = read_tables(objectives.distillation.path, catalog.item_ids)
-            if not there.any():
+            vectors, has_vector = read_tables(objectives.distillation.path, catalog.item_ids)
+            if not has_vector.any():
                 raise ValueError(f"{objectives.distillation.path}: holds none of the items of {source}")
-            teacher = torch.nn.functional.normalize(vectors, dim=1), there
+            teacher = torch.nn.functional.normalize(vectors, dim=1), has_vector
         return cls(samplers, queries, groups, teacher)
 
 
 @dataclass(frozen=True)
 class PretrainData:
-    """Training rows and partners, and the validation items."""
+    """Training items with partners, and validation items, of a prepared dataset."""
 
     content: ItemContent
+    """pictures and texts of the catalog"""
     train_rows: np.ndarray
-    """(n,) catalog rows a step may start from"""
+    """(n,) catalog rows of the anchors of training steps"""
     validation: ValidationItems
+    """items and clicks for evaluations"""
     keys: Tensor
-    """(N, K) int64, what tells items apart"""
+    """(N, K) int64; two items that share a key are not negatives of each other"""
     partners: PartnerSources = PartnerSources()
+    """partners, queries, groups and teacher vectors"""
     counts: dict[str, Any] = field(default_factory=dict)
+    """numbers of items by use, for metrics.json"""
     seed: int = 0
+    """seed of batches and partners"""
 
     @classmethod
     def make(
@@ -108,7 +124,22 @@ class PretrainData:
         source: str,
         seed: int,
     ) -> PretrainData:
-        """Everything the objectives of a task ask for. Raises ValueError when the dataset lacks it."""
+        """The data that the objectives of a task need.
+
+        Args:
+            dataset: the dataset.
+            content: pictures and texts of the catalog.
+            task: the task.
+            split: how the log is split.
+            validation: fraction of the items with picture and text that are validation items.
+            same: `text`, `image` and columns; two items that agree in one are not negatives of each other.
+            attributes: columns of the items table that evaluations read.
+            source: name of the dataset for errors.
+            seed: seed of batches and partners.
+
+        Raises:
+            ValueError: the dataset lacks the data of an objective, or an attribute.
+        """
         objectives, catalog = task.config.objectives, dataset.catalog
         require_columns(catalog.table, list(attributes), "items table")
         pairs, validation_rows = pair_rows(content, validation, source)
@@ -117,13 +148,13 @@ class PretrainData:
         assert content.has_image is not None and content.has_text is not None
         has_content = content.has_image | content.has_text
         allowed = ~is_validation & has_content
-        # where pictures are only compared with texts, an item that lacks one says nothing
+        # where pictures are only compared with texts, an item without picture or text is of no use
         both = set(objectives.given) <= {"clip", "siglip"}
 
         splits = None
         try:
             splits = split_interactions(dataset.interactions, len(catalog), split)
-        except ValueError:  # no log, or one too small to cut: only an objective on behaviour needs it
+        except ValueError:  # no log, or a log too small to split: only objectives on behaviour need the log
             if objectives.read_behavior:
                 raise
         values = {
@@ -153,32 +184,43 @@ class PretrainData:
 
     @property
     def num_keys(self) -> int:
+        """Number K of keys of an item."""
         return self.keys.shape[1]
 
     @property
     def num_train_items(self) -> int:
+        """Number of training items."""
         return len(self.train_rows)
 
     def batches(self, batch_size: int, num_workers: int, rank: int, world_size: int) -> TrainBatches[PairBatch]:
+        """The training batches of a process.
+
+        Args:
+            batch_size: anchors of a step over all processes together.
+            num_workers: number of worker processes that prepare batches.
+            rank: number of the process.
+            world_size: number of processes.
+        """
         plan = BatchPlan(len(self.train_rows), batch_size, self.seed, rank, world_size)
         return TrainBatches(plan, self.collator(), num_workers)
 
     def collator(self) -> PairCollator:
+        """The collator of training batches."""
         p = self.partners
         return PairCollator(
             self.content, self.train_rows, self.keys, p.samplers, p.queries, p.groups, p.teacher, self.seed
         )
 
     def summary(self) -> str:
-        """What is there to train on, and what was set aside."""
+        """Lines for the log: numbers of training and validation items, and of rejected items and pictures."""
         lines = [
             f"{self.counts['train_items']} items to train on, {self.counts['validation_items']} for validation, "
             f"{self.counts['without_pair']} lack picture or text"
         ]
         for reason, entry in self.counts["items_set_aside"].items():
-            found = entry if isinstance(entry, int) else entry["count"]
-            if found:
-                lines.append(f"items set aside: {found}, {reason}")
+            count = entry if isinstance(entry, int) else entry["count"]
+            if count:
+                lines.append(f"items set aside: {count}, {reason}")
         for picture in self.content.pictures:
             for reason, entry in picture.pictures.report["rejected"].items():
                 lines.append(f"pictures rejected as {reason}: {entry['count']}, for example items {entry['examples']}")
@@ -187,19 +229,34 @@ class PretrainData:
 
 @dataclass(frozen=True)
 class StreamData:
-    """Training items read from shards, and the validation items."""
+    """Training items that are read from shards, and validation items."""
 
     content: StreamContent
+    """the shards"""
     plan: StreamPlan
-    """of one row a step"""
+    """the order of the rows, with one row per step"""
     validation: ValidationItems
+    """items for evaluations"""
     num_keys: int = 3
+    """number K of keys of an item"""
 
     @classmethod
     def make(
         cls, config: DataConfig, task: PretrainTask, *, validation: float, attributes: Sequence[str], seed: int
     ) -> StreamData:
-        """Raises ValueError for objectives that need more than the items of a batch."""
+        """The data of a task with `data.stream`.
+
+        Args:
+            config: the section `data`.
+            task: the task.
+            validation: fraction of validation items.
+            attributes: columns of the shards that evaluations read.
+            seed: seed of the batches.
+
+        Raises:
+            ValueError: an objective needs more than the items of a batch, or too few validation items have picture and
+                text.
+        """
         assert config.stream is not None
         more = set(task.config.objectives.given) - {"clip", "siglip"}
         if more:
@@ -220,11 +277,12 @@ class StreamData:
 
     @property
     def num_train_items(self) -> int:
+        """Number of training items."""
         return int(self.plan.train_rows.sum())
 
     @property
     def counts(self) -> dict[str, Any]:
-        """What the first process has read until now."""
+        """Numbers of items, and of pictures that the first process has rejected so far."""
         rejected = {reason: entry["count"] for reason, entry in self.content.report.items()}
         return {
             "items": int(self.plan.first_row[-1]),
@@ -233,10 +291,12 @@ class StreamData:
         }
 
     def batches(self, batch_size: int, num_workers: int, rank: int, world_size: int) -> TrainBatches[PairBatch]:
+        """The training batches of a process; the arguments are those of `PretrainData.batches`."""
         plan = replace(self.plan, batch_size=batch_size, rank=rank, world_size=world_size)
         return StreamBatches(self.content, plan, num_workers)
 
     def summary(self) -> str:
+        """A line for the log: numbers of items, row groups and validation items."""
         return (
             f"{self.plan.first_row[-1]} items in {len(self.plan.group_rows)} groups of rows, "
             f"{self.plan.train_rows.sum()} to train on, {len(self.validation.rows)} evaluated"
@@ -244,9 +304,15 @@ class StreamData:
 
 
 def open_pretrain_data(config: PretrainConfig, task: PretrainTask, context: RunContext) -> PretrainData | StreamData:
-    """The dataset of a pretraining run as its task reads it: prepared, or streamed from shards (`data.stream`).
+    """The data of a pretraining run, prepared or streamed from shards (`data.stream`).
 
-    Raises ValueError where the dataset lacks what an objective reads.
+    Args:
+        config: the config of the run.
+        task: the task.
+        context: run folder and processes.
+
+    Raises:
+        ValueError: the dataset lacks the data of an objective.
     """
     options: dict[str, Any] = {
         "validation": config.validation,
@@ -261,7 +327,13 @@ def open_pretrain_data(config: PretrainConfig, task: PretrainTask, context: RunC
 
 
 def stream_content(config: DataConfig, task: PretrainTask, attributes: Sequence[str] = ()) -> StreamContent:
-    """The shards at `data.path`, as an encoder reads them."""
+    """The shards at `data.path`, with pictures and tokens for an encoder.
+
+    Args:
+        config: the section `data`.
+        task: the task with the encoder.
+        attributes: further columns to read.
+    """
     columns = list(dict.fromkeys([*config.text, *attributes]))
     items = ShardedItems(config.path, columns, cache_folder() / f"shards-{fingerprint(config.path)}")
     size = config.image_size or task.encoder.image_size
@@ -269,8 +341,17 @@ def stream_content(config: DataConfig, task: PretrainTask, attributes: Sequence[
 
 
 def item_keys(catalog: Catalog, content: ItemContent, same: Sequence[str]) -> Tensor:
-    """(N, K) int64: the row, then a number for each of `same` that items share when they have the same one. Items
-    without one get a number of their own."""
+    """The keys of items: two items that share a key are not negatives of each other.
+
+    Args:
+        catalog: the catalog.
+        content: pictures and texts of the catalog.
+        same: `text`, `image` and columns of the items table.
+
+    Returns:
+        (N, K) int64: the catalog row, then for each of `same` a number that is equal for items that agree, and unique
+        for an item without a value.
+    """
     num_items = len(catalog)
     alone = -1 - np.arange(num_items)
     columns = [np.arange(num_items)]
@@ -293,8 +374,9 @@ def item_keys(catalog: Catalog, content: ItemContent, same: Sequence[str]) -> Te
 def _queries(
     dataset: Dataset, splits: Splits, column: str, task: PretrainTask, num_items: int, seed: int
 ) -> ClickedQueries:
+    """The sampler of search queries, from a text column of the log."""
     number, words = value_codes(dataset.context, column, "interactions table")
-    # one place more for -1, which has no words
+    # the last entry is for the number -1, a row without a query
     blank = np.array([*(not word.strip() for word in words), True])
     number = np.where(blank[number], -1, number)
     if not (number[splits.train.source[splits.train.label == 1]] >= 0).any():

@@ -1,4 +1,4 @@
-"""What a ranking run leaves behind when training has ended: the task, metrics.json, predictions.parquet."""
+"""Results of a ranking run: the saved task, metrics.json and predictions.parquet."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ class RankingScores:
     """Click probabilities of a trained ranker.
 
     Args:
-        validation, test: (n,) of the impressions of these parts of the split.
+        validation: (n,) of the validation impressions.
+        test: (n,) of the test impressions.
         stages: (n,) of the test impressions after each stage of a `staged` split, by the name of the stage.
     """
 
@@ -36,7 +37,7 @@ class RankingScores:
     stages: dict[str, np.ndarray] = field(default_factory=dict)
 
     def with_stages(self, stages: dict[str, np.ndarray]) -> RankingScores:
-        """The same, with the scores of the test impressions after each stage; before the first one they are `cold`."""
+        """A copy with the test scores after each stage; the scores before the first stage have the name `cold`."""
         return replace(self, stages={"cold": self.test, **stages})
 
 
@@ -48,10 +49,15 @@ def write_ranking_results(
     scores: RankingScores,
     training: dict[str, Any],
 ) -> None:
-    """Save the task, measure validation and test, and print the test metrics; the main process alone writes.
+    """Save the task, write the metrics and predictions, and log the test metrics; only the main process writes.
 
     Args:
-        training: how training went, the entry `training` of metrics.json.
+        context: run folder and processes.
+        task: the trained task.
+        dataset: the dataset.
+        splits: the split of the log.
+        scores: click probabilities.
+        training: result of the training, the entry `training` of metrics.json.
     """
     if not context.is_main_process:
         return
@@ -79,10 +85,12 @@ def write_ranking_results(
 
 
 def _report(splits: Splits, part: Impressions, scores: np.ndarray) -> dict[str, Any]:
+    """The metrics of a part of the split."""
     return full_report(part, scores, splits.is_cold(part), splits.clicks[part.item])
 
 
 def _log_metrics(metrics: dict[str, Any], tables: dict[str, dict[str, int]]) -> None:
+    """Log the test metrics, and the numbers of features that penalties have set to zero."""
     for name, count in tables.items():
         logger.info(f"{name}: {count['rows'] - count['nonzero']} of {count['rows']} features dropped")
     lines = {f"test {name:4}": metrics["test"][name] for name in ("all", "warm", "cold")}

@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from mmctr.evaluation import metrics
+from mmctr.evaluation import metrics, user_resampling
 
 
 def pairwise_auc(labels, scores) -> float:
@@ -114,8 +114,8 @@ def test_log_loss_and_calibration():
 def test_bootstrap_equals_metrics_of_repeated_rows(levels):
     labels, scores, users = impressions(3, levels=levels)
     rows = metrics.numbered_users(users, len(users))
-    aucs, gaucs = metrics._bootstrap(labels == 1, [scores], rows, num_samples=6, seed=4)
-    times = list(metrics._resampled_users(rows.max() + 1, 6, seed=4))
+    aucs, gaucs = user_resampling.bootstrap(labels == 1, [scores], rows, num_samples=6, seed=4)
+    times = list(user_resampling.resampled_users(rows.max() + 1, 6, seed=4))
     for sample, drawn in enumerate(times):
         repeat = np.repeat(np.arange(len(rows)), drawn[rows])
         assert drawn.sum() == rows.max() + 1
