@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mmctr.cli.main import _parser
+from mmctr.cli.parser import make_parser
 
 CLONE = Path(__file__).resolve().parents[1]
 PAGES = sorted([*CLONE.glob("*.md"), *(CLONE / "docs").glob("*.md")])
@@ -42,7 +42,7 @@ def words(line: str) -> list[str]:
 
 
 def subcommands() -> dict[str, argparse.ArgumentParser]:
-    (action,) = [a for a in _parser()._actions if isinstance(a, argparse._SubParsersAction)]
+    (action,) = [a for a in make_parser()._actions if isinstance(a, argparse._SubParsersAction)]
     return action.choices
 
 
