@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from mmctr.cli.main import _parser
 from tests.test_imports import FLOOR
 
 CLONE = Path(__file__).resolve().parents[1]
@@ -43,7 +42,7 @@ def words(line: str) -> list[str]:
 
 
 def subcommands() -> dict[str, argparse.ArgumentParser]:
-    (action,) = [a for a in _parser()._actions if isinstance(a, argparse._SubParsersAction)]
+    (action,) = [a for a in makemake_parser()._actions if isinstance(a, argparse._SubParsersAction)]
     return action.choices
 
 

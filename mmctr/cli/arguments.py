@@ -1,4 +1,4 @@
-"""Actions and types of command-line arguments that argparse does not have."""
+"""Actions and types of command-line arguments: parts of queries, sizes in bytes, and `--version`."""
 
 from __future__ import annotations
 
@@ -7,17 +7,23 @@ from typing import Any
 
 
 class QueryPart(argparse.Action):
-    """Collects the parts of a query in the order they are given: (kind, value)."""
+    """Collects the parts of a query, pairs of kind and value, in the order of the command line."""
 
     KINDS = {"--item": "item_id", "--text": "text", "--image": "image", "--user": "user_id"}
+    """kind of a part by the option"""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        """Append a part, as argparse asks."""
         parts = getattr(namespace, self.dest) or []
         namespace.parts = [*parts, (self.KINDS[str(option_string)], values)]
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a size like `500MB`, in powers of 1000; a bare number is bytes. Raises ArgumentTypeError."""
+    """The number of bytes of a size such as `500MB`, in powers of 1000; a number without unit is bytes.
+
+    Raises:
+        ArgumentTypeError: the text is no size.
+    """
     units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
     unit = units.get(text[-2:].upper())
     try:
@@ -27,12 +33,13 @@ def parse_size(text: str) -> int:
 
 
 class Version(argparse.Action):
-    """`--version`: what a bug report should name. Reads the metadata of the packages and imports none of them."""
+    """`--version`: prints the versions for a bug report, from the metadata of packages, without imports."""
 
     def __init__(self, option_strings: Any, dest: str, **kwargs: Any) -> None:
         super().__init__(option_strings, argparse.SUPPRESS, nargs=0, **kwargs)
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        """Print the versions and exit, as argparse asks."""
         import platform
         from importlib.metadata import PackageNotFoundError, version
 

@@ -13,7 +13,7 @@ ROOTS = ("pretrain", "finetune", "study")
 
 
 def config_class(recipe: str) -> type[Config]:
-    """The config of a recipe, or of a study. Imports torch."""
+    """The config class of a recipe ("pretrain", "finetune") or of a study ("study"); this imports torch."""
     from mmctr.runs.config import FinetuneConfig, PretrainConfig
     from mmctr.studies.config import StudyConfig
 
@@ -21,42 +21,49 @@ def config_class(recipe: str) -> type[Config]:
 
 
 def entries_of(recipe: str) -> list[Entry]:
-    """The reference of a recipe or of a study, with the shipped configs that set each key."""
+    """The entries of the reference of a recipe or study, each with the shipped configs that set the key."""
     return reference(config_class(recipe), shipped_configs("studies" if recipe == "study" else recipe))
 
 
 def config_command(key: str | None, recipe: str | None) -> str:
-    """The text of `mmctr config [KEY]`: the entries of a key and of all below it, or the sections without a key.
+    """The text of `mmctr config [KEY]`.
+
+    Args:
+        key: a dotted key, whose entry and nested entries are listed; None: the sections are listed.
+        recipe: "pretrain", "finetune" or "study"; None: all three.
 
     Raises:
-        ValueError: no config has the key; the nearest ones are named.
+        ValueError: no config has the key; the message names similar keys.
     """
     roots = (recipe,) if recipe else ROOTS
     width = min(shutil.get_terminal_size().columns, 120)
     entries = {root: entries_of(root) for root in roots}
     if key is None:
         return "\n\n".join([*(_roots(root, entries[root]) for root in roots), _folder()])
-    found: dict[str, list[Entry]] = {}
+    matches: dict[str, list[Entry]] = {}
     for root in roots:
         try:
-            found[root] = find(entries[root], key)
+            matches[root] = find(entries[root], key)
         except ValueError:
             continue
-    if not found:
+    if not matches:
         find([entry for root in roots for entry in entries[root]], key)
-    told: dict[tuple[Entry, ...], list[str]] = {}
-    for root, some in found.items():  # recipes whose keys are the same are told of together
-        told.setdefault(tuple(replace(entry, files=()) for entry in some), []).append(root)
+    groups: dict[tuple[Entry, ...], list[str]] = {}
+    for root, root_entries in matches.items():  # recipes with equal entries are listed together
+        groups.setdefault(tuple(replace(entry, files=()) for entry in root_entries), []).append(root)
     parts = []
-    for some, names in told.items():
-        files = [[f"{root}/{name}" for root in names for name in found[root][at].files] for at in range(len(some))]
-        text = full_text([replace(entry, files=tuple(ones)) for entry, ones in zip(some, files, strict=True)], width)
+    for group, names in groups.items():
+        files = [[f"{root}/{name}" for root in names for name in matches[root][i].files] for i in range(len(group))]
+        text = full_text([replace(entry, files=tuple(ones)) for entry, ones in zip(group, files, strict=True)], width)
         parts.append(f"== {', '.join(_title(root) for root in names)}\n\n{text}")
     return "\n\n".join(parts)
 
 
 def shipped_path(config: str) -> str:
-    """The place of a shipped config file, for programs that do not know the shipped ones, as `accelerate launch`.
+    """The path of a shipped config file, for programs such as `accelerate launch` that need the path.
+
+    Args:
+        config: the name of the file, such as configs/accelerate/gpu.yaml.
 
     Raises:
         ValueError: no such file is shipped.
@@ -70,10 +77,12 @@ def shipped_path(config: str) -> str:
 
 
 def _title(root: str) -> str:
+    """The heading of the entries of a recipe or study."""
     return "studies of `mmctr coldstart`" if root == "study" else recipe_module(root)
 
 
 def _roots(root: str, entries: list[Entry]) -> str:
+    """The sections of a config as text."""
     lines = [f"== {_title(root)}: {len(entries)} keys"]
     for entry in entries:
         if "." not in entry.key:
@@ -82,7 +91,8 @@ def _roots(root: str, entries: list[Entry]) -> str:
 
 
 def _folder() -> str:
+    """The last lines of the list of sections."""
     return (
-        f"`mmctr config KEY` explains a key and those below it, as in `mmctr config fit.optimizer`.\n"
+        f"`mmctr config KEY` explains a key and all nested keys, as in `mmctr config fit.optimizer`.\n"
         f"Shipped configs: {recipes_folder() / 'configs'}"
     )

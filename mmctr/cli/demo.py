@@ -1,4 +1,4 @@
-"""`mmctr demo`: the whole story on ToyWorld, each step a command a user could type."""
+"""`mmctr demo`: pretraining, embedding, search and three rankers on ToyWorld, each step a command of the user."""
 
 from __future__ import annotations
 
@@ -14,13 +14,21 @@ from mmctr.files import replace_folder
 from mmctr.shipped import find_config, recipe_environment, recipe_module
 
 RANKERS = ("id", "table", "joint")
+"""rankers of the demo, by the content they read: none, a frozen table, a trained encoder"""
 
 
 def run_demo(out: Path, seed: int) -> None:
-    """ToyWorld -> pretrain -> embed -> index -> search -> three rankers -> comparison and report.html.
+    """Run the demo: ToyWorld, pretrain, embed, index, search, three rankers, comparison and report.html.
 
-    Runs the shipped recipes and configs, in a clone as in an installation. Every step can be resumed: started again
-    it goes on where it stopped. Raises ValueError when a step fails.
+    The demo uses the shipped recipes and configs, in a clone and in an installation. Started again after a stop, the
+    demo continues with the unfinished step.
+
+    Args:
+        out: folder of the demo.
+        seed: seed of the data and of all runs.
+
+    Raises:
+        ValueError: a step fails.
     """
     started = time.perf_counter()
     out = out.resolve()
@@ -35,16 +43,14 @@ def run_demo(out: Path, seed: int) -> None:
             for part in arguments
         ]
         print(f"\n$ {' '.join(shown)}", flush=True)
-        threads = os.environ.get("OMP_NUM_THREADS") or str(os.cpu_count() or 1)  # unsaid, the launcher warns
+        threads = os.environ.get("OMP_NUM_THREADS") or str(os.cpu_count() or 1)  # without a number the launcher warns
         launch = ["-m", "accelerate.commands.launch", "--num_cpu_threads_per_process", threads]
         launch += ["--config_file", str(find_config("configs/accelerate/cpu.yaml"))]
         command = [sys.executable]
         for part in arguments:
             command += launch if part == "LAUNCH" else ["-m", "mmctr"] if part == "MMCTR" else [part]
         if subprocess.run(command, env=recipe_environment(), check=False).returncode:
-            raise ValueError(
-                f"the step above failed; mend it and run `mmctr demo --out {out}` again, it goes on from there"
-            )
+            raise ValueError(f"the step above failed; fix the cause and run `mmctr demo --out {out}` again to continue")
 
     step(
         [
@@ -74,7 +80,7 @@ def run_demo(out: Path, seed: int) -> None:
 
 
 def demo_world(seed: int) -> ToyWorldConfig:
-    """The world of the demo: small enough for a laptop, large enough for the numbers to mean something."""
+    """The config of the data of the demo, small enough for a laptop and large enough for significant differences."""
     return ToyWorldConfig(
         num_items=2000,
         num_users=1200,

@@ -1,4 +1,4 @@
-"""What `mmctr index` and `mmctr search` do, as text."""
+"""The commands `mmctr index` and `mmctr search`, as functions that return text."""
 
 from __future__ import annotations
 
@@ -23,7 +23,17 @@ from mmctr.serving.search import Part, Searcher
 
 
 def index_command(arguments: argparse.Namespace) -> str:
-    """Build, append to, merge or thin out an index; the line that says what there is now."""
+    """`mmctr index`: build an index, append to it, merge indexes or remove items.
+
+    Args:
+        arguments: the parsed arguments of the command.
+
+    Returns:
+        A description of the index.
+
+    Raises:
+        ValueError: a source cannot be read, or the arguments do not fit together.
+    """
     sources = [Path(source) for source in arguments.sources]
     wanted = Wanted(arguments.recall, arguments.latency_ms, arguments.memory, arguments.factory)
     default = sources[0] if len(sources) == 1 and is_index(sources[0]) else Path(f"{sources[0]}.index")
@@ -55,9 +65,21 @@ def index_command(arguments: argparse.Namespace) -> str:
 
 
 def append_to_index(table: EmbeddingTable, out: str, data: str | None) -> str:
-    """Add the items of a table that an index lacks."""
+    """Add the items of a table that an index lacks.
+
+    Args:
+        table: the vectors.
+        out: the index folder.
+        data: dataset folder of the filter columns; None: the dataset of the vectors.
+
+    Returns:
+        A description of the index.
+
+    Raises:
+        ValueError: the folder holds no index, or the dataset of the filter columns is unknown.
+    """
     if not is_index(Path(out)):
-        raise ValueError(f"{out}: no index there to append to; build it without --append")
+        raise ValueError(f"{out}: no index to append to; build it without --append")
     index = ItemIndex.load(out)
     live = index.ids.filter(pa.array(~index.removed))
     new = table.without(live)
@@ -68,15 +90,16 @@ def append_to_index(table: EmbeddingTable, out: str, data: str | None) -> str:
 
 
 def _columns(table: EmbeddingTable, data: str | None, names: list[str] | None) -> pa.Table:
+    """The filter columns of the items of a table, in the order of the table; all usable columns where None."""
     folder = data or table.identity.data
     if folder is None:
-        raise ValueError("these embeddings do not say of which dataset they are; name it with --data")
+        raise ValueError("the embeddings do not name the dataset; give --data")
     catalog = open_dataset(folder).catalog
     return columns_of(catalog.table, catalog.item_ids, table.ids, names)
 
 
 def described(index: ItemIndex) -> str:
-    """Items, kind, and what was measured."""
+    """A description of an index: number of items, kind, and measured recall and latency."""
     text = f"{len(index)} items, {index.dim} dimensions, {index.factory}"
     measured = index.measured
     if not measured or not measured["queries"]:
@@ -97,13 +120,20 @@ def described(index: ItemIndex) -> str:
 
 
 def search_command(arguments: argparse.Namespace) -> str:
-    """Neighbours as a table of text or JSON, or answers to a file of queries."""
+    """`mmctr search`: the neighbours of a query as text or JSON, or the answers to a file of queries.
+
+    Args:
+        arguments: the parsed arguments of the command.
+
+    Raises:
+        ValueError: a query cannot be answered, or the arguments do not fit together.
+    """
     index = ItemIndex.load(arguments.index, arguments.mmap)
     searcher = Searcher(index, arguments.pretrain_run, arguments.data)
     shift = _shift(arguments, index)
     if arguments.queries:
         if arguments.parts or shift is not None:
-            raise ValueError("--queries has all queries in its file: leave the others, --more and --less away")
+            raise ValueError("--queries reads all queries from a file: leave other queries, --more and --less out")
         return _answers(searcher.answer_file(arguments.queries, arguments.k, arguments.where), arguments.out)
     if not arguments.parts:
         raise ValueError("nothing to search by: give --item, --text, --image, --user or --queries")
@@ -111,14 +141,15 @@ def search_command(arguments: argparse.Namespace) -> str:
     if len(weights) != len(arguments.parts):
         raise ValueError(f"--weights: {len(weights)} for {len(arguments.parts)} parts of the query")
     parts = [Part(kind, value, weight) for (kind, value), weight in zip(arguments.parts, weights, strict=True)]
-    found = searcher.answer(parts, arguments.k, arguments.where, shift)
+    neighbours = searcher.answer(parts, arguments.k, arguments.where, shift)
     if arguments.json:
-        return json.dumps([vars(neighbour) for neighbour in found], ensure_ascii=False)
-    lines = (f"{place:3}  {n.score:7.4f}  {n.item_id}  {n.title or ''}" for place, n in enumerate(found, 1))
+        return json.dumps([vars(neighbour) for neighbour in neighbours], ensure_ascii=False)
+    lines = (f"{rank:3}  {n.score:7.4f}  {n.item_id}  {n.title or ''}" for rank, n in enumerate(neighbours, 1))
     return "\n".join(lines) or "no item fulfils the conditions"
 
 
 def _shift(arguments: argparse.Namespace, index: ItemIndex) -> np.ndarray | None:
+    """The vector (D,) that --more and --less add to a query; None without these options."""
     if not arguments.more and not arguments.less:
         return None
     identity = index.identity
@@ -130,6 +161,7 @@ def _shift(arguments: argparse.Namespace, index: ItemIndex) -> np.ndarray | None
 
 
 def _answers(answers: pa.Table, out: str | None) -> str:
+    """The answers to a file of queries as JSON lines, or a message after they were written to a file."""
     writers = {
         ".parquet": lambda path: parquet.write_table(answers, path),
         ".csv": lambda path: csv.write_csv(answers, path),
@@ -144,4 +176,5 @@ def _answers(answers: pa.Table, out: str | None) -> str:
 
 
 def _json_lines(answers: pa.Table) -> list[str]:
+    """Each row of a table as JSON."""
     return [json.dumps(row, ensure_ascii=False, default=str) for row in answers.to_pylist()]

@@ -1,7 +1,7 @@
-"""`mmctr export`: item vectors in the files other programs read, with the lines of their configs that use them.
+"""`mmctr export`: item vectors in the file formats of other programs, with the config lines that use the files.
 
-Checked against FuxiCTR 2.3.10 and RecBole 1.2.1, which load what is written here (`benchmarks/exports.py`), and the
-documentation and readers of TorchEasyRec as of 2026.
+Tested with FuxiCTR 2.3.10 and RecBole 1.2.1, which load the files (`benchmarks/exports.py`), and with the documentation
+and readers of TorchEasyRec as of 2026.
 """
 
 from __future__ import annotations
@@ -22,20 +22,29 @@ from mmctr.data.embeddings import EmbeddingTable, numpy_ids, require_suffix, sav
 from mmctr.files import replace_file, replace_folder, write_text
 
 COLUMN = "item_vector"
-"""what the column of vectors is called where it becomes a feature"""
+"""name of the column of vectors in files where the column becomes a feature"""
 RECBOLE_OWN = ("inter", "user", "item", "kg", "link", "net")
-"""endings of RecBole's files of other kinds"""
+"""suffixes of files that RecBole reads as other kinds of data"""
 PANDAS_GAPS = (
     *("", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>"),
     *("N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null"),
 )
-"""texts that pandas, through which RecBole reads, takes for a missing value"""
+"""texts that pandas, which RecBole uses to read files, takes for a missing value"""
 
 
 def export(source: str, form: str, out: str | Path) -> str:
-    """Write `source` in one of `FORMATS` to `out`, whole or not at all; returns what to tell the user.
+    """Write item vectors in the format of another program; an error leaves no partial file.
 
-    Raises ValueError for an unknown format, an `out` that does not fit it, and ids that it cannot hold.
+    Args:
+        source: embedding folder or file of vectors.
+        form: one of `FORMATS`.
+        out: file or folder to write.
+
+    Returns:
+        Lines for the user.
+
+    Raises:
+        ValueError: an unknown format, a path with a wrong suffix, or ids that the format cannot represent.
     """
     if form not in FORMATS:
         near = difflib.get_close_matches(form, FORMATS, n=1, cutoff=0.5)
@@ -45,38 +54,40 @@ def export(source: str, form: str, out: str | Path) -> str:
 
 
 def _of_table(write: Callable[[EmbeddingTable, Path], str | None], ending: str = ".yaml") -> Callable[[str, Path], str]:
-    """A format of item vectors. `write` returns the config lines of the program that reads the file, if it has one."""
+    """A format of item vectors, from a function that writes a table and returns the config lines of the program, or
+    None."""
 
     def run(source: str, out: Path) -> str:
         table = EmbeddingTable.read(source)
         if not len(table):
             raise ValueError(f"{source}: holds no vectors")
         lines = write(table, out)
-        told = f"{out}: {len(table)} vectors of {table.dim} dimensions"
+        message = f"{out}: {len(table)} vectors of {table.dim} dimensions"
         if lines is None:
-            return told
-        beside = out.with_name(out.name + ending)
-        write_text(beside, lines)
-        return f"{told}\n{beside}:\n\n{lines}"
+            return message
+        config = out.with_name(out.name + ending)
+        write_text(config, lines)
+        return f"{message}\n{config}:\n\n{lines}"
 
     return run
 
 
 def _write_parquet(columns: dict[str, Any], out: Path) -> None:
+    """Write columns as a Parquet file."""
     table = pa.table(columns)
     replace_file(out, lambda path: pyarrow.parquet.write_table(table, path))
 
 
 def _parquet(table: EmbeddingTable, out: Path) -> None:
-    """`item_id` and `vector`, a fixed-size list of float32."""
+    """Write a Parquet file with `item_id` and `vector`, a fixed-size list of float32."""
     require_suffix(out, ".parquet")
     values = pa.array(table.vectors.ravel())
     _write_parquet({"item_id": table.ids, "vector": pa.FixedSizeListArray.from_arrays(values, table.dim)}, out)
 
 
 def _safetensors(table: EmbeddingTable, out: Path) -> None:
-    """`vectors` (n, D); integer ids as `item_id` (n,). Text ids are their UTF-8 bytes on end in `item_id` (uint8) and
-    the (n + 1,) `item_id_offsets` into them: metadata of the format would have to be parsed as a whole."""
+    """Write a safetensors file with `vectors` (n, D) and `item_id`: integers (n,), or the concatenated UTF-8 bytes of
+    text ids with the offsets `item_id_offsets` (n + 1,), because metadata could only be parsed as a whole."""
     require_suffix(out, ".safetensors")
     arrays = {"vectors": table.vectors}
     if pa.types.is_integer(table.ids.type):
@@ -89,11 +100,11 @@ def _safetensors(table: EmbeddingTable, out: Path) -> None:
 
 
 def _datasets(table: EmbeddingTable, out: Path) -> None:
-    """A folder for `datasets.load_from_disk`: `item_id` and `vector`."""
+    """Write a folder for `datasets.load_from_disk`, with `item_id` and `vector`."""
     from datasets import Dataset, Features, List, Value
 
     if out.exists() and not (out / "dataset_info.json").is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out {out}: is there and holds no dataset of `datasets`; choose another folder")
+        raise ValueError(f"--out {out}: exists and holds no dataset of `datasets`; choose another folder")
     kind = Value("int64" if pa.types.is_integer(table.ids.type) else "string")
     vectors = pa.FixedSizeListArray.from_arrays(pa.array(table.vectors.ravel()), table.dim)
     features = Features({"item_id": kind, "vector": List(Value("float32"), length=table.dim)})
@@ -102,7 +113,7 @@ def _datasets(table: EmbeddingTable, out: Path) -> None:
 
 
 def _fuxictr(table: EmbeddingTable, out: Path) -> str:
-    """An .npz of `key` and `value`, which FuxiCTR matches with the values of a column."""
+    """Write an .npz file with `key` and `value`, which FuxiCTR matches with the values of a column."""
     require_suffix(out, ".npz")
     save_arrays(out, key=numpy_ids(table.ids, out), value=table.vectors)
     return f"""\
@@ -123,7 +134,7 @@ feature_cols:
 
 
 def _recbole(table: EmbeddingTable, out: Path) -> str:
-    """An atomic file: `iid:token`, a tab, `item_vector:float_seq` with blanks between the numbers."""
+    """Write an atomic file of RecBole: `iid:token`, a tab, and `item_vector:float_seq` with spaces between numbers."""
     dataset, _, suffix = out.name.rpartition(".")
     if not dataset or not suffix or suffix in RECBOLE_OWN:
         raise ValueError(
@@ -162,14 +173,14 @@ preload_weight:
 
 
 def _joined(vectors: np.ndarray, separator: str) -> pa.Array:
-    """Each row of (n, D) as text: the shortest decimals that read back to the same float32."""
+    """Each row of (n, D) as text, with the shortest decimals that parse to the same float32."""
     texts = pa.array(vectors.ravel()).cast(pa.string())
     offsets = pa.array(np.arange(len(vectors) + 1, dtype=np.int32) * vectors.shape[1])
     return pc.binary_join(pa.ListArray.from_arrays(offsets, texts), separator)
 
 
 def _torcheasyrec(table: EmbeddingTable, out: Path) -> str:
-    """`item_id` and `item_vector`: lists in Parquet (its reader knows none of a fixed size), text in CSV."""
+    """Write `item_id` and `item_vector`: lists in Parquet (TorchEasyRec cannot read fixed-size lists), text in CSV."""
     require_suffix(out, ".parquet", ".csv")
     separator = ""
     if out.suffix == ".parquet":
@@ -202,4 +213,4 @@ FORMATS: dict[str, Callable[[str, Path], str]] = {
     "recbole": _of_table(_recbole),
     "torcheasyrec": _of_table(_torcheasyrec, ".config"),
 }
-"""what `mmctr export --format` knows: (source, out) -> what to tell the user"""
+"""the formats of `mmctr export --format`: functions from source and path to lines for the user"""

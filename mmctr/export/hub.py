@@ -1,4 +1,4 @@
-"""Folders that hold a finished model and its card, and their upload to the Hugging Face Hub."""
+"""Export of a finished run as a folder with a model card, and upload to the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -8,7 +8,20 @@ from mmctr.tasks.sharing import Shareable, loading_code
 
 
 def export_run(source: str, out: str, data: str | None = None, int8: bool = False) -> list[str]:
-    """Write a run folder of either kind as `save_pretrained` does; returns what there is to say."""
+    """Write the task of a run as a folder with a model card (`save_pretrained`).
+
+    Args:
+        source: run folder of either kind.
+        out: the folder to write.
+        data: must be None; only the ONNX export has the option.
+        int8: must be False; only the ONNX export has the option.
+
+    Returns:
+        Lines for the user.
+
+    Raises:
+        ValueError: the run is not finished, or an option of the ONNX export is given.
+    """
     if int8:
         raise ValueError("--int8 is for --format onnx: a pretrained folder holds the weights as they were trained")
     if data is not None:
@@ -19,17 +32,34 @@ def export_run(source: str, out: str, data: str | None = None, int8: bool = Fals
 
 
 def push_run(source: str, repo_id: str, private: bool) -> list[str]:
-    """Upload a run folder of either kind; returns what there is to say."""
+    """Upload the task of a run to the Hugging Face Hub.
+
+    Args:
+        source: run folder of either kind.
+        repo_id: the repository, `org/name`.
+        private: whether a new repository is private.
+
+    Returns:
+        Lines for the user.
+
+    Raises:
+        ValueError: the run is not finished, or the hub refuses the upload.
+    """
     task = load_task(source)
     lines = [task.push_to_hub(repo_id, run=source, private=private or None)]
     vocabulary = getattr(task, "vocabulary", None)
     if vocabulary is not None:
-        lines.append(f"note: it holds the ids of {len(vocabulary.user_ids)} users and {len(vocabulary.item_ids)} items")
+        counts = f"{len(vocabulary.user_ids)} users and {len(vocabulary.item_ids)} items"
+        lines.append(f"note: the repository holds the ids of {counts}")
     return lines
 
 
 def load_task(source: str | Path) -> Shareable:
-    """The task of a run folder, whichever kind it is. Raises ValueError when it is none."""
+    """The task of a run folder of either kind.
+
+    Raises:
+        ValueError: the folder holds no finished run.
+    """
     from mmctr.tasks import PretrainTask, RankingTask
     from mmctr.tasks.folder import task_kind
 

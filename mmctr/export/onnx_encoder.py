@@ -1,4 +1,4 @@
-"""The ONNX graphs of a pretraining run: picture, text and both to a vector of the item space."""
+"""The ONNX graphs of a pretraining run: from a picture, a text, or both to the vector of an item."""
 
 from __future__ import annotations
 
@@ -18,13 +18,16 @@ from mmctr.tasks import PretrainTask
 from mmctr.tasks.item_features import unit
 
 BATCH = Axis("B")
-TEXTS = ["a red striped shoe", "Blue linen shirt, size M", "x", "", "it's 100% cotton — naïve café"]
+TEXTS: list[str] = ["a red striped shoe", "Blue linen shirt, size M", "x", "", "it's 100% cotton — naïve café"]
 
 
 class ItemGraph(nn.Module):
-    """`inputs -> {"vector", "has_content"}`: as `PretrainTask.embed`, of pictures, texts or both.
+    """The embedding of items as `PretrainTask.embed` computes it, from pictures, texts or both.
 
-    Where embeddings of the task need both (separate towers without a common space), the features of the one modality.
+    Args:
+        task: the pretrained task.
+        embeds: whether the graph gives embeddings; False: it gives the features of one modality, for a task with
+            separate towers without a common space.
     """
 
     def __init__(self, task: PretrainTask, embeds: bool = True):
@@ -32,6 +35,14 @@ class ItemGraph(nn.Module):
         self.task, self.embeds = task, embeds
 
     def forward(self, inputs: Inputs) -> dict[str, Tensor]:
+        """The vectors of B items.
+
+        Args:
+            inputs: `image` (B, 3, S, S) uint8, `input_ids` (B, T), or both with the masks `has_image` and `has_text`.
+
+        Returns:
+            `vector` (B, D), and with both modalities `has_content` (B,) bool.
+        """
         image, input_ids = inputs.get("image"), inputs.get("input_ids")
         if image is not None and input_ids is not None:
             items = ItemBatch(
@@ -43,20 +54,34 @@ class ItemGraph(nn.Module):
             )
             vector, has = self.task.embed(items)
             return {"vector": vector.float(), "has_content": has}
-        given = image if image is not None else input_ids
-        assert given is not None
-        there = given.flatten(1)[:, 0] >= 0  # all of them, of the batch's size
-        name = "image" if image is not None else "text"
-        values = {"image": image, "has_image": there} if name == "image" else {"input_ids": given, "has_text": there}
-        items = ItemBatch(row=there.long(), **values)  # type: ignore[arg-type]
+        values = image if image is not None else input_ids
+        assert values is not None, "the graph reads a modality"
+        mask = values.flatten(1)[:, 0] >= 0  # True for all items, in a shape that depends on the input
+        if image is not None:
+            items = ItemBatch(row=mask.long(), image=image, has_image=mask)
+        else:
+            items = ItemBatch(row=mask.long(), input_ids=values, has_text=mask)
         if self.embeds:
             return {"vector": self.task.embed(items)[0].float()}
         features = self.task.encode(items)
-        return {"vector": unit(features.image if name == "image" else features.text)}
+        return {"vector": unit(features.image if image is not None else features.text)}
 
 
 def export_encoder(run: Path, out: Path, data: str | None, int8: bool) -> dict[str, Any]:
-    """Write `image.onnx`, `text.onnx`, `item.onnx` and the tokenizer; returns the manifest."""
+    """Write `image.onnx`, `text.onnx`, `item.onnx` and the tokenizer of a pretraining run.
+
+    Args:
+        run: folder of `pretrain.train`.
+        out: folder to write.
+        data: dataset folder whose pictures are described; None: the dataset of the run.
+        int8: whether to write graphs with int8 weights as well.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        ValueError: the run is not finished, or a graph differs from torch.
+    """
     task = load_encoder(run).requires_grad_(False)
     config = data_config(run, data)
     size = config.image_size or task.encoder.image_size
@@ -97,7 +122,13 @@ def export_encoder(run: Path, out: Path, data: str | None, int8: bool) -> dict[s
 
 
 def graphs_of(task: PretrainTask, example: Inputs, embeds: bool) -> list[Graph]:
-    """The graphs that make sense for a task."""
+    """The graphs of a task: image, text and, where the task has embeddings of items, item.
+
+    Args:
+        task: the pretrained task.
+        example: example inputs of `drawn_inputs`.
+        embeds: whether embeddings need no common space of pictures and texts, or have one.
+    """
     size, length = example["image"].shape[-1], example["input_ids"].shape[1]
     ports = {
         "image": Port([BATCH, 3, size, size], "uint8", "RGB pixels, channels first"),
@@ -119,12 +150,18 @@ def graphs_of(task: PretrainTask, example: Inputs, embeds: bool) -> list[Graph]:
 
 
 def drawn_inputs(task: PretrainTask, size: int, count: int = 24) -> Inputs:
-    """Pictures of smooth random colours, and texts; every combination of what an item may lack is among the items."""
+    """Random smooth pictures and example texts, with all combinations of present and missing modalities.
+
+    Args:
+        task: the pretrained task, for the tokens.
+        size: side of the pictures in pixels.
+        count: number of items.
+    """
     generator = torch.Generator().manual_seed(0)
     coarse = torch.rand(count, 3, 4, 4, generator=generator)
     smooth = torch.nn.functional.interpolate(coarse, (size, size), mode="bicubic").clamp(0, 1)
     noise = 0.1 * torch.randn(smooth.shape, generator=generator)
-    texts = [f"{TEXTS[place % len(TEXTS)]} {place}" if place % 5 != 3 else "" for place in range(count)]
+    texts = [f"{TEXTS[item % len(TEXTS)]} {item}" if item % 5 != 3 else "" for item in range(count)]
     number = torch.arange(count)
     return {
         "image": ((smooth + noise).clamp(0, 1) * 255).round().to(torch.uint8),
@@ -135,20 +172,21 @@ def drawn_inputs(task: PretrainTask, size: int, count: int = 24) -> Inputs:
 
 
 def _vector_facts(task: PretrainTask, embeds: bool) -> dict[str, Any]:
+    """The entry of the manifest on the output vector."""
     if not embeds:
-        made = "unit-norm features of one modality, as `mmctr embed` makes with --modality"
+        meaning = "unit-norm features of one modality, as `mmctr embed` makes with --modality"
     elif task.head is not None:
-        made = "mean of the latents of the variational head, not of unit norm"
+        meaning = "mean of the latents of the variational head, not of unit norm"
     else:
-        made = f"unit norm; {task.config.item_vector} of the features there are"
-    return {"is": made, "dim": task.embedding_dim if embeds else list(task.dims)}
+        meaning = f"unit norm; {task.config.item_vector} of the features there are"
+    return {"is": meaning, "dim": task.embedding_dim if embeds else list(task.dims)}
 
 
 def tokenizer_facts(task: PretrainTask, out: Path) -> dict[str, Any]:
-    """What to do with a text; a tokenizer of transformers is written into `out`."""
+    """The entry of the manifest on the tokenizer; a tokenizer of transformers is written into the folder `out`."""
     encoder: Any = task.encoder
-    given = getattr(encoder, "_tokenizer", None) or encoder.tokenizer
-    hf = getattr(given, "tokenizer", None) or getattr(given, "hf", None)
+    tokenizer = getattr(encoder, "_tokenizer", None) or encoder.tokenizer
+    hf = getattr(tokenizer, "tokenizer", None) or getattr(tokenizer, "hf", None)
     rows = encoder.tokenize(TEXTS).long()
     facts: dict[str, Any] = {
         "length": rows.shape[1],
@@ -172,22 +210,23 @@ def tokenizer_facts(task: PretrainTask, out: Path) -> dict[str, Any]:
 
 
 def _int8(path: Path, inputs: Inputs) -> dict[str, Any]:
+    """Write a graph with int8 weights, and compare the vectors; the entry of the manifest."""
     quantised = quantise(path)
     exact, rough = (Session(p)(inputs)["vector"] for p in (path, quantised))
-    read = [name for name in ("has_image", "has_text") if name in inputs]
-    there = np.ones(len(exact), bool) if not read else np.any([inputs[name].numpy() for name in read], axis=0)
-    cosine = cosines(exact[there], rough[there])
+    masks = [name for name in ("has_image", "has_text") if name in inputs]
+    has = np.ones(len(exact), bool) if not masks else np.any([inputs[name].numpy() for name in masks], axis=0)
+    cosine = cosines(exact[has], rough[has])
     differences = {"min_cosine": float(cosine.min()), "mean_cosine": float(cosine.mean())}
     warning = ""
     if differences["min_cosine"] < INT8_COSINE:
         warning = f"int8 changes these vectors much (cosine down to {differences['min_cosine']:.4f}); use fp32"
     return {
         **int8_entry(quantised, differences, warning),
-        "measured_on": f"{int(there.sum())} drawn pictures and texts",
+        "measured_on": f"{int(has.sum())} drawn pictures and texts",
     }
 
 
 def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """(n,) of rows of two matrices (n, D)."""
+    """The cosines (n,) of the rows of two matrices (n, D)."""
     a, b = a.astype(np.float64), b.astype(np.float64)
     return (a * b).sum(1) / np.maximum(np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1), 1e-30)

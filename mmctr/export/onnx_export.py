@@ -12,10 +12,20 @@ from mmctr.tasks.folder import task_kind
 
 
 def export_run(source: str, out: str, data: str | None = None, int8: bool = False) -> list[str]:
-    """Write the graphs of a run folder of either kind into the folder `out`; returns what there is to say.
+    """Write the ONNX graphs of a run into a folder.
 
-    Raises ValueError when the run is not finished, when onnx is not installed, for a ranker that has no graph, and when
-    a graph differs from torch.
+    Args:
+        source: run folder of either kind.
+        out: folder to write, new or of an earlier ONNX export.
+        data: dataset folder whose item vectors are written; None: the dataset of the run.
+        int8: whether to write graphs with int8 weights as well.
+
+    Returns:
+        Lines for the user.
+
+    Raises:
+        ValueError: the run is not finished, onnx is not installed, the ranker has no graph, or a graph differs from
+            torch.
     """
     require_onnx()
     folder = Path(source)
@@ -41,6 +51,7 @@ def export_run(source: str, out: str, data: str | None = None, int8: bool = Fals
 
 
 def _summary(out: str, manifest: dict[str, Any]) -> list[str]:
+    """Lines for the user on the graphs of a manifest."""
     lines = []
     for name, graph in manifest["graphs"].items():
         lines.append(f"{out}/{name}: differs from torch by {graph['max_difference']:.1e} at most")
@@ -54,6 +65,7 @@ def _summary(out: str, manifest: dict[str, Any]) -> list[str]:
 
 
 def require_onnx() -> None:
+    """Raise ValueError where a package for the ONNX export is not installed."""
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
     if missing:
         raise ValueError(f"ONNX export needs {', '.join(missing)}: pip install 'mmctr[onnx]'")

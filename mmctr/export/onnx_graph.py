@@ -1,14 +1,14 @@
-"""Graphs of finished runs in the ONNX format, checked against torch before they are called done.
+"""Writing of ONNX graphs, each of which is compared with torch.
 
-What both kinds of runs share is here; `onnx_encoder` and `onnx_ranker` say which graphs a run has. A folder of graphs
-holds `onnx.json`, which says all that a server in another language has to know.
+`onnx_encoder` and `onnx_ranker` define the graphs of the two kinds of runs. A folder of graphs has a manifest,
+`onnx.json`, with all facts that a server in another language needs.
 """
 
 from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,41 +19,45 @@ import torch
 from torch import Tensor, nn
 
 FORMAT = 1
+"""version of the manifest"""
 OPSET = 20
 TOLERANCE = 1e-4
-"""largest difference to torch with which a graph counts as the same model"""
+"""largest accepted difference between the outputs of a graph and of torch"""
 INT8_COSINE, INT8_PROBABILITY = 0.99, 0.02
-"""a quantised graph that is farther from fp32 than this is said to be"""
+"""smallest cosine and largest difference of probabilities of a quantised graph without a warning"""
 LARGEST_FILE = 1 << 30
-"""bytes of weights up to which they are inside the .onnx file: the format ends at 2 GB"""
+"""largest number of bytes of weights inside the .onnx file; larger weights are a separate file, as the format ends at
+2 GB"""
 Inputs = dict[str, Tensor]
+"""inputs of a graph by name"""
 
 
 @dataclass(frozen=True)
 class Axis:
-    """A size that is an input of the graph, by name; 1 and less are sizes too."""
+    """A dynamic dimension of a graph, by name; any size from 0 is allowed."""
 
     name: str
 
 
 @dataclass(frozen=True)
 class Port:
-    """An input or output of a graph, as the manifest has it."""
+    """An input or output of a graph."""
 
     shape: Sequence[Axis | int]
     dtype: str
     meaning: str
 
     def described(self) -> dict[str, Any]:
+        """The entry of the manifest."""
         return {"shape": [getattr(size, "name", size) for size in self.shape], "dtype": self.dtype, "is": self.meaning}
 
 
 @dataclass(frozen=True)
 class Graph:
-    """A module of one argument, a dict of tensors, which gives a dict of tensors; and how it is described."""
+    """A module from a dictionary of tensors to a dictionary of tensors, with the descriptions for the manifest."""
 
     name: str
-    """of the file, without .onnx"""
+    """name of the file, without .onnx"""
     module: nn.Module
     example: Inputs
     inputs: dict[str, Port]
@@ -66,18 +70,42 @@ def write_graph(
     checks: Sequence[tuple[Inputs, dict[str, Tensor]]],
     difference: Callable[[np.ndarray, np.ndarray], float] | None = None,
 ) -> dict[str, Any]:
-    """Export, run, compare; returns the graph's entry of the manifest.
+    """Write a graph, run it in onnxruntime, and compare the outputs with torch.
 
     Args:
-        checks: inputs, of other sizes than the example too, and what torch gives for them; outputs that are left out
-            are not compared.
-        difference: of an output to what is expected (default: the largest absolute one).
+        graph: the graph.
+        folder: folder of the file.
+        checks: inputs, also of other sizes than the example, and the outputs of torch; only these are compared.
+        difference: function from an output and the expected output to a number; None: the largest absolute difference.
 
-    Raises ValueError when an output differs by more than `TOLERANCE`.
+    Returns:
+        The entry of the graph in the manifest.
+
+    Raises:
+        ValueError: torch cannot export the graph, onnxruntime cannot run the graph, or an output differs by more than
+            `TOLERANCE`.
     """
     path = folder / f"{graph.name}.onnx"
-    frozen = [p for p in graph.module.parameters() if p.requires_grad]
-    for p in frozen:  # a loop whose weights want gradients cannot be exported with a dynamic batch
+    _export(graph, path)
+    worst = _worst_difference(graph, path, checks, difference or _largest)
+    if not worst < TOLERANCE:
+        raise ValueError(
+            f"{path.name}: differs from torch by {worst:.2e}, more than {TOLERANCE}; nothing was written. Another "
+            f"version of onnxruntime may help"
+        )
+    return {
+        "inputs": {name: port.described() for name, port in graph.inputs.items()},
+        "outputs": {name: port.described() for name, port in graph.outputs.items()},
+        "max_difference": worst,
+        "checked_sizes": [sizes_of(graph.inputs, inputs) for inputs, _ in checks],
+        "megabytes": megabytes(path),
+    }
+
+
+def _export(graph: Graph, path: Path) -> None:
+    """Write the file of a graph; ValueError where torch cannot export the module."""
+    trained = [p for p in graph.module.parameters() if p.requires_grad]
+    for p in trained:  # a loop with trained weights cannot be exported with a dynamic batch size
         p.requires_grad_(False)
     try:
         with _quiet():
@@ -98,69 +126,75 @@ def write_graph(
         reason = str(error.__cause__ or error).strip().splitlines()[0]
         raise ValueError(f"{path.name}: torch cannot export this model ({reason})") from error
     finally:
-        for p in frozen:
+        for p in trained:
             p.requires_grad_(True)
+
+
+def _worst_difference(
+    graph: Graph,
+    path: Path,
+    checks: Sequence[tuple[Inputs, dict[str, Tensor]]],
+    difference: Callable[[np.ndarray, np.ndarray], float],
+) -> float:
+    """The largest difference between outputs of onnxruntime and of torch; ValueError for wrong shapes."""
     run = Session(path)
     worst = 0.0
     for inputs, expected in checks:
         try:
-            found = run(inputs)
-        except Exception as error:  # onnxruntime's own classes, which are not public
+            outputs = run(inputs)
+        except Exception as error:  # the classes of errors of onnxruntime are not public
             sizes = sizes_of(graph.inputs, inputs)
             raise ValueError(f"{path.name}: onnxruntime cannot run it on sizes {sizes} ({error})") from error
         for name, values in expected.items():
-            want = values.numpy()
-            if found[name].shape != want.shape:
-                raise ValueError(f"{path.name}: {name} has shape {found[name].shape}, torch gives {want.shape}")
-            if want.size:
-                worst = max(worst, (difference or _largest)(found[name], want))
-    if not worst < TOLERANCE:
-        raise ValueError(
-            f"{path.name}: differs from torch by {worst:.2e}, more than {TOLERANCE}; nothing was written. Another "
-            f"version of onnxruntime may help"
-        )
-    return {
-        "inputs": {name: port.described() for name, port in graph.inputs.items()},
-        "outputs": {name: port.described() for name, port in graph.outputs.items()},
-        "max_difference": worst,
-        "checked_sizes": [sizes_of(graph.inputs, inputs) for inputs, _ in checks],
-        "megabytes": megabytes(path),
-    }
+            torch_output = values.numpy()
+            if outputs[name].shape != torch_output.shape:
+                raise ValueError(
+                    f"{path.name}: {name} has shape {outputs[name].shape}, torch gives {torch_output.shape}"
+                )
+            if torch_output.size:
+                worst = max(worst, difference(outputs[name], torch_output))
+    return worst
 
 
 def sizes_of(ports: dict[str, Port], inputs: Inputs) -> dict[str, int]:
-    """The dynamic sizes of some inputs."""
+    """The sizes of the dynamic dimensions of inputs, by the name of the dimension."""
     return {
-        axis.name: inputs[name].shape[place]
+        axis.name: inputs[name].shape[dimension]
         for name, port in ports.items()
-        for place, axis in enumerate(port.shape)
+        for dimension, axis in enumerate(port.shape)
         if isinstance(axis, Axis)
     }
 
 
 def megabytes(path: Path) -> float:
-    """Of a graph and the weights beside it."""
+    """The size in MB of the file of a graph and of the separate file of weights, if there is one."""
     return round(sum(p.stat().st_size for p in (path, Path(f"{path}.data")) if p.is_file()) / 1e6, 2)
 
 
-def _largest(found: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.abs(found.astype(np.float64) - expected.astype(np.float64)).max())
+def _largest(output: np.ndarray, expected: np.ndarray) -> float:
+    """The largest absolute difference."""
+    return float(np.abs(output.astype(np.float64) - expected.astype(np.float64)).max())
 
 
 def _dynamic(ports: dict[str, Port]) -> dict[str, dict[int, Any]]:
+    """The dynamic dimensions of inputs as `torch.onnx.export` takes them."""
     axes: dict[str, Any] = {}
     for port in ports.values():
         for axis in port.shape:
             if isinstance(axis, Axis):
                 axes.setdefault(axis.name, torch.export.Dim(axis.name))
     return {
-        name: {place: axes[axis.name] for place, axis in enumerate(port.shape) if isinstance(axis, Axis)}
+        name: {dim: axes[axis.name] for dim, axis in enumerate(port.shape) if isinstance(axis, Axis)}
         for name, port in ports.items()
     }
 
 
 class Session:
-    """A graph in onnxruntime, on a CPU."""
+    """A graph in onnxruntime, on a CPU.
+
+    Args:
+        path: the .onnx file.
+    """
 
     def __init__(self, path: Path):
         import onnxruntime
@@ -172,14 +206,23 @@ class Session:
         self._names = [output.name for output in self._session.get_outputs()]
 
     def __call__(self, inputs: Inputs) -> dict[str, np.ndarray]:
+        """The outputs of the graph by name."""
         feed = {name: value.numpy() for name, value in inputs.items()}
-        return dict(zip(self._names, self._session.run(None, feed), strict=True))  # type: ignore[arg-type]
+        outputs: list[Any] = list(self._session.run(None, feed))
+        return dict(zip(self._names, outputs, strict=True))
 
 
 def quantise(path: Path) -> Path:
-    """Write the graph with int8 weights beside it, scales of activations found at run time; returns its path.
+    """Write a copy of a graph with int8 weights, and scales of activations computed at run time.
 
-    Matrix products alone: int8 convolutions are slower than float ones on most CPUs and lose more.
+    Only matrix products are quantised: on most CPUs int8 convolutions are slower than float convolutions, and less
+    accurate.
+
+    Args:
+        path: the .onnx file.
+
+    Returns:
+        The path of the copy.
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
@@ -198,13 +241,19 @@ def quantise(path: Path) -> Path:
 
 
 def int8_entry(path: Path, differences: dict[str, float], warning: str) -> dict[str, Any]:
-    """What the manifest says of a quantised graph."""
+    """The entry of a quantised graph in the manifest.
+
+    Args:
+        path: the .onnx file with int8 weights.
+        differences: differences to the fp32 graph by name.
+        warning: a warning for the user; empty: none.
+    """
     import onnx
 
     nodes = onnx.load(str(path), load_external_data=False).graph.node
     products = sum(node.op_type == "MatMulInteger" for node in nodes)
     if not products:
-        warning = "it has no matrix product that could be int8 (convolutions stay fp32), so nothing is gained"
+        warning = "the graph has no matrix product that could be int8 (convolutions stay fp32), so nothing is gained"
     return {
         "file": path.name,
         "megabytes": megabytes(path),
@@ -215,8 +264,8 @@ def int8_entry(path: Path, differences: dict[str, float], warning: str) -> dict[
 
 
 @contextmanager
-def _quiet():
-    """The exporters speak of their own insides."""
+def _quiet() -> Iterator[None]:
+    """Within the context the warnings and log lines of the exporters are suppressed."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

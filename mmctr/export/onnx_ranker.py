@@ -1,7 +1,7 @@
-"""The ONNX graph of a ranker, and the item vectors it reads.
+"""The ONNX graph of a ranker, and the item vectors that the graph reads.
 
-A server keeps the vectors of the catalog, looks up those of the target and of the behaviours, and gives them to the
-graph beside what it knows of the user and the moment. What training did to these columns is inside the graph.
+A server stores the vectors of the catalog, looks up the vectors of the target and of the behaviours, and runs the graph
+on these vectors and on features of the user and of the impression. The preparation of numbers is part of the graph.
 """
 
 from __future__ import annotations
@@ -52,11 +52,13 @@ from mmctr.tasks import RankingTask
 
 BATCH, LENGTH = Axis("B"), Axis("L")
 PREFIX = "feature."
+"""prefix of the inputs for features of users and impressions"""
 CHUNK = 8192
+"""items that are embedded at once"""
 
 
 class RankerGraph(nn.Module):
-    """`inputs -> {"logit", "probability"}`, (B,) each; see `ports_of` for the inputs."""
+    """A ranker task with the features of users and impressions, as a module for the export."""
 
     def __init__(self, task: RankingTask):
         super().__init__()
@@ -65,6 +67,7 @@ class RankerGraph(nn.Module):
         self.features, self.vocabularies = context_features(task)
 
     def forward(self, inputs: Inputs) -> dict[str, Tensor]:
+        """`logit` (B,) and `probability` (B,), from the inputs that `ports_of` describes."""
         target = inputs["target"]
         if self.reads_history:
             history, length = inputs["history"], inputs["history_length"]
@@ -77,17 +80,19 @@ class RankerGraph(nn.Module):
         return {"logit": logit, "probability": torch.sigmoid(logit)}
 
     def _features(self, inputs: Inputs, target: Tensor) -> Tensor:
+        """The vectors (B, C) of all features."""
         parts = [self._embedded(name, inputs[PREFIX + name]) for name in self.context.names]
         if self.context.weights and parts:
             return torch.stack(parts).sum(0)
         return torch.cat(parts, dim=1) if parts else target[:, :0]
 
     def _embedded(self, name: str, values: Tensor) -> Tensor:
+        """The vectors (B, d) of one feature."""
         config, context = self.features[name], self.context
         if isinstance(config, CrossFeature | MultiValuedFeature):
-            there = (values > 0)[..., None]
-            rows = torch.where(there, context.tables[name](values), 0.0)
-            return rows.sum(1) if name in context.summed else rows.sum(1) / there.sum(1).clamp(min=1)
+            is_value = (values > 0)[..., None]
+            rows = torch.where(is_value, context.tables[name](values), 0.0)
+            return rows.sum(1) if name in context.summed else rows.sum(1) / is_value.sum(1).clamp(min=1)
         if not isinstance(config, NumericFeature):
             return context.tables[name](values)
         numbers = number_inputs(config, self.vocabularies[name], values)
@@ -97,7 +102,16 @@ class RankerGraph(nn.Module):
 
 
 def number_inputs(config: NumericFeature, vocabulary: Vocabulary, numbers: Tensor) -> Tensor:
-    """What `encode_column` makes of float64 numbers (B,), NaN where there is none: (B,) buckets, or (B, 2) float."""
+    """Prepare numbers as `encode_column` does.
+
+    Args:
+        config: the config of the feature.
+        vocabulary: mean, standard deviation and bucket edges.
+        numbers: (B,) float64, NaN for a missing number.
+
+    Returns:
+        (B,) bucket numbers, or (B, 2) float: the scaled number and whether it is missing.
+    """
     given = numbers.abs() < 1e150  # not of NaN either
     numbers = torch.where(given, numbers, 0.0)
     if config.log:
@@ -111,13 +125,18 @@ def number_inputs(config: NumericFeature, vocabulary: Vocabulary, numbers: Tenso
 
 
 def context_features(task: RankingTask) -> tuple[dict[str, Any], dict[str, Vocabulary]]:
-    """The features of users and impressions by name, and their vocabularies (crosses have none)."""
+    """The features of users and impressions by name, and the vocabularies by name; crosses have no vocabulary."""
     features = task.config.features
     return {**features.user, **features.context, **features.cross}, {**task.vocabulary.user, **task.vocabulary.context}
 
 
 def ports_of(task: RankingTask, dim: int) -> dict[str, Port]:
-    """The inputs of the graph, in order."""
+    """The inputs of the graph of a ranker, in order.
+
+    Args:
+        task: the ranker.
+        dim: size D of item vectors.
+    """
     ports = {"target": Port([BATCH, dim], "float32", "vector of the item to score")}
     if task.config.ranker.weight_dim is None:
         ports["history"] = Port(
@@ -135,6 +154,7 @@ def ports_of(task: RankingTask, dim: int) -> dict[str, Port]:
 
 
 def _feature_port(name: str, config: FeatureConfig | CrossFeature, values: Axis) -> Port:
+    """The input of a feature; `values` is the dimension of the values of a multi-valued feature or cross."""
     if isinstance(config, CrossFeature):
         return Port(
             [BATCH, values], "int64", f"rows of the combinations of {' x '.join(config.of)}, see crosses; 0 pads"
@@ -149,7 +169,20 @@ def _feature_port(name: str, config: FeatureConfig | CrossFeature, values: Axis)
 
 
 def export_ranker(run: Path, out: Path, data: str | None, int8: bool) -> dict[str, Any]:
-    """Write `ranker.onnx`, `items.safetensors`, `items.parquet` and `vocabulary/`; returns the manifest."""
+    """Write `ranker.onnx`, `items.safetensors`, `items.parquet` and `vocabulary/` of a ranking run.
+
+    Args:
+        run: folder of `finetune.train`.
+        out: folder to write.
+        data: dataset folder whose item vectors are written; None: the dataset of the run.
+        int8: whether to write a graph with int8 weights as well.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        ValueError: the run is not finished, the ranker has no graph, or the graph differs from torch.
+    """
     task, dataset, id_rows = open_ranker(run, data, Accelerator())
     if task.vocabulary.trees is not None:
         raise ValueError(
@@ -202,6 +235,7 @@ def export_ranker(run: Path, out: Path, data: str | None, int8: bool) -> dict[st
 
 
 def graph_of(task: RankingTask, vectors: Tensor) -> Graph:
+    """The graph of a ranker, with item vectors (N, D) for the example."""
     outputs = {
         "logit": Port([BATCH], "float32", "log odds of a click"),
         "probability": Port([BATCH], "float32", "of a click, not calibrated further"),
@@ -212,7 +246,12 @@ def graph_of(task: RankingTask, vectors: Tensor) -> Graph:
 
 @torch.no_grad()
 def catalog_vectors(task: RankingTask, dataset: Dataset) -> tuple[Tensor, Tensor]:
-    """(N, D) vectors of the catalog that the task is bound to, and (D,) of an item of which nothing is known."""
+    """The vectors (N, D) of the items of a catalog, and the vector (D,) of an unknown item without features.
+
+    Args:
+        task: the ranker, with content in the order of the catalog.
+        dataset: the dataset with the catalog.
+    """
     embedder, features = task.embedder, task.config.features.item
     table = dataset.catalog.table
     ids = torch.from_numpy(task.vocabulary.item_rows(dataset.catalog.item_ids))
@@ -221,17 +260,17 @@ def catalog_vectors(task: RankingTask, dataset: Dataset) -> tuple[Tensor, Tensor
     for begin in range(0, len(ids), CHUNK):
         rows = torch.arange(begin, min(begin + CHUNK, len(ids)))
         parts.append(embedder(ItemBatch(row=rows, features={"item_id": ids[rows], **columns.take(rows)})))
-    nothing = pa.table({name: pa.nulls(1, table.schema.field(name).type) for name in features})
-    columns = encode_table(features, task.vocabulary.item, nothing, "items table")
-    kept = embedder.content_table, embedder.has_content
-    if embedder.adapter is not None:  # a catalog of one item without content
-        embedder.refresh(kept[0][:1] * 0, torch.zeros(1, dtype=torch.bool))
+    nulls = pa.table({name: pa.nulls(1, table.schema.field(name).type) for name in features})
+    columns = encode_table(features, task.vocabulary.item, nulls, "items table")
+    content = (embedder.content_table, embedder.has_content) if embedder.adapter is not None else None
+    if content is not None:  # a catalog of one item without content
+        embedder.refresh(content[0][:1] * 0, torch.zeros(1, dtype=torch.bool))
     try:
         row = torch.zeros(1, dtype=torch.int64)
         unknown = embedder(ItemBatch(row=row, features={"item_id": row, **columns.take(row)}))[0]
     finally:
-        if embedder.adapter is not None:
-            embedder.refresh(*kept)
+        if content is not None:
+            embedder.refresh(*content)
     return torch.cat(parts).float().contiguous(), unknown.float().contiguous()
 
 
@@ -239,11 +278,18 @@ def catalog_vectors(task: RankingTask, dataset: Dataset) -> tuple[Tensor, Tensor
 def draw(
     task: RankingTask, vectors: Tensor, batch: int, length: int, values: int, seed: int = 0
 ) -> tuple[Inputs, dict[str, Tensor]]:
-    """Random impressions of catalog items as inputs of the graph, and what the task itself makes of them.
+    """Random impressions as inputs of the graph, and the outputs of the ranker in torch.
 
     Args:
-        length: of the longest history; the second one is empty.
-        values: places in the first multi-valued feature; each further one has one more, or none as well.
+        task: the ranker.
+        vectors: (N, D) item vectors.
+        batch: number of impressions B.
+        length: length of the longest history; the second history is empty.
+        values: number of values of the first multi-valued feature; each further one has one value more, unless 0.
+        seed: seed of the random numbers.
+
+    Returns:
+        The inputs by name, and `logit` (B,) and `probability` (B,).
     """
     g = torch.Generator().manual_seed(seed)
     lengths = torch.randint(0, length + 1, (batch,), generator=g)
@@ -262,25 +308,25 @@ def draw(
     if task.users is not None:
         inputs["user"] = user
         context = torch.cat([task.users(user), context], dim=1)
-    there = torch.arange(length)[None] < lengths[:, None]
+    is_behaviour = torch.arange(length)[None] < lengths[:, None]
     output = task.ranker(
         RankerInput(
             items=vectors,
             target=target,
-            history=history[there],
+            history=history[is_behaviour],
             history_offsets=torch.nn.functional.pad(lengths.cumsum(0), (1, 0)),
             context=context,
         )
     )
-    used = ports_of(task, vectors.shape[1])
+    ports = ports_of(task, vectors.shape[1])
     logit = output.logits.float()
-    return {name: inputs[name] for name in used}, {"logit": logit, "probability": torch.sigmoid(logit)}
+    return {name: inputs[name] for name in ports}, {"logit": logit, "probability": torch.sigmoid(logit)}
 
 
 def _drawn_feature(
     task: RankingTask, name: str, config: FeatureConfig | CrossFeature, shape: tuple[int, int], g: torch.Generator
 ) -> tuple[Tensor, Tensor | Jagged]:
-    """A column as the graph reads it, and as batches have it."""
+    """Random values of a feature, as input of the graph and as in batches."""
     batch = shape[0]
     vocabulary = context_features(task)[1].get(name)
     if isinstance(config, NumericFeature):
@@ -291,7 +337,11 @@ def _drawn_feature(
             torch.rand(batch, generator=g) < 0.2, torch.nan, numbers.expm1() if config.log else numbers
         )
         return numbers, encode_column(config, vocabulary, pa.chunked_array([pa.array(numbers.numpy())]))
-    rows = config.buckets + 1 if isinstance(config, CrossFeature) else len(vocabulary.values) + 1  # type: ignore[union-attr]
+    if isinstance(config, CrossFeature):
+        rows = config.buckets + 1
+    else:
+        assert vocabulary is not None, "all features but crosses have a vocabulary"
+        rows = len(vocabulary.values) + 1
     if not isinstance(config, CrossFeature | MultiValuedFeature):
         values = torch.randint(0, rows, (batch,), generator=g)
         return values, values
@@ -300,24 +350,24 @@ def _drawn_feature(
     return values, Jagged(values[known], torch.nn.functional.pad(known.sum(1).cumsum(0), (1, 0)))
 
 
-def relative(found: np.ndarray, expected: np.ndarray) -> float:
-    """Largest difference, of large logits relative to them."""
-    return float((np.abs(found - expected) / np.maximum(np.abs(expected), 1)).max())
+def relative(output: np.ndarray, expected: np.ndarray) -> float:
+    """The largest difference, relative to the expected value where that is larger than 1."""
+    return float((np.abs(output - expected) / np.maximum(np.abs(expected), 1)).max())
 
 
 def _int8(task: RankingTask, vectors: Tensor, path: Path) -> dict[str, Any]:
+    """Write a graph with int8 weights, and compare the probabilities; the entry of the manifest."""
     quantised = quantise(path)
     inputs, expected = draw(task, vectors, 512, min(task.config.max_history, 30), 3)
-    apart = np.abs(Session(quantised)(inputs)["probability"] - expected["probability"].numpy())
-    differences = {"max_probability_difference": float(apart.max()), "mean_probability_difference": float(apart.mean())}
-    warning = ""
-    if apart.max() > INT8_PROBABILITY:
-        warning = f"int8 changes probabilities by up to {apart.max():.3f}; use fp32"
+    change = np.abs(Session(quantised)(inputs)["probability"] - expected["probability"].numpy())
+    largest, mean = float(change.max()), float(change.mean())
+    differences = {"max_probability_difference": largest, "mean_probability_difference": mean}
+    warning = f"int8 changes probabilities by up to {largest:.3f}; use fp32" if largest > INT8_PROBABILITY else ""
     return {**int8_entry(quantised, differences, warning), "measured_on": "512 drawn impressions of catalog items"}
 
 
 def _write_vocabulary(task: RankingTask, run: Path, out: Path) -> None:
-    """Users in their order, and the values of features by column."""
+    """Write the users of the ID table in order, and the values of features by column."""
     (out / "vocabulary").mkdir()
     shutil.copyfile(run / "vocabulary" / "users.parquet", out / "vocabulary" / "users.parquet")
     groups = {"item": task.vocabulary.item, "user": task.vocabulary.user, "context": task.vocabulary.context}
@@ -326,17 +376,18 @@ def _write_vocabulary(task: RankingTask, run: Path, out: Path) -> None:
         "user": task.config.features.user,
         "context": task.config.features.context,
     }
-    found = {
+    values = {
         group: {
             name: {"config": configs[group][name].model_dump(mode="json"), **vocabulary.to_json()}
             for name, vocabulary in vocabularies.items()
         }
         for group, vocabularies in groups.items()
     }
-    write_json(out / "vocabulary" / "features.json", found)
+    write_json(out / "vocabulary" / "features.json", values)
 
 
 def _cross_facts(config: CrossFeature) -> dict[str, Any]:
+    """The entry of a cross in the manifest."""
     return {
         "of": config.of,
         "buckets": config.buckets,

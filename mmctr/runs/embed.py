@@ -128,7 +128,7 @@ def _chosen_precision(
         begun, _ = begun_identity(out)
         if begun is not None:
             result[0] = begun.precision or "fp32"
-            logger.info(f"precision {result[0]}, that of the vectors in {out}")
+            logger.info(f"precision {result[0]}: as in {out}")
         else:
             # items spread over a catalog in memory; of a stream the first items, which are in one row group
             last = num_items - 1 if isinstance(content, ItemContent) else min(num_items, 2 * MEASURED) - 1

@@ -1,4 +1,4 @@
-"""The requests that `mmctr serve` takes and the answers it gives, with their bounds."""
+"""The requests and answers of the HTTP API of `mmctr serve`, with the allowed ranges of all values."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr
 
 MAX_BODY, MAX_PICTURE = 1_000_000, 16_000_000
-"""bytes of a JSON body, and of an upload"""
+"""largest number of bytes of a JSON body, and of an upload"""
 MAX_K, MAX_ITEMS = 1000, 5000
+"""largest number of results, and of items to score"""
 Id = StrictInt | StrictStr
 
 
@@ -22,11 +23,13 @@ RankerName = Literal["ranker", "baseline"]
 
 
 class Body(BaseModel):
+    """Base class of requests: unknown fields are refused."""
+
     model_config = ConfigDict(extra="forbid")
 
 
 class QueryPart(Body):
-    """One of an item, a text, a picture (base64) or a user, and its weight in the mix."""
+    """A part of a query: an item, a text, a picture (base64) or a user, with a weight."""
 
     item_id: Id | None = None
     text: Text | None = None
@@ -36,74 +39,98 @@ class QueryPart(Body):
 
 
 class SearchRequest(Body):
+    """A search for the items nearest to a query of one or more parts."""
+
     parts: list[QueryPart] = Field(min_length=1, max_length=16)
     k: K = 10
     where: list[Text] = Field(default=[], max_length=16, description="conditions like colour=red or price<20")
 
 
 class EmbedRequest(Body):
+    """Texts to embed."""
+
     texts: list[Text] = Field(min_length=1, max_length=256)
 
 
 class Moment(Body):
-    """For whom, and as of when."""
+    """The user and the time for which items are scored."""
 
-    user_id: Id | None = Field(default=None, description="null: somebody who is not in the log")
+    user_id: Id | None = Field(default=None, description="null: a user who is not in the log")
     history: list[Id] | None = Field(
         default=None, max_length=1000, description="items clicked, oldest first, instead of those in the log"
     )
-    at: int | None = Field(default=None, description="a time as in the log: what was clicked before it counts")
+    at: int | None = Field(default=None, description="a time in the unit of the log: only earlier clicks count")
     context: dict[str, Any] = Field(default={}, description="values of context columns")
     ranker: RankerName = "ranker"
 
 
 class ScoreRequest(Moment):
+    """Items to score for a user."""
+
     items: list[Id] = Field(min_length=1, max_length=MAX_ITEMS)
 
 
 class RankRequest(Moment):
+    """A request for the best items for a user."""
+
     candidates: int = Field(default=200, ge=1, le=MAX_ITEMS, description="items taken from the index by the history")
     k: K = 10
     among: Literal["all", "cold", "warm"] = Field(default="all", description="cold items were in no training row")
 
 
 class ExplainRequest(Moment):
+    """An item whose score is to be explained."""
+
     item_id: Id
 
 
 class Found(BaseModel):
+    """An item of a search result."""
+
     item_id: int | str
     score: float
     title: str | None = None
 
 
 class Scored(Found):
+    """An item with a click probability."""
+
     cold: bool
-    """no training row held it"""
+    """whether the item occurs in no training row"""
 
 
 class Answer(BaseModel):
+    """The result of a search, nearest item first."""
+
     items: list[Found]
 
 
 class Ranking(BaseModel):
+    """Scored items, and the number of behaviours that the user has."""
+
     items: list[Scored]
     history_length: int
 
 
 class Vectors(BaseModel):
+    """One vector for each text."""
+
     vectors: list[list[float]]
 
 
 class Reason(BaseModel):
+    """The effect of one behaviour on a score."""
+
     item_id: int | str
     title: str | None
     effect: float
-    """log-odds of a click with the whole history minus those without this item"""
+    """log-odds of a click with the whole history, minus the log-odds without this behaviour"""
     weight: float | None
-    """of attention, for rankers that have it"""
+    """attention weight, for rankers with attention"""
 
 
 class Explanation(BaseModel):
+    """A click probability, and the effect of each behaviour."""
+
     score: float
     history: list[Reason]

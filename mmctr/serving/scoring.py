@@ -1,4 +1,4 @@
-"""Scorer: a ranker's run answers for one user at a time, now or as of an earlier moment."""
+"""Scorer: click probabilities of a ranking run for one user at a time, now or at an earlier time."""
 
 from __future__ import annotations
 
@@ -17,17 +17,19 @@ from mmctr.features.columns import FeatureColumns, encode_table
 from mmctr.runs.finished import open_ranker, ranking_data
 
 BATCH = 4096
+"""impressions that are scored at once"""
 
 
 class Scorer:
-    """Click probabilities of items for a user, and what of the history they rest on.
+    """Click probabilities of items for a user, and the effects of behaviours on a probability. Thread-safe.
 
     Args:
-        run: run folder of a ranker.
-        data: dataset with the items and users of today; the run's own when None.
-        embeddings: where items that are new to the ranker have their vectors; see `bind_content`.
+        run: folder of `finetune.train`.
+        data: dataset folder with the current items and users; None: the dataset of the run.
+        embeddings: folders with vectors of items that are new to the run (`bind_content`).
 
-    Safe in many threads.
+    Raises:
+        ValueError: the run or the dataset cannot be read, or the embeddings do not fit the run.
     """
 
     def __init__(self, run: str | Path, data: str | None = None, embeddings: Sequence[str] = ()):
@@ -37,23 +39,28 @@ class Scorer:
         self.task.to(accelerator.device).eval()
         self.device = accelerator.device
         self.ranking = ranking_data(self.task, self.dataset)
-        # one more row: a user whom nobody knows
+        # one more row, for an unknown user
         users = self.dataset.users
-        nobody = pa.table({name: pa.nulls(1, users.schema.field(name).type) for name in users.column_names})
+        unknown = pa.table({name: pa.nulls(1, users.schema.field(name).type) for name in users.column_names})
         self.stranger = len(users)
         features = self.task.config.features
-        everyone = pa.concat_tables([users, nobody])
-        self.ranking.users = encode_table(features.user, self.task.vocabulary.user, everyone, "users table")
+        all_users = pa.concat_tables([users, unknown])
+        self.ranking.users = encode_table(features.user, self.task.vocabulary.user, all_users, "users table")
         rows = self.ranking.user_rows
         self.ranking.user_rows = torch.cat([rows, rows.new_zeros(1)])
 
     @property
     def cold(self) -> np.ndarray:
-        """(N,) mask of catalog rows that no training row held."""
+        """(N,) bool, the items of the catalog that occur in no training row."""
         return self.ranking.id_rows == 0
 
     def history(self, user: int, at: int | None = None) -> np.ndarray:
-        """(h,) catalog rows of what a user row clicked before a time, or ever; none for a stranger."""
+        """The catalog rows (h,) of the items that a user has clicked, oldest first; empty for an unknown user.
+
+        Args:
+            user: row of the users of the dataset, or `stranger`.
+            at: only clicks before this time; None: all clicks.
+        """
         if user == self.stranger:
             return np.zeros(0, np.int32)
         return self.dataset.interactions.clicked_before(user, at)
@@ -67,13 +74,18 @@ class Scorer:
         context: dict[str, Any] | None = None,
         at: int | None = None,
     ) -> np.ndarray:
-        """(n,) click probabilities.
+        """Click probabilities (n,) of items.
 
         Args:
-            user: row of the dataset's users, or `stranger`.
+            user: row of the users of the dataset, or `stranger` for an unknown user.
             items: (n,) catalog rows.
-            history: (h,) catalog rows of what was clicked, oldest first.
-            context: values of context columns; what is not given is as in the user's latest impression until `at`.
+            history: (h,) catalog rows of the clicked items, oldest first.
+            context: values of context columns; a missing column has the value of the latest impression of the user
+                until `at`.
+            at: time of the scoring; None: after all of the log.
+
+        Raises:
+            ValueError: a context column that the ranker does not read, or a value of another type.
         """
         count = len(items)
         part = Impressions(
@@ -96,18 +108,28 @@ class Scorer:
         context: dict[str, Any] | None = None,
         at: int | None = None,
     ) -> dict[str, Any]:
-        """What each behaviour that is read does to the score of one item.
+        """The effect of each behaviour on the score of one item.
+
+        Args:
+            user: row of the users of the dataset, or `stranger`.
+            item: catalog row.
+            history: (h,) catalog rows of the clicked items, oldest first.
+            context: as in `score`.
+            at: as in `score`.
 
         Returns:
-            `score`; `history` (h,) catalog rows, the latest the ranker reads; `effects` (h,), the log-odds of a click
-            with the whole history minus those without this behaviour; `weights` (h,), what attention gives it, None
-            for a ranker without attention.
+            `score`, the click probability; `history` (h,), the catalog rows of the latest behaviours, which the ranker
+            reads; `effects` (h,), the log-odds of a click with the whole history minus the log-odds without the
+            behaviour; `weights` (h,), the attention weights, None for a ranker without attention.
+
+        Raises:
+            ValueError: as `score`.
         """
         history = np.asarray(history)[-self.task.config.max_history :]
         h = len(history)
-        # the whole history, then one without each behaviour
-        kept = ~np.eye(h, dtype=bool)
-        values = np.concatenate([history, np.broadcast_to(history, (h, h))[kept]])
+        # the whole history, then for each behaviour the history without that behaviour
+        others = ~np.eye(h, dtype=bool)
+        values = np.concatenate([history, np.broadcast_to(history, (h, h))[others]])
         lengths = np.concatenate([[h], np.full(h, max(h - 1, 0))])
         ends = lengths.cumsum()
         part = Impressions(
@@ -129,6 +151,7 @@ class Scorer:
         }
 
     def _probabilities(self, part: Impressions, context: FeatureColumns) -> tuple[np.ndarray, np.ndarray | None]:
+        """Click probabilities (n,) of impressions with a common context, and the attention weights of behaviours."""
         collator = replace(self.ranking.collator(part), context=context)
         scores, weights = [], []
         for start in range(0, len(part), BATCH):
@@ -141,8 +164,7 @@ class Scorer:
         return np.concatenate(scores), torch.cat(weights).float().cpu().numpy()
 
     def _context(self, user: int, given: dict[str, Any] | None, at: int | None) -> FeatureColumns:
-        """One row of context columns. Raises ValueError for a column that the ranker does not read, or a value that is
-        not of its type."""
+        """One row of context columns; ValueError for a column the ranker does not read, or a value of another type."""
         features, given = self.task.config.features.context, given or {}
         for name in given:
             if name not in features:

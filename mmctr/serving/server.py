@@ -1,7 +1,7 @@
-"""`mmctr serve`: one process that searches, embeds, scores and explains over HTTP, and shows it on a page.
+"""`mmctr serve`: an HTTP server with an API and a page, which searches, embeds, scores and explains.
 
-The page and the description of the API are files of the package; nothing is fetched from elsewhere. Requests are
-checked and bounded: what is wrong gets a 4xx with a reason.
+The page and the description of the API are files of the package; nothing is loaded from another host. Requests are
+checked and limited in size: a wrong request gets a status 4xx with a reason.
 """
 
 from __future__ import annotations
@@ -42,13 +42,16 @@ from mmctr.serving.service import Service
 logger = logging.getLogger(__name__)
 
 STATIC = Path(__file__).parent / "static"
+"""folder of the page"""
 
 
 def create_app(service: Service, hosts: tuple[str, ...] = ("localhost", "127.0.0.1", "[::1]", "testserver")) -> FastAPI:
-    """The HTTP face of a service.
+    """The HTTP application of a service.
 
     Args:
-        hosts: names this server answers to, so that a page of another site cannot reach it under a name of its own.
+        service: answers the requests.
+        hosts: accepted host names of requests, so that a page of another site cannot reach the server by a name that
+            resolves to this machine.
     """
     app = FastAPI(
         title="mmctr",
@@ -106,13 +109,13 @@ def create_app(service: Service, hosts: tuple[str, ...] = ("localhost", "127.0.0
     @app.get("/api/picture", tags=["about"], summary="The picture of an item")
     def picture(item_id: Annotated[str, Query(max_length=500)]) -> Response:
         try:
-            found = service.picture(item_id)
+            content = service.picture(item_id)
         except PictureError as error:
             raise HTTPException(404, error.reason) from None
-        kind = next((kind for magic, kind in PICTURES.items() if found.startswith(magic)), None)
+        kind = next((kind for magic, kind in PICTURES.items() if content.startswith(magic)), None)
         if kind is None:
             raise HTTPException(404, "the picture is in a format browsers do not show")
-        return Response(found, media_type=kind, headers={"Cache-Control": "max-age=3600", **NO_SNIFF})
+        return Response(content, media_type=kind, headers={"Cache-Control": "max-age=3600", **NO_SNIFF})
 
     for path, name in (("/", "index.html"), ("/docs", "docs.html"), ("/page.js", "page.js"), ("/docs.js", "docs.js")):
         app.get(path, include_in_schema=False)(_page(STATIC / name))
@@ -122,15 +125,19 @@ def create_app(service: Service, hosts: tuple[str, ...] = ("localhost", "127.0.0
 
 
 PICTURES = {b"\xff\xd8\xff": "image/jpeg", b"\x89PNG": "image/png", b"GIF8": "image/gif", b"RIFF": "image/webp"}
+"""media type of a picture by the first bytes"""
 NO_SNIFF = {"X-Content-Type-Options": "nosniff"}
 POLICY = "default-src 'none'; img-src 'self' blob: data:; style-src 'self'; script-src 'self'; connect-src 'self'"
 
 
-def _answer(found: list[Neighbour]) -> Answer:
-    return Answer(items=[Found(item_id=n.item_id, score=n.score, title=n.title) for n in found])
+def _answer(neighbours: list[Neighbour]) -> Answer:
+    """The answer to a search."""
+    return Answer(items=[Found(item_id=n.item_id, score=n.score, title=n.title) for n in neighbours])
 
 
 def _page(path: Path) -> Callable[[], FileResponse]:
+    """An endpoint that returns a file of the page."""
+
     def page() -> FileResponse:
         return FileResponse(path, headers={"Content-Security-Policy": POLICY, **NO_SNIFF})
 
@@ -138,12 +145,17 @@ def _page(path: Path) -> Callable[[], FileResponse]:
 
 
 class BodyLimit:
-    """Refuses bodies that are too large, by their declared length or while they come in."""
+    """ASGI middleware that refuses bodies above the allowed size, by the declared length or while they are received.
+
+    Args:
+        app: the application.
+    """
 
     def __init__(self, app: Any):
         self.app = app
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Handle a request of ASGI; a body that is too large gets the status 413."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         headers = dict(scope["headers"])
@@ -183,12 +195,26 @@ def serve(
     host: str,
     port: int,
 ) -> None:
-    """Load everything, then answer until interrupted. Raises ValueError for what cannot be loaded."""
+    """Load index and rankers, then answer requests until the process is interrupted.
+
+    Args:
+        index: index folder, embedding folder or file of vectors.
+        ranker: folder of the ranking run that scores; None: no scores.
+        baseline: folder of another ranking run for comparison; None: none.
+        data: dataset folder; None: the datasets of the vectors and of the rankers.
+        run: pretraining run that encodes texts and pictures; None: the run that made the vectors.
+        embeddings: folders with vectors of items that are new to the ranker.
+        host: address to listen on.
+        port: port to listen on.
+
+    Raises:
+        ValueError: an index, run or dataset cannot be read.
+    """
     import faiss
     import torch
     import uvicorn
 
-    # one request a core: threads inside a request would take turns
+    # each request uses one core: threads inside requests would compete for the cores
     faiss.omp_set_num_threads(1)
     torch.set_num_threads(1)
     searcher = Searcher(ItemIndex.load(index), run, data)

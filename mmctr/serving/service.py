@@ -1,4 +1,4 @@
-"""What `mmctr serve` does for a request, without HTTP: the requests and answers, and Service."""
+"""Service: the answers to the requests of `mmctr serve`, without HTTP."""
 
 from __future__ import annotations
 
@@ -35,7 +35,15 @@ from mmctr.serving.search import KINDS, Kind, Part, Searcher
 
 
 class Service:
-    """What the endpoints do. Raises UnknownId for what is not there, ValueError for what makes no sense."""
+    """Answers the requests of the endpoints.
+
+    Methods raise UnknownId for an item or user that does not exist, and ValueError for other wrong requests.
+
+    Args:
+        searcher: answers searches.
+        rankers: scorers by the names "ranker" and "baseline".
+        data: dataset folder with pictures of items; None: the dataset of a ranker or of the index.
+    """
 
     def __init__(self, searcher: Searcher, rankers: dict[str, Scorer], data: str | None = None):
         self.searcher, self.index, self.rankers = searcher, searcher.index, rankers
@@ -43,20 +51,22 @@ class Service:
             self.catalog = None
         else:
             self.catalog = (next(iter(rankers.values())) if rankers else searcher).dataset.catalog
-        # heavy arithmetic side by side would take turns on the same cores
+        # more concurrent computations than cores would only compete for the cores
         self.busy = threading.Semaphore(os.cpu_count() or 1)
         self._text_vector = lru_cache(maxsize=4096)(lambda text: searcher.encoder.embed(texts=text))
-        self._places: np.ndarray | None = None
+        self._catalog_rows: np.ndarray | None = None
+        """(n,) catalog row of each row of the index, -1 for none"""
         if self.catalog is not None:
-            # (n,) catalog row of each row of the index
-            self._places = rows_of(self.index.ids, self.catalog.item_ids, "the index and the catalog")
+            self._catalog_rows = rows_of(self.index.ids, self.catalog.item_ids, "the index and the catalog")
 
     def title(self, item_id: Any) -> str | None:
+        """The title of an item of the index; None without a title."""
         if item_id in self.index and "title" in self.index.items.column_names:
             return self.index.items["title"][self.index.row(item_id)].as_py()
         return None
 
     def search(self, request: SearchRequest) -> list[Neighbour]:
+        """The items nearest to a query."""
         parts = [self._part(part) for part in request.parts]
         with self.busy:
             if len(parts) == 1 and parts[0].kind == "text":
@@ -64,11 +74,13 @@ class Service:
             return self.searcher.answer(parts, request.k, request.where)
 
     def search_picture(self, picture: bytes, k: int, where: list[str]) -> list[Neighbour]:
+        """The k items nearest to an encoded picture that fulfil the conditions."""
         with self.busy:
             return self.searcher.answer([Part("image", picture)], k, where)
 
     @staticmethod
     def _part(part: QueryPart) -> Part:
+        """The part of a query from the part of a request."""
         given: list[Kind] = [kind for kind in KINDS if getattr(part, kind) is not None]
         if len(given) != 1:
             raise ValueError("a part of a query has one of item_id, text, image and user_id")
@@ -82,12 +94,13 @@ class Service:
         return Part(kind, value, part.weight)
 
     def scorer(self, name: str) -> Scorer:
+        """The scorer of a name; ValueError where there is none."""
         if name not in self.rankers:
             raise ValueError(f"no {name} is served; start `mmctr serve` with --{name} RUN")
         return self.rankers[name]
 
     def moment(self, request: Moment) -> tuple[Scorer, int, np.ndarray]:
-        """The ranker, the row of the user, and the catalog rows clicked."""
+        """The scorer, the row of the user, and the catalog rows (h,) of the clicked items."""
         scorer = self.scorer(request.ranker)
         user = scorer.stranger if request.user_id is None else scorer.dataset.user_row(request.user_id)
         if request.history is not None:
@@ -95,6 +108,7 @@ class Service:
         return scorer, user, scorer.history(user, request.at)
 
     def score(self, request: ScoreRequest) -> Ranking:
+        """The click probabilities of the items of a request, in the order of the request."""
         scorer, user, history = self.moment(request)
         rows = scorer.dataset.catalog.rows(request.items)
         with self.busy:
@@ -102,7 +116,7 @@ class Service:
         return self._ranking(scorer, rows, scores, len(history))
 
     def rank(self, request: RankRequest) -> Ranking:
-        """The best of the items nearest to what was clicked; of all of them where nothing was."""
+        """The items with the largest click probabilities among the `candidates`, best first."""
         scorer, user, history = self.moment(request)
         rows = self.candidates(scorer, history, request.candidates, request.among)
         with self.busy:
@@ -111,50 +125,60 @@ class Service:
         return self._ranking(scorer, rows[best], scores[best], len(history))
 
     def candidates(self, scorer: Scorer, history: np.ndarray, count: int, among: str) -> np.ndarray:
-        """Catalog rows of items in the index that were not clicked."""
-        if self._places is None:
-            raise ValueError("the index does not say of which dataset it is; start `mmctr serve` with --data")
-        allowed = (self._places >= 0) & ~np.isin(self._places, history)
+        """Catalog rows of items to rank: the items nearest to the mean of the clicked items, clicked items excluded.
+
+        Args:
+            scorer: knows the cold items.
+            history: (h,) catalog rows of the clicked items; without clicks the candidates are spread over the index.
+            count: largest number of candidates.
+            among: "all", "cold" or "warm" items.
+        """
+        if self._catalog_rows is None:
+            raise ValueError("the index does not name the dataset of the vectors; start `mmctr serve` with --data")
+        allowed = (self._catalog_rows >= 0) & ~np.isin(self._catalog_rows, history)
         if among != "all":
-            allowed &= scorer.cold[self._places] == (among == "cold")
-        clicked = np.flatnonzero(np.isin(self._places, history) & ~self.index.removed)
+            allowed &= scorer.cold[self._catalog_rows] == (among == "cold")
+        clicked = np.flatnonzero(np.isin(self._catalog_rows, history) & ~self.index.removed)
         if not len(clicked):
-            rows = self._places[allowed & ~self.index.removed]
+            rows = self._catalog_rows[allowed & ~self.index.removed]
             return rows[:: max(1, len(rows) // count)][:count]
         with self.busy:
             mean = self.index.vectors(clicked).mean(0)
-            return self._places[self.index.nearest(mean[None], count, allowed)[1][0]]
+            return self._catalog_rows[self.index.nearest(mean[None], count, allowed)[1][0]]
 
     def explain(self, request: ExplainRequest) -> Explanation:
+        """The click probability of an item, and the effect of each behaviour."""
         scorer, user, history = self.moment(request)
         row = int(scorer.dataset.catalog.rows([request.item_id])[0])
         with self.busy:
-            found = scorer.explain(user, row, history, request.context, request.at)
-        ids = scorer.dataset.catalog.item_ids.take(pa.array(found["history"])).to_pylist()
-        weights = [None] * len(ids) if found["weights"] is None else found["weights"].tolist()
+            result = scorer.explain(user, row, history, request.context, request.at)
+        ids = scorer.dataset.catalog.item_ids.take(pa.array(result["history"])).to_pylist()
+        weights = [None] * len(ids) if result["weights"] is None else result["weights"].tolist()
         reasons = [
             Reason(item_id=item, title=self.title(item), effect=effect, weight=weight)
-            for item, effect, weight in zip(ids, found["effects"].tolist(), weights, strict=True)
+            for item, effect, weight in zip(ids, result["effects"].tolist(), weights, strict=True)
         ]
-        return Explanation(score=found["score"], history=reasons)
+        return Explanation(score=result["score"], history=reasons)
 
     def _ranking(self, scorer: Scorer, rows: np.ndarray, scores: np.ndarray, history_length: int) -> Ranking:
+        """The answer with catalog rows (n,) and click probabilities (n,)."""
         ids = scorer.dataset.catalog.item_ids.take(pa.array(rows)).to_pylist()
         cold = scorer.cold[rows].tolist()
         items = [
-            Scored(item_id=item, score=score, title=self.title(item), cold=unseen)
-            for item, score, unseen in zip(ids, scores.tolist(), cold, strict=True)
+            Scored(item_id=item, score=score, title=self.title(item), cold=is_cold)
+            for item, score, is_cold in zip(ids, scores.tolist(), cold, strict=True)
         ]
         return Ranking(items=items, history_length=history_length)
 
     def picture(self, item_id: str) -> bytes:
+        """The encoded picture of an item."""
         if self.catalog is None or "image" not in self.catalog.table.column_names:
-            raise UnknownId("there are no pictures here")
+            raise UnknownId("the catalog has no pictures")
         row = int(self.catalog.rows([self.index.typed(item_id)])[0])
         return read_picture(self.catalog.picture_cell(row), self.catalog.root)
 
     def users(self, starts: str, count: int) -> list[Any]:
-        """Ids of users that begin with some letters or digits."""
+        """Raw ids of at most `count` users whose id begins with the text `starts`."""
         if not self.rankers:
             return []
         ids = next(iter(self.rankers.values())).dataset.users["user_id"]
@@ -163,7 +187,7 @@ class Service:
         return ids.filter(pc.starts_with(ids.cast(pa.string()), starts)).slice(0, count).to_pylist()
 
     def facts(self) -> dict[str, Any]:
-        """What the page needs to know."""
+        """Facts about index, rankers and encoder for the page."""
         columns = {}
         for name in self.index.items.column_names:
             if name in ("item_id", "title"):

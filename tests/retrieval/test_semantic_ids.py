@@ -12,7 +12,8 @@ import torch
 from mmctr.cli.main import main
 from mmctr.embedders.feature_embedder import FeatureEmbedder
 from mmctr.features.columns import MultiValuedFeature, encode_table, learn_vocabularies
-from mmctr.retrieval.semantic_ids import Codebooks, collisions, id_columns, nearest, semantic_ids, usage
+from mmctr.retrieval.codebooks import Codebooks, nearest
+from mmctr.retrieval.semantic_ids import collisions, id_columns, semantic_ids, usage
 from tests.cli.test_main import output, refused
 
 
@@ -226,8 +227,8 @@ def test_commands(tmp_path, capsys):
         ("--name", "a b"): "--name 'a b'",
         ("--codebooks", str(tmp_path / "none")): "no such codebooks file",
         ("--codebooks", source): "not a file of codebooks",
-        ("--codebooks", str(books), "--codes", "8"): "--codes is of learning codebooks",
-        ("--codebooks", str(books), "--keep-lengths"): "--keep-lengths is of learning codebooks",
+        ("--codebooks", str(books), "--codes", "8"): "--codes is for learning codebooks",
+        ("--codebooks", str(books), "--keep-lengths"): "--keep-lengths is for learning codebooks",
     }
     for arguments, message in bad.items():
         assert message in refused(capsys, "semantic-ids", source, "--out", out, *arguments), arguments

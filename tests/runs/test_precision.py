@@ -117,7 +117,7 @@ def test_auto_is_one_precision_for_good(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(embed_module, "choose", lambda *_: pytest.fail("measured again"))
     assert embed(run, out, "--precision", "auto") == first
     np.testing.assert_array_equal(EmbeddingTable.read(out).vectors, before)
-    assert "precision bf16, that of the vectors in " in capsys.readouterr().out
+    assert "precision bf16: as in " in capsys.readouterr().out
     assert embed(run, out, "--precision", "bf16") == first
 
 

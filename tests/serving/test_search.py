@@ -129,12 +129,12 @@ def test_files_of_queries_that_cannot_be_read(searcher, table, tmp_path):
             ({"item_id": [item], "query": pa.array([None], pa.string())}, "row 0"),
             ({"item_id": [item], "weight": [float("inf")]}, "row 0: weight inf"),
             ({"item_id": pa.array([], pa.int64())}, "holds no query"),
-            ({"item_id": [item], "weight": [0.0]}, "its parts cancel out"),
+            ({"item_id": [item], "weight": [0.0]}, "the parts cancel out"),
         )
     ):
         with pytest.raises(ValueError, match=message):
             searcher.answer_file(write_table(tmp_path / f"{number}.parquet", columns))
-    with pytest.raises(ValueError, match="does not say which run made it"):
+    with pytest.raises(ValueError, match="does not name the run that made the vectors"):
         Searcher(ItemIndex.build(EmbeddingTable(table.ids, table.vectors))).answer([Part("text", "red")])
     with pytest.raises(ValueError, match="does not say which dataset"):
         Searcher(ItemIndex.build(EmbeddingTable(table.ids, table.vectors))).answer([Part("user_id", 1)])

@@ -292,7 +292,7 @@ def test_an_index_without_a_run_or_a_dataset_is_searched_by_item(runs, tmp_path)
     client = TestClient(create_app(Service(Searcher(bare), {})), raise_server_exceptions=False)
     item = bare.ids[0].as_py()
     assert len(ask(client, "search", {"parts": [{"item_id": item}]})["items"]) == 10
-    assert "which run" in ask(client, "search", {"parts": [{"text": "red"}]}, 400)["detail"]
+    assert "the run that made" in ask(client, "search", {"parts": [{"text": "red"}]}, 400)["detail"]
     assert "--ranker" in ask(client, "score", {"items": [item]}, 400)["detail"]
     assert client.get("/api/picture", params={"item_id": item}).status_code == 404
     assert client.get("/api/facts").json()["encoder"] is False and client.get("/api/users").json() == []
