@@ -42,7 +42,7 @@ def words(line: str) -> list[str]:
 
 
 def subcommands() -> dict[str, argparse.ArgumentParser]:
-    (action,) = [a for a in makemake_parser()._actions if isinstance(a, argparse._SubParsersAction)]
+    (action,) = [a for a in make_parser()._actions if isinstance(a, argparse._SubParsersAction)]
     return action.choices
 
 
