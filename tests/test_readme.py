@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from mmctr.cli.parser import make_parser
 from tests.test_imports import FLOOR
 
 CLONE = Path(__file__).resolve().parents[1]
