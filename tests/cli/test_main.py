@@ -214,7 +214,7 @@ def test_an_index_is_built_merged_and_thinned_out(runs, toy_folder, tmp_path, ca
         (("index", runs / "embeddings", "--remove", "5"), "--remove needs an index"),
         (("index", runs / "embeddings", "--out", tmp_path / "none", "--append"), "no index to append to"),
         (("index", runs / "index", "--out", tmp_path / "i", "--append"), "one embedding folder"),
-        (("index", tmp_path / "a.npz", "--columns"), "name it with --data"),
+        (("index", tmp_path / "a.npz", "--columns"), "give --data"),
         (("index", runs / "embeddings", "--recall", "2"), "recall 2.0"),
         (("search", runs / "index"), "nothing to search by"),
         (("search", runs / "index", "--text", "a", "--weights", "1", "2"), "2 for 1 parts"),

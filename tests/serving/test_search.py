@@ -136,7 +136,7 @@ def test_files_of_queries_that_cannot_be_read(searcher, table, tmp_path):
             searcher.answer_file(write_table(tmp_path / f"{number}.parquet", columns))
     with pytest.raises(ValueError, match="does not name the run that made the vectors"):
         Searcher(ItemIndex.build(EmbeddingTable(table.ids, table.vectors))).answer([Part("text", "red")])
-    with pytest.raises(ValueError, match="does not say which dataset"):
+    with pytest.raises(ValueError, match="does not name the dataset"):
         Searcher(ItemIndex.build(EmbeddingTable(table.ids, table.vectors))).answer([Part("user_id", 1)])
     other = ItemIndex.build(EmbeddingTable(table.ids, table.vectors[:, :8]))
     with pytest.raises(ValueError, match="vectors of 16 dimensions, the index has 8"):

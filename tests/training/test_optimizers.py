@@ -17,7 +17,7 @@ from mmctr.training.optimizers import (
     optimizer_tensors,
     proximal_weights,
 )
-from tests.training.test_fit import Slope
+from tests.helpers.training import Slope
 
 ROWS, D = 12, 3
 

@@ -18,7 +18,7 @@ from mmctr.training.fit import FitConfig, fit
 from mmctr.training.optimizers import OptimizerConfig, ParameterGroupConfig, make_optimizer, optimizer_tensors
 from mmctr.training.part_schedule import PartSchedule
 from tests.helpers.serving import make_task, make_world
-from tests.training.test_fit import Numbers
+from tests.helpers.training import Numbers
 from tests.training.test_optimizers import ROWS, D, Tables, batches
 
 STEPS, EPOCHS = 4, 3
