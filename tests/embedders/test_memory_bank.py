@@ -86,7 +86,7 @@ def test_what_is_hidden_is_not_read(world, role):  # noqa: F811
     task = ranking_task(world, ContentEncoder(run="x", max_encoded=4, shown_in=role, dim=6, hidden=[5])).train()
     collator = data.collator(splits.train, content=content, encode_history=role == "history", max_encoded=4)
     read, expected = 0, set()
-    for step in range(3):
+    for step in range(4):
         batch = collator(np.arange(32 * step, 32 * step + 32), step)
         task(batch)
         places = (batch.target if role == "target" else batch.history).unique()
