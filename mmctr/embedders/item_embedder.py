@@ -102,7 +102,7 @@ class ContentEncoder(Config):
 ContentConfig = Annotated[ContentNone | ContentTable | ContentEncoder, Field(discriminator="name")]
 
 
-class ItemEncoder(Protocol):
+class ContentModel(Protocol):
     """A model that gives one vector for each item, from the picture and the text of the item."""
 
     embedding_dim: int
@@ -375,7 +375,7 @@ class ItemEmbedder(nn.Module):
             return self.content_table[items.row], self.has_content[items.row]
         if items.image is None and items.input_ids is None:
             raise ValueError("this batch carries no pictures or texts, but the encoder is being trained")
-        vectors, has = cast(ItemEncoder, self.encoder).embed(items)
+        vectors, has = cast(ContentModel, self.encoder).embed(items)
         all_vectors = vectors, has
         if items.encode is not None:
             all_vectors = (

@@ -21,7 +21,7 @@ from mmctr.tasks import PretrainTask
 Modality = Literal["both", "image", "text"]
 
 
-class Scores(Protocol):
+class LogitModel(Protocol):
     """A model that gives logits of a batch."""
 
     def logits(self, batch: BehaviorBatch, /) -> tuple[Tensor, dict[str, Tensor]]:
@@ -30,7 +30,9 @@ class Scores(Protocol):
 
 
 @torch.inference_mode()
-def predict(task: Scores, collator: BehaviorCollator, accelerator: Accelerator, batch_size: int = 4096) -> np.ndarray:
+def predict(
+    task: LogitModel, collator: BehaviorCollator, accelerator: Accelerator, batch_size: int = 4096
+) -> np.ndarray:
     """Click probabilities of all impressions of a collator, computed in fp32 and divided over processes.
 
     Args:

@@ -28,7 +28,7 @@ from mmctr.embedders.id_generators import (
     squared_error,
     wasserstein2,
 )
-from mmctr.evaluation.predict import Scores, predict, quick_metrics
+from mmctr.evaluation.predict import LogitModel, predict, quick_metrics
 from mmctr.features.behavior_collator import BehaviorCollator
 from mmctr.features.ranking_data import RankingData
 from mmctr.layers.row_table import RowTable
@@ -315,7 +315,7 @@ def train_cold_ids(
     model, batches = _model_and_batches(task, users, count, data.collator(train), config, context)
     validation_collator = data.collator(validation)
 
-    def metrics_of(scorer: Scores) -> dict[str, float]:
+    def metrics_of(scorer: LogitModel) -> dict[str, float]:
         scores = predict(scorer, validation_collator, accelerator)
         return quick_metrics(validation, scores, np.ones(len(validation), bool))
 

@@ -244,7 +244,10 @@ def test_an_expert_of_other_rows_is_refused(world, tmp_path):
             (DataConfig(path=data, items="else"), SPLIT, vocabulary),
             "was trained on data.items None, this run on 'else'",
         ),
-        ((DataConfig(path=data), ColdItemsSplit(cold=0.3), vocabulary), r"another split \(cold: 0.2, in this run 0.3\)"),
+        (
+            (DataConfig(path=data), ColdItemsSplit(cold=0.3), vocabulary),
+            r"another split \(cold: 0.2, in this run 0.3\)",
+        ),
         ((DataConfig(path=data), ColdItemsSplit(cold=0.2, seed=1), vocabulary), r"another split \(seed"),
         (
             (DataConfig(path=data), SPLIT, replace(vocabulary, clicks=vocabulary.clicks + 1)),
