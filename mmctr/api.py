@@ -205,11 +205,7 @@ class Ranker:
             probabilities = ranker.score(items, history=items[:1])
             ```
         """
-        if not len(items):
-            return np.zeros(0)
-        rows = self._rows(items)
-        user, past = self._user(user_id, history, at)
-        return self._scorer.score(user, rows, past, context, at)
+        return self._score_rows(self._rows(items), user_id, history, context, at)
 
     def rank(
         self,
@@ -244,10 +240,25 @@ class Ranker:
             best_cold_items = ranker.rank(ranker.cold_item_ids, user_id=user_id, k=5)
             ```
         """
-        chosen = self.item_ids.to_pylist() if candidates is None else list(candidates)
-        scores = self.score(chosen, user_id, history, context, at)
+        rows = np.arange(len(self.item_ids)) if candidates is None else self._rows(candidates)
+        scores = self._score_rows(rows, user_id, history, context, at)
         order = np.argsort(-scores, kind="stable")[:k]
-        return [(chosen[position], float(scores[position])) for position in order]
+        best = self.item_ids.take(pa.array(rows[order])).to_pylist()
+        return list(zip(best, scores[order].tolist(), strict=True))
+
+    def _score_rows(
+        self,
+        rows: np.ndarray,
+        user_id: Any,
+        history: Sequence[Any] | None,
+        context: dict[str, Any] | None,
+        at: int | None,
+    ) -> np.ndarray:
+        """Click probabilities (n,) of catalog rows (n,); the other arguments are those of `score`."""
+        if not len(rows):
+            return np.zeros(0)
+        user, past = self._user(user_id, history, at)
+        return self._scorer.score(user, rows, past, context, at)
 
     def _rows(self, items: Sequence[Any]) -> np.ndarray:
         """(n,) catalog rows of raw ids."""
