@@ -16,7 +16,8 @@ from mmctr.data.tables import rows_of
 from mmctr.errors import UnknownId
 from mmctr.reports.compare import comparison_json, comparison_table, write_report
 from mmctr.reports.run import Run, load_runs
-from mmctr.retrieval.index import ItemIndex, Neighbour
+from mmctr.retrieval.index import ItemIndex
+from mmctr.retrieval.indexed_items import Neighbour
 from mmctr.retrieval.storage import is_index
 from mmctr.run_folder import RunFolder
 from mmctr.runs.config import FinetuneConfig, PretrainConfig

@@ -6,8 +6,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,30 +15,17 @@ import pyarrow as pa
 
 from mmctr.data.embedding_identity import EmbeddingIdentity
 from mmctr.data.embeddings import EmbeddingTable, identity_of
-from mmctr.data.tables import examples, one_array
-from mmctr.errors import UnknownId
+from mmctr.data.tables import examples
 from mmctr.retrieval import storage as index_files
 from mmctr.retrieval import tuning as index_tuning
-from mmctr.retrieval.filters import matching
+from mmctr.retrieval.indexed_items import IndexedItems, Neighbour
 from mmctr.retrieval.tuning import Wanted
 
 FEW = 5_000
 """largest number of vectors that pass a filter for which the search is exact, whatever the index"""
 
 
-@dataclass(frozen=True)
-class Neighbour:
-    """One item of a search result."""
-
-    item_id: Any
-    """raw id"""
-    score: float
-    """cosine of the query and the vector of the item"""
-    title: str | None = None
-    """title of the item, None where the index has no titles"""
-
-
-class ItemIndex:
+class ItemIndex(IndexedItems):
     """Search for the nearest items by cosine. Item vectors and queries are scaled to unit norm.
 
     `index` is a plain FAISS index whose ids are rows of `items`, and the file of the index can be read by FAISS without
@@ -85,9 +70,9 @@ class ItemIndex:
     ):
         if index.ntotal != len(items):
             raise ValueError(f"the index holds {index.ntotal} vectors but there are {len(items)} ids; build it again")
-        self.index, self.items = index, items.combine_chunks()
+        super().__init__(items, removed)
+        self.index = index
         self.manifest, self.norms, self.measured, self.factory = manifest or {}, norms, measured, factory
-        self.removed = np.zeros(len(items), bool) if removed is None else removed
         self.mapped = mapped
         self._lock = threading.Lock()
 
@@ -96,18 +81,10 @@ class ItemIndex:
         """The run, data and options that produced the vectors; all unknown for vectors of another program."""
         return identity_of(self.manifest)
 
-    def __len__(self) -> int:
-        return len(self.items) - int(self.removed.sum())
-
     @property
     def dim(self) -> int:
         """D, the number of dimensions of a vector."""
         return self.index.d
-
-    @property
-    def ids(self) -> pa.Array:
-        """(n,) raw ids by row, the ids of removed items included."""
-        return one_array(self.items.column("item_id"))
 
     @classmethod
     def build(
@@ -238,22 +215,6 @@ class ItemIndex:
         scores, rows = self.nearest(np.asarray(vector).reshape(1, -1), k + len(excluded), self.rows_where(where))
         return self.neighbours(scores[0], rows[0], k, excluded)
 
-    def neighbours(self, scores: np.ndarray, rows: np.ndarray, k: int, exclude: Iterable[Any] = ()) -> list[Neighbour]:
-        """The result of `nearest` for one query, as items.
-
-        Args:
-            scores: (m,) cosines.
-            rows: (m,) rows, -1 for none.
-            k: largest number of items.
-            exclude: item ids that the result does not contain.
-        """
-        is_row = rows >= 0
-        part = self.items.take(pa.array(rows[is_row]))
-        titles = part.column("title").to_pylist() if "title" in part.column_names else [None] * len(part)
-        nearest = zip(part.column("item_id").to_pylist(), scores[is_row].tolist(), titles, strict=True)
-        excluded = set(exclude)
-        return [Neighbour(*one) for one in nearest if one[0] not in excluded][:k]
-
     def search_item(
         self, item_id: Any, k: int = 10, shift: np.ndarray | None = None, where: Sequence[str] = ()
     ) -> list[Neighbour]:
@@ -280,56 +241,7 @@ class ItemIndex:
         vector = self.vector(item_id)
         return self.search(vector if shift is None else vector + shift, k, exclude=item_id, where=where)
 
-    def rows_where(self, where: Sequence[str]) -> np.ndarray | None:
-        """The (n,) bool mask of the rows that fulfil all conditions; None without conditions.
-
-        Args:
-            where: conditions on columns of `items`, in the syntax of `mmctr.retrieval.filters`.
-
-        Raises:
-            ValueError: a condition is malformed or names an unknown column.
-        """
-        return matching(self.items, where) if where else None
-
-    # items -----------------------------------------------------------------------------------------------------------
-
-    def typed(self, item_id: Any) -> Any:
-        """An id with the type of the ids of the index: text is converted where the ids are integers.
-
-        Raises:
-            UnknownId: the ids are integers, and the text is not an integer.
-        """
-        if pa.types.is_integer(self.ids.type) and isinstance(item_id, str):
-            try:
-                return int(item_id)
-            except ValueError:
-                raise UnknownId(f"item {item_id!r}: ids here are integers, like {self.ids[0].as_py()}") from None
-        return item_id
-
-    @cached_property
-    def _row_by_id(self) -> dict[Any, int]:
-        rows = np.flatnonzero(~self.removed)
-        return dict(zip(self.ids.take(pa.array(rows)).to_pylist(), rows.tolist(), strict=True))
-
-    def row(self, item_id: Any) -> int:
-        """The row of an item.
-
-        Raises:
-            UnknownId: the index has no such item.
-        """
-        row = self._row_by_id.get(item_id) if isinstance(item_id, int | str) else None
-        if row is None or isinstance(item_id, bool):
-            raise UnknownId(f"item {item_id!r} has no vector here; ids look like {self.ids[0].as_py()!r}")
-        return row
-
-    def sample(self, count: int) -> list[Any]:
-        """The ids of at most `count` items, at equal distances in the order of the rows."""
-        rows = np.flatnonzero(~self.removed)
-        positions = np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)
-        return self.ids.take(pa.array(rows[positions])).to_pylist()
-
-    def __contains__(self, item_id: Any) -> bool:
-        return isinstance(item_id, int | str) and item_id in self._row_by_id
+    # vectors ---------------------------------------------------------------------------------------------------------
 
     def vector(self, item_id: Any) -> np.ndarray:
         """The (D,) vector of an item with the norm before scaling; an index of codes decodes an approximate vector.
@@ -424,7 +336,7 @@ class ItemIndex:
         """
         rows = [self.row(self.typed(item)) for item in item_ids]
         self.removed[rows] = True
-        self.__dict__.pop("_row_by_id", None)
+        self._forget_ids()
         return len(set(rows))
 
     def compact(self) -> ItemIndex:
@@ -468,7 +380,7 @@ class ItemIndex:
             raise ValueError("this index was opened memory-mapped; load it into memory to change it")
 
     def _forget_lookup(self) -> None:
-        self.__dict__.pop("_row_by_id", None)
+        self._forget_ids()
         inner = index_tuning.inner_index(self.index)
         if isinstance(inner, faiss.IndexIVF) and not inner.direct_map.no():
             inner.set_direct_map_type(faiss.DirectMap.NoMap)

@@ -13,7 +13,8 @@ import pyarrow as pa
 
 from mmctr.data.prepare import Dataset, open_dataset
 from mmctr.data.tables import as_text, one_array, read_table, rows_of
-from mmctr.retrieval.index import ItemIndex, Neighbour
+from mmctr.retrieval.index import ItemIndex
+from mmctr.retrieval.indexed_items import Neighbour
 from mmctr.run_folder import RunFolder
 from mmctr.runs.item_encoder import ItemEncoder
 

@@ -17,7 +17,8 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from mmctr.data.images import PictureError
 from mmctr.errors import UnknownId
-from mmctr.retrieval.index import ItemIndex, Neighbour
+from mmctr.retrieval.index import ItemIndex
+from mmctr.retrieval.indexed_items import Neighbour
 from mmctr.serving.schemas import (
     MAX_BODY,
     MAX_PICTURE,

@@ -17,7 +17,7 @@ from mmctr.data.arrow import pc
 from mmctr.data.images import read_picture
 from mmctr.data.tables import rows_of
 from mmctr.errors import UnknownId
-from mmctr.retrieval.index import Neighbour
+from mmctr.retrieval.indexed_items import Neighbour
 from mmctr.serving.schemas import (
     ExplainRequest,
     Explanation,
