@@ -1,4 +1,4 @@
-"""The parts all encoders share: the protocol, pixel preparation on the device, tower training modes, model sources."""
+"""The parts all encoders share: the protocol, pixel preparation on the device, tower training modes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -357,26 +356,3 @@ def _require_compiler() -> None:
         raise ValueError(
             "encoder.compile: torch.compile needs a C++ compiler, and none is found; install one, or leave it out"
         )
-
-
-def model_source(name: str) -> str:
-    """The name or folder of a model as transformers and open_clip accept it.
-
-    Args:
-        name: a name of a hub, a folder, or `package:NAME/folder` for a folder inside an installed Python package.
-
-    Raises:
-        ValueError: the package is not installed, or has no such folder.
-    """
-    if not name.startswith("package:"):
-        return name
-    package, _, folder = name.removeprefix("package:").partition("/")
-    spec = find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise ValueError(
-            f"model {name!r}: the package {package!r} is not installed; pip install {package.replace('_', '-')}"
-        )
-    path = Path(spec.submodule_search_locations[0]) / folder
-    if not path.is_dir():
-        raise ValueError(f"model {name!r}: {path} is not a folder of that package")
-    return str(path)

@@ -9,7 +9,8 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from mmctr.config import Config
-from mmctr.encoders.base import EncoderBase, EncoderOptions, TowerMode, model_source
+from mmctr.encoders.base import EncoderBase, EncoderOptions, TowerMode
+from mmctr.encoders.sources import config_of_folder, model_source, tokenizer_of_folder
 from mmctr.files import read_json, write_json
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -37,12 +38,12 @@ class HFModelConfig(Config):
         from transformers import AutoConfig, AutoModel  # slow to import, and rankers without an encoder do without
 
         if folder is not None:
-            return AutoModel.from_config(AutoConfig.from_pretrained(folder))
+            return AutoModel.from_config(config_of_folder(folder), trust_remote_code=False)
         if (self.model is None) == (self.architecture is None):
             raise ValueError("encoder: give either `model` (a name) or `architecture` (a transformers config)")
         try:
             if self.model is not None:
-                return AutoModel.from_pretrained(model_source(self.model))
+                return AutoModel.from_pretrained(model_source(self.model), trust_remote_code=False)
             return AutoModel.from_config(AutoConfig.for_model(**(self.architecture or {})))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(
@@ -54,12 +55,14 @@ class Tokenizer:
     """A tokenizer of transformers, or the byte pair encoding that open_clip ships.
 
     Args:
-        source: name or folder of a transformers tokenizer; None: the byte pair encoding of open_clip.
+        source: name of a transformers tokenizer, a folder of the user with one, or the `Path` of a folder that a run
+            wrote; None: the byte pair encoding of open_clip.
         context_length: tokens T of a text; longer texts are cut, shorter texts padded.
     """
 
-    def __init__(self, source: str | None, context_length: int):
+    def __init__(self, source: str | Path | None, context_length: int):
         self.hf = None
+        source = model_source(source) if isinstance(source, str) else source
         self.key = f"{source or 'open_clip bpe'} {context_length}"
         if source is None:
             import open_clip
@@ -69,7 +72,10 @@ class Tokenizer:
         else:
             from transformers import AutoTokenizer
 
-            self.hf = AutoTokenizer.from_pretrained(source)
+            if isinstance(source, Path):
+                self.hf = tokenizer_of_folder(source)
+            else:
+                self.hf = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
             self.pad, self.vocab_size = self.hf.pad_token_id or 0, len(self.hf)
             self._length = context_length
         self.context_length = context_length
@@ -121,7 +127,7 @@ class HFEncoder(EncoderBase):
             raise ValueError(
                 f"encoder {config.model!r}: {type(model).__name__} has no image and text features; use `towers`"
             )
-        mean, std = pixel_statistics(config.model if folder is None else str(folder))
+        mean, std = pixel_statistics(config.model) if folder is None else saved_pixel_statistics(folder)
         super().__init__(mean, std, config)
         self.model = model
         vision, text = model.config.vision_config, model.config.text_config
@@ -129,9 +135,7 @@ class HFEncoder(EncoderBase):
         projection = getattr(model.config, "projection_dim", None)
         self.image_dim = self.text_dim = getattr(text, "projection_size", None) or projection or text.hidden_size
         source = config.tokenizer if config.tokenizer is not None else config.model
-        if folder is not None:
-            source = str(folder) if (folder / "tokenizer_config.json").is_file() else None
-        self.tokenizer = Tokenizer(None if source is None else model_source(source), text.max_position_embeddings)
+        self.tokenizer = Tokenizer(tokenizer_source(source, folder), text.max_position_embeddings)
         self.tokenizer_key = f"hf {config.model} {self.tokenizer.key}"
         if folder is None and config.model is not None:
             self.logit_scale = float(model.logit_scale)
@@ -185,21 +189,47 @@ def pixel_statistics(source: str | None) -> tuple[tuple[float, ...], tuple[float
     """
     if source is None:
         return CLIP_MEAN, CLIP_STD
-    saved = Path(source) / "pixels.json"
-    if saved.is_file():
-        values = read_json(saved)
-        return tuple(values["mean"]), tuple(values["std"])
     from transformers import AutoImageProcessor
 
     try:
-        processor = AutoImageProcessor.from_pretrained(model_source(source))
+        processor = AutoImageProcessor.from_pretrained(model_source(source), trust_remote_code=False)
         return tuple(processor.image_mean), tuple(processor.image_std)
     except (OSError, ValueError, json.JSONDecodeError, AttributeError):
         return CLIP_MEAN, CLIP_STD
 
 
+def saved_pixel_statistics(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of the colour channels, as `save_pixel_statistics` wrote them.
+
+    Raises:
+        ValueError: `pixels.json` is missing or holds something else.
+    """
+    path = folder / "pixels.json"
+    values = read_json(path)
+    statistics = [values.get(name) if isinstance(values, dict) else None for name in ("mean", "std")]
+    if not all(
+        isinstance(three, list) and len(three) == 3 and all(isinstance(value, float | int) for value in three)
+        for three in statistics
+    ):
+        raise ValueError(f"{path}: must hold `mean` and `std` with a number for each of the three colour channels")
+    mean, std = statistics
+    return tuple(mean), tuple(std)
+
+
+def tokenizer_source(name: str | None, folder: Path | None) -> str | Path | None:
+    """What to give to `Tokenizer`: the name of the config for a new encoder, and for a saved encoder the folder.
+
+    Args:
+        name: name or folder of a tokenizer in the config of the encoder.
+        folder: a folder that the encoder was saved to; None for a new encoder.
+    """
+    if folder is None:
+        return name
+    return folder if (folder / "tokenizer_config.json").is_file() else None
+
+
 def save_pixel_statistics(encoder: EncoderBase, folder: Path) -> None:
-    """Write `pixels.json`, the mean and the standard deviation of the colour channels, for `pixel_statistics`."""
+    """Write `pixels.json`, the mean and the standard deviation of the colour channels, for `saved_pixel_statistics`."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(
         folder / "pixels.json",

@@ -12,9 +12,12 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from mmctr.encoders.base import EncoderBase, EncoderOptions, TowerMode
-from mmctr.files import write_json
+from mmctr.encoders.sources import check_open_clip, check_tokenizer, config_of_folder
+from mmctr.files import read_json, write_json
 
 CONFIG_NAME = "open_clip_config.json"
+TEXT_MODEL = "text"
+"""folder of the transformers config of the text tower, inside the folder of an encoder"""
 
 
 class OpenClipEncoderConfig(EncoderOptions):
@@ -121,6 +124,8 @@ class OpenClipEncoder(EncoderBase):
         hf = getattr(self._tokenizer, "tokenizer", None)
         if hf is not None and hasattr(hf, "save_pretrained"):
             hf.save_pretrained(folder)
+        if self._architecture["text_cfg"].get("hf_model_name"):
+            self.model.text.config.save_pretrained(folder / TEXT_MODEL)
 
 
 def _open_clip() -> Any:
@@ -131,34 +136,65 @@ def _open_clip() -> Any:
 
 
 def _from_folder(folder: Path) -> tuple[Any, Any, dict[str, Any]]:
-    """Model with fresh weights, tokenizer and model config, from a folder with a config of open_clip."""
-    # the weights come from the run, so the warning of open_clip that the folder has no weights is misleading
-    open_clip, name = _open_clip(), f"local-dir:{folder}"
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        model = open_clip.create_model(name, load_weights=False, pretrained_text=False, pretrained_image=False)
-    finally:
-        logging.disable(disabled)
-    return model, open_clip.get_tokenizer(name), open_clip.get_model_config(name)
+    """Model with fresh weights, tokenizer and model config, from a folder that `OpenClipEncoder.save` wrote.
+
+    The folder may be a stranger's: nothing in it is executed, and neither the hub nor files outside it are read.
+    """
+    path = folder / CONFIG_NAME
+    config = read_json(path)
+    architecture = config.get("model_cfg") if isinstance(config, dict) else None
+    check_open_clip(architecture, str(path), own=False)
+    text, preprocess = architecture["text_cfg"], config.get("preprocess_cfg") or {}
+    if text.get("hf_tokenizer_name"):
+        check_tokenizer(folder)
+        text = text | {"hf_tokenizer_name": str(folder)}
+    if text.get("hf_model_name"):
+        config_of_folder(folder / TEXT_MODEL)
+        text = text | {"hf_model_name": str(folder / TEXT_MODEL)}
+    return *_build(architecture | {"text_cfg": text}, preprocess, str(path)), architecture
 
 
 def _from_architecture(architecture: dict[str, Any] | str) -> tuple[Any, Any, dict[str, Any]]:
     """Model with fresh weights, tokenizer and model config, from a model config or a JSON file with one."""
+    source = "encoder.architecture"
     if isinstance(architecture, str):
+        source = f"encoder.architecture: {architecture}"
         try:
-            architecture = json.loads(Path(architecture).read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError) as error:
-            raise ValueError(f"encoder.architecture: {architecture} is not a readable JSON file: {error}") from None
-    missing = {"embed_dim", "vision_cfg", "text_cfg"} - set(architecture)
-    if missing:
-        raise ValueError(f"encoder.architecture: {sorted(missing)[0]!r} is missing (open_clip's model config format)")
-    with tempfile.TemporaryDirectory() as folder:
-        write_json(Path(folder) / CONFIG_NAME, {"model_cfg": architecture, "preprocess_cfg": {}})
-        try:
-            return _from_folder(Path(folder))
-        except (TypeError, AssertionError, KeyError) as error:
-            raise ValueError(f"encoder.architecture: open_clip cannot build it: {error}") from None
+            architecture = read_json(Path(architecture))
+        except ValueError as error:
+            raise ValueError(f"encoder.architecture: {error}") from None
+    check_open_clip(architecture, source, own=True)
+    assert isinstance(architecture, dict)
+    return *_build(architecture, {}, source), architecture
+
+
+def _build(architecture: dict[str, Any], preprocess: dict[str, Any], source: str) -> tuple[Any, Any]:
+    """Model with fresh weights, and tokenizer.
+
+    Args:
+        architecture: the checked model config.
+        preprocess: mean, standard deviation and size of the pictures; empty: those of open_clip.
+        source: what holds the config, for messages.
+    """
+    open_clip, text = _open_clip(), architecture["text_cfg"]
+    # the weights come from the run, so the warning of open_clip that the folder has no weights is misleading
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            write_json(Path(folder) / CONFIG_NAME, {"model_cfg": architecture, "preprocess_cfg": preprocess})
+            name = f"local-dir:{folder}"
+            model = open_clip.create_model(name, load_weights=False, pretrained_text=False, pretrained_image=False)
+            if not text.get("hf_tokenizer_name"):
+                return model, open_clip.get_tokenizer(name)
+        # get_tokenizer looks for the tokenizer beside the config, whatever the config names
+        length, mode = text.get("context_length", 77), text.get("tokenizer_mode")
+        options = (text.get("tokenizer_kwargs") or {}) | {"trust_remote_code": False}
+        return model, open_clip.tokenizer.HFTokenizer(text["hf_tokenizer_name"], length, tokenizer_mode=mode, **options)
+    except (TypeError, AssertionError, KeyError, AttributeError, ValueError, RuntimeError, OSError) as error:
+        raise ValueError(f"{source}: open_clip cannot build it: {error}") from None
+    finally:
+        logging.disable(disabled)
 
 
 def _from_name(name: str, pretrained: str | None) -> tuple[Any, Any, dict[str, Any]]:
@@ -171,6 +207,7 @@ def _from_name(name: str, pretrained: str | None) -> tuple[Any, Any, dict[str, A
             close = [known[match] for match in difflib.get_close_matches(name.lower(), known, n=3)]
             hint = f"did you mean {' or '.join(close)}?" if close else "open_clip.list_models() names them"
             raise ValueError(f"encoder.model: open_clip has no model {name!r}; {hint}")
+        check_open_clip(architecture, f"encoder.model {name!r}", own=True)
         load = pretrained is not None or ":" in name
         model = open_clip.create_model(name, pretrained=pretrained, load_weights=load)
         return model, open_clip.get_tokenizer(name), architecture

@@ -11,8 +11,15 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mmctr.config import Config
-from mmctr.encoders.base import EncoderBase, EncoderOptions, TowerMode, model_source
-from mmctr.encoders.hf import HFModelConfig, Tokenizer, pixel_statistics, save_pixel_statistics
+from mmctr.encoders.base import EncoderBase, EncoderOptions, TowerMode
+from mmctr.encoders.hf import (
+    HFModelConfig,
+    Tokenizer,
+    pixel_statistics,
+    save_pixel_statistics,
+    saved_pixel_statistics,
+    tokenizer_source,
+)
 
 
 class HFImageTower(HFModelConfig):
@@ -91,7 +98,8 @@ class TowersEncoder(EncoderBase):
             backbone = config.image.load(image_folder)
             image_dim = getattr(backbone.config, "hidden_size", None) or backbone.config.hidden_sizes[-1]
             size = getattr(backbone.config, "image_size", 224)
-            mean, std = pixel_statistics(config.image.model if folder is None else str(image_folder))
+            model = config.image.model
+            mean, std = pixel_statistics(model) if image_folder is None else saved_pixel_statistics(image_folder)
         super().__init__(mean, std, config)
         self.config, self.image_size = config, size
         self.image_backbone: Any = backbone
@@ -101,9 +109,7 @@ class TowersEncoder(EncoderBase):
         if isinstance(pooler, nn.Module):
             pooler.requires_grad_(False)
         source = config.text.tokenizer if config.text.tokenizer is not None else config.text.model
-        if text_folder is not None:
-            source = str(text_folder) if (text_folder / "tokenizer_config.json").is_file() else None
-        self.tokenizer = Tokenizer(None if source is None else model_source(source), config.text.context_length)
+        self.tokenizer = Tokenizer(tokenizer_source(source, text_folder), config.text.context_length)
         self.tokenizer_key = f"towers {config.text.model} {config.text.tokenizer} {config.text.context_length}"
         self.image_dim, self.text_dim = image_dim, int(self.text_backbone.config.hidden_size)
         self.set_up(folder)

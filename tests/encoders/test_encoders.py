@@ -8,7 +8,8 @@ import torch
 from pydantic import TypeAdapter
 
 from mmctr.encoders import EncoderConfig
-from mmctr.encoders.base import EncoderBase, model_source
+from mmctr.encoders.base import EncoderBase
+from mmctr.encoders.sources import model_source
 from mmctr.tasks import PretrainTaskConfig
 from tests.helpers.tiny import ARCHITECTURE
 
@@ -121,7 +122,7 @@ def test_mistakes_are_explained():
             "name": "openclip",
             "architecture": {"embed_dim": 8, "vision_cfg": ARCHITECTURE["vision_cfg"]},
         },
-        "not a readable JSON file": {"name": "openclip", "architecture": "/nowhere.json"},
+        "encoder.architecture: /nowhere.json: no such file": {"name": "openclip", "architecture": "/nowhere.json"},
         "give either `model`": {"name": "hf"},
         "has no image and text features": {"name": "hf", "architecture": ENCODERS["towers"]["text"]["architecture"]},
         "cannot load it": {"name": "hf", "architecture": {"model_type": "no-such-type"}},
