@@ -20,7 +20,7 @@ from typing import Any, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from mmctr.files import write_text
+from mmctr.files import YamlLoader, read_yaml, write_text
 from mmctr.shipped import find_config, shipped_config
 
 
@@ -76,20 +76,6 @@ class Config(BaseModel):
         write_text(Path(path), yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML in which a key that stands twice is an error; plain YAML lets the last one win in silence."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if str(key.value) in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value!r} stands twice; keep one", key.start_mark
-                )
-            seen.add(str(key.value))
-        return super().construct_mapping(node, deep)
-
-
 def read_config(path: Path, with_base: bool = True) -> dict[str, Any]:
     """The values of a YAML file without validation.
 
@@ -107,12 +93,9 @@ def read_config(path: Path, with_base: bool = True) -> dict[str, Any]:
 def _merged(path: Path, seen: tuple[Path, ...], with_base: bool = True) -> dict[str, Any]:
     if path.resolve() in seen:
         raise ValueError(f"{path}: `base:` goes round in a circle")
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(f"{path}: no such config file")
-    try:
-        values: Any = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid YAML: {error}") from None
+    values = read_yaml(path) or {}
     if not isinstance(values, dict):
         raise ValueError(f"{path}: a config is a mapping of keys to values, found {type(values).__name__}")
     base = values.pop("base", None)
@@ -143,7 +126,7 @@ def _apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> None:
         if not equals or not key:
             raise ValueError(f"override {override!r}: write it as key=value, for example fit.batch_size=512")
         try:
-            parsed.append((key.split("."), yaml.load(text, _Loader)))
+            parsed.append((key.split("."), yaml.load(text, YamlLoader)))
         except yaml.YAMLError:
             raise ValueError(f"override {override!r}: the value is not valid YAML; quote it") from None
     # names first: another name is another member of a union, which the keys of the old one do not fit

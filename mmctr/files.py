@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import ctypes
+import glob
 import hashlib
 import json
 import logging
 import os
+import secrets
 import shutil
+import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import yaml
 from filelock import FileLock, Timeout
 
 logger = logging.getLogger(__name__)
+_HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:6]
+"""the host in names of temporary files: process numbers of other hosts say nothing here"""
 
 
 def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
@@ -29,11 +37,13 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
         OSError: the file cannot be written, for example because the disk is full; the message names the file, the
             reason and the remedy.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    path = _behind_links(Path(path))
+    temporary = _temporary(path)
     with _explained(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            _remove_left_behind(path)
+            os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
             write(temporary)
             _sync(temporary)
             os.replace(temporary, path)
@@ -41,6 +51,56 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
             raise
+
+
+def _behind_links(path: Path) -> Path:
+    """The file or folder to write: the target of a link, which stays a link."""
+    return path.resolve() if path.is_symlink() else path
+
+
+def _temporary(path: Path) -> Path:
+    """A hidden path beside a file or folder, which names host and process and cannot be guessed: a link that someone
+    has put at a guessed path would lead to a foreign file."""
+    return path.with_name(f".{path.name}.{_HOST}-{os.getpid()}-{secrets.token_hex(8)}.tmp")
+
+
+def _remove_left_behind(path: Path) -> None:
+    """Remove temporary files and folders of the same path whose process on this host was killed."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.{_HOST}-*.tmp"):
+        process = left.name.removesuffix(".tmp").rsplit("-", 2)[-2]
+        if process.isdecimal() and not _is_alive(int(process)):
+            if left.is_dir() and not left.is_symlink():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                with suppress(OSError):
+                    left.unlink()
+
+
+def _is_alive(process: int) -> bool:
+    """Whether a process of this host runs; True where that cannot be found out."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Exchange two folders in one step, so that a killed process leaves one of them under each name.
+
+    Returns:
+        Whether the system can do so: Linux (renameat2) and macOS (renamex_np) on most file systems.
+    """
+    try:
+        library = ctypes.CDLL(None, use_errno=True)
+        names = os.fsencode(one), os.fsencode(other)
+        if sys.platform == "darwin":
+            return library.renamex_np(*names, 2) == 0  # RENAME_SWAP
+        return library.renameat2(-100, names[0], -100, names[1], 2) == 0  # AT_FDCWD, RENAME_EXCHANGE
+    except (OSError, AttributeError, TypeError):
+        return False
 
 
 @contextmanager
@@ -90,14 +150,92 @@ def read_json(path: Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        ValueError: the file is missing or is not valid JSON; the message names the file.
+        ValueError: the file is missing, no regular file, or not valid JSON; the message names the file.
     """
+    text = _read_text(Path(path), "JSON")
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits and deep nesting too
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+
+
+class YamlLoader(yaml.SafeLoader):
+    """YAML without code. A key that stands twice is an error (plain YAML lets the last one win in silence), and merged
+    mappings (`<<`) may not grow without bounds."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The mapping of a node. Raises ConstructorError where a key stands twice."""
+        seen = set()
+        for key, _ in node.value:
+            if str(key.value) in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} stands twice; keep one", key.start_mark
+                )
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Merge the mappings that `<<` names. Raises ConstructorError where they hold too many keys."""
+        super().flatten_mapping(node)
+        if len(node.value) > MOST_VALUES // 100:
+            raise yaml.constructor.ConstructorError(None, None, "too many keys are merged by <<", node.start_mark)
+
+
+def read_yaml(path: Path) -> Any:
+    """Read a YAML file, without code.
+
+    Raises:
+        ValueError: the file is missing, no regular file, not valid YAML, or a bomb: aliases that unfold to more than a
+            million values; the message names the file.
+    """
+    text = _read_text(Path(path), "YAML")
+    try:
+        values = yaml.load(text, YamlLoader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    except (RecursionError, ValueError) as error:
+        raise ValueError(f"{path}: not valid YAML: {error}") from None
+    if _unfolded(values, {}, set()) > MOST_VALUES:
+        raise ValueError(f"{path}: aliases (*name) unfold to more than {MOST_VALUES:,} values, or contain themselves")
+    return values
+
+
+MOST_VALUES = 1_000_000
+"""largest number of values of a YAML file with the aliases unfolded"""
+
+
+def _unfolded(value: Any, known: dict[int, int], above: set[int]) -> int:
+    """The number of values of nested lists and mappings, each counted as often as it is reached; infinite circles count
+    as too many.
+
+    Args:
+        value: the outermost value.
+        known: number by id of the lists and mappings that were counted.
+        above: ids of the lists and mappings that contain the value.
+    """
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) in above:
+        return MOST_VALUES + 1
+    if id(value) not in known:
+        above.add(id(value))
+        parts = value.values() if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_unfolded(part, known, above) for part in parts)
+        above.discard(id(value))
+    return known[id(value)]
+
+
+def _read_text(path: Path, kind: str) -> str:
+    try:
+        if path.exists() and not path.is_file():  # a pipe would block for ever
+            raise ValueError(f"{path}: not a regular file")
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not valid {kind} ({error})") from None
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error})") from None
 
 
 def replace_folder(path: Path, write: Callable[[Path], Any]) -> None:
@@ -111,19 +249,22 @@ def replace_folder(path: Path, write: Callable[[Path], Any]) -> None:
     Raises:
         OSError: a file cannot be written; the message names the folder, the reason and the remedy.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    path = _behind_links(Path(path))
+    temporary, old = _temporary(path), _temporary(path)
     with _explained(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(temporary, ignore_errors=True)
+            _remove_left_behind(path)
             temporary.mkdir()
             write(temporary)
             for file in temporary.rglob("*"):
                 if file.is_file():
                     _sync(file)
-            if path.exists():
+            if not path.exists():
+                os.replace(temporary, path)
+            elif _exchanged(temporary, path):
+                shutil.rmtree(temporary, ignore_errors=True)
+            else:
                 os.replace(path, old)
                 try:
                     os.replace(temporary, path)
@@ -131,8 +272,6 @@ def replace_folder(path: Path, write: Callable[[Path], Any]) -> None:
                     os.replace(old, path)
                     raise
                 shutil.rmtree(old, ignore_errors=True)
-            else:
-                os.replace(temporary, path)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+from mmctr.files import fingerprint, read_yaml
+from mmctr.manifests import Manifest, read_manifest, write_manifest
 
-from mmctr.files import fingerprint, read_json, write_json
+AGAIN = "run the recipe again: a finished run writes the files of the task anew"
+"""what to do about a damaged file of a run, for messages"""
 
 
 @dataclass(frozen=True)
@@ -137,10 +139,14 @@ class RunFolder:
         """
         if not self.is_begun:
             raise ValueError(f"{self.path}: not a run folder (no {self.config.name})")
+        if self.task.is_file():
+            saved = read_manifest(self.task, AGAIN)
+            if self.config.name in saved.digests:
+                saved.check(self.config.name)
         try:
-            values = yaml.safe_load(self.config.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{self.config}: not valid YAML ({str(error).splitlines()[0]}); train again") from None
+            values = read_yaml(self.config)
+        except ValueError as error:
+            raise ValueError(f"{error}; train again") from None
         if not isinstance(values, dict):
             raise ValueError(f"{self.config}: holds no config; train again")
         return values
@@ -161,11 +167,22 @@ class RunFolder:
         """
         if not self.metrics.is_file():
             raise ValueError(f"{self.path}: not a finished run (no {self.metrics.name}); run the recipe again")
-        return read_json(self.metrics)
+        return self._measured().values
 
     def write_metrics(self, values: dict[str, Any]) -> None:
-        """Write the metrics of the run, which marks the run as finished."""
-        write_json(self.metrics, values)
+        """Write the metrics of the run, which marks the run as finished, with digests of the predictions."""
+        write_manifest(self.metrics, values, [path.name for path in (self.predictions, self.stages) if path.is_file()])
+
+    def check_results(self, path: Path) -> None:
+        """Check that `predictions` or `stages` is as it was when the metrics were written.
+
+        Raises:
+            ValueError: the file was changed, or the run has not finished.
+        """
+        self._measured().check(path.name)
+
+    def _measured(self) -> Manifest:
+        return read_manifest(self.metrics, AGAIN)
 
     def weights_fingerprint(self) -> str:
         """16 hexadecimal digits that identify the weights; other weights have another fingerprint."""

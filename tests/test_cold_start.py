@@ -143,7 +143,9 @@ def test_no_label_beyond_training_reaches_a_weight(split, toy_folder, tmp_path):
         return run
 
     one, other = run_of("one", log.label), run_of("other", np.where(hidden, 1 - log.label, log.label))
-    weights = {Path("model.safetensors")} | ({Path("checkpoints", "warm_a.safetensors")} if splits.stages else set())
+    weights = {Path("model.safetensors")} | (
+        {Path("checkpoints", "warm_a", "task.safetensors")} if splits.stages else set()
+    )
     for file in weights:
         before, after = load_file(one / file), load_file(other / file)
         assert before.keys() == after.keys() and all(np.array_equal(before[key], after[key]) for key in before)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from mmctr.files import (
     fingerprint,
     locked,
     read_json,
+    read_yaml,
     replace_file,
     replace_folder,
     write_json,
@@ -115,7 +117,8 @@ def test_the_old_folder_comes_back_when_the_new_one_cannot_be_put_in_its_place(t
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "old").write_text("before")
     replace = os.replace
-    monkeypatch.setattr(os, "replace", lambda a, b: _refuse() if str(a).endswith(".tmp") else replace(a, b))
+    monkeypatch.setattr("mmctr.files._exchanged", lambda one, other: False)
+    monkeypatch.setattr(os, "replace", lambda a, b: _refuse() if (Path(a) / "new").exists() else replace(a, b))
     with pytest.raises(OSError, match=r"cannot write .*folder: no"):
         replace_folder(tmp_path / "folder", lambda path: (path / "new").write_text("x"))
     assert os.listdir(tmp_path) == ["folder"] and os.listdir(tmp_path / "folder") == ["old"]
@@ -215,3 +218,108 @@ def test_a_claimed_folder_is_refused_for_as_long_as_a_child_lives(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match=r"cannot write .*file: .* choose another folder"), claimed(tmp_path / "file"):
         pass
+
+
+def test_a_planted_link_is_not_followed(tmp_path):
+    """Temporary names cannot be guessed, and are made anew: a link under such a name is not written through."""
+    (tmp_path / "precious").write_text("mine")
+    seen = []
+
+    def write(path: Path) -> None:
+        seen.append(path.name)
+        path.write_text("new")
+
+    for _ in range(2):
+        replace_file(tmp_path / "file", write)
+    assert seen[0] != seen[1] and (tmp_path / "precious").read_text() == "mine"
+    assert sorted(os.listdir(tmp_path)) == ["file", "precious"]
+
+
+def test_links_given_as_output_stay_links(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "real" / "file").write_text("old")
+    (tmp_path / "filelink").symlink_to(tmp_path / "real" / "file")
+    replace_file(tmp_path / "filelink", lambda path: path.write_text("new"))
+    assert (tmp_path / "filelink").is_symlink() and (tmp_path / "real" / "file").read_text() == "new"
+    replace_folder(tmp_path / "link", lambda path: (path / "x").write_text("x"))
+    assert (tmp_path / "link").is_symlink() and os.listdir(tmp_path / "real") == ["x"]
+
+
+def test_new_files_have_the_rights_of_any_file(tmp_path):
+    (tmp_path / "plain").write_text("x")
+    write_text(tmp_path / "file", "x")
+    assert (tmp_path / "file").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_leftovers_of_killed_processes_are_removed(tmp_path):
+    code = (
+        "import os, sys; from pathlib import Path; from mmctr.files import replace_file, replace_folder\n"
+        "write = lambda path: os.kill(os.getpid(), 9)\n"
+        "(replace_file if sys.argv[2] == 'file' else replace_folder)(Path(sys.argv[1]), write)\n"
+    )
+    for kind, replace in (("file", replace_file), ("folder", replace_folder)):
+        path = tmp_path / kind
+        subprocess.run([sys.executable, "-c", code, str(path), kind], check=False)
+        (left,) = os.listdir(tmp_path)
+        assert left.startswith(f".{kind}.") and left.endswith(".tmp")
+        mine = tmp_path / left.replace(left.split("-")[1], str(os.getpid()))  # of a process that runs
+        mine.write_text("being written")
+        if kind == "file":
+            replace(path, lambda temporary: temporary.write_text("x"))
+        else:
+            replace(path, lambda temporary: (temporary / "x").write_text("x"))
+        assert sorted(os.listdir(tmp_path)) == sorted([mine.name, kind])
+        mine.unlink()
+        path.unlink() if kind == "file" else shutil.rmtree(path)
+
+
+@pytest.mark.skipif(sys.platform not in ("linux", "darwin"), reason="no system call exchanges two folders")
+def test_folders_are_exchanged_in_one_step(tmp_path, monkeypatch):
+    """A reader finds the old or the new folder at every moment: between two renames there would be none."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "old").write_text("before")
+    renamed = []
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: renamed.append((a, b)) or replace(a, b))
+    replace_folder(tmp_path / "folder", lambda path: (path / "new").write_text("x"))
+    assert not renamed and os.listdir(tmp_path / "folder") == ["new"] and os.listdir(tmp_path) == ["folder"]
+
+
+def test_json_of_strangers(tmp_path):
+    path = tmp_path / "x.json"
+    for text in ("[" * 100_000, "1" * 10_000, '"\\ud800'):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"x\.json: not valid JSON"):
+            read_json(path)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match="not a regular file"):
+        read_json(path)
+    with pytest.raises(ValueError, match="not a regular file"):
+        read_json(tmp_path)
+
+
+def test_yaml_of_strangers(tmp_path):
+    path = tmp_path / "x.yaml"
+    many = [", ".join([f"*a{n}"] * 9) for n in range(12)]
+    lists = "a0: &a0 [1]\n" + "".join(f"a{n + 1}: &a{n + 1} [{all_of}]\n" for n, all_of in enumerate(many))
+    merges = "a0: &a0 {k: 1}\n" + "".join(
+        f"a{n + 1}: &a{n + 1} {{<<: [{all_of}], k{n}: 1}}\n" for n, all_of in enumerate(many)
+    )
+    itself = "a: &a [*a]"
+    for text, message in ((lists, "unfold to more"), (itself, "contain themselves")):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=rf"x\.yaml: .*{message}"):
+            read_yaml(path)
+    path.write_text(merges)
+    try:
+        assert len(read_yaml(path)["a12"]) == 13
+    except ValueError as error:  # PyYAML before 6.0.4 keeps each key as often as it is merged
+        assert "merged by <<" in str(error)  # noqa: PT017
+    for text in ("a: [1", "a: 1\na: 2", "!!python/object/apply:os.system [ls]", "[" * 5000):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"x\.yaml: not valid YAML"):
+            read_yaml(path)
+    path.write_text("a: &a {b: 1}\nc: {<<: *a, d: 2}\n")
+    assert read_yaml(path) == {"a": {"b": 1}, "c": {"b": 1, "d": 2}}

@@ -109,7 +109,7 @@ def check_same_files(run: Path, reference: Path) -> None:
     assert steps == [line["step"] for line in log_lines(reference) if "loss" in line]
     assert losses(run) == losses(reference)  # every step is logged
     left = sorted(path.name for path in (run / "checkpoints").iterdir())
-    assert len(left) == 2 and left[0] == "best.safetensors", left
+    assert len(left) == 2 and left[0] == "best", left
 
 
 def wait_until(condition: Callable[[], bool], run: Run) -> None:
@@ -188,7 +188,7 @@ def test_a_run_killed_while_it_learns_cold_ids_or_warms_items_up_goes_on(toy_fol
     wait_until(lambda: log.is_file() and log.read_text().count("\n") >= 3, run)
     run.kill()
     run = start(tmp_path, *arguments)
-    wait_until(lambda: (tmp_path / "run" / "checkpoints" / "warm_a.safetensors").is_file(), run)
+    wait_until(lambda: (tmp_path / "run" / "checkpoints" / "warm_a").is_dir(), run)
     run.kill()
     start(tmp_path, *arguments).ok()
     for name in ("model.safetensors", "metrics.json", "stages.parquet"):
@@ -347,7 +347,7 @@ def test_the_run_folder_says_all(done):
         _, run = done[name]
         metrics = json.loads((run / "metrics.json").read_text())
         assert metrics["training"]["steps"] == log_lines(run)[-1]["step"] > 5
-        assert (run / "checkpoints" / "best.safetensors").is_file()
+        assert (run / "checkpoints" / "best" / "task.safetensors").is_file()
     predictions = pyarrow.parquet.read_table(done["id"][1] / "predictions.parquet")
     metrics = json.loads((done["id"][1] / "metrics.json").read_text())
     assert len(predictions) == metrics["test"]["all"]["num_impressions"] > 100

@@ -17,13 +17,12 @@ def prepare(arguments: argparse.Namespace) -> None:
     report: dict[str, Any] = dict(dataset.report)
     pictures = {(size, arguments.image_resize) for size in arguments.image_size}
     if arguments.config:
-        import yaml
-
+        from mmctr.config import read_config
         from mmctr.runs.config import DataConfig
         from mmctr.shipped import find_config
         from mmctr.tasks import PretrainTask, PretrainTaskConfig
 
-        values = yaml.safe_load(find_config(arguments.config).read_text(encoding="utf-8"))
+        values = read_config(find_config(arguments.config))
         if not isinstance(values, dict) or not {"data", "task"} <= set(values):
             raise ValueError(f"{arguments.config}: not a pretraining config (it has no `data` and `task`)")
         data = DataConfig.parse(values["data"] | {"path": arguments.out}, arguments.config)

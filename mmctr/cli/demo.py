@@ -34,6 +34,8 @@ def run_demo(out: Path, seed: int) -> None:
     out = out.resolve()
     data, pretrain, embeddings = out / "data", out / "pretrain", out / "embeddings"
     if not (data / "items.parquet").is_file():
+        if data.exists() and (not data.is_dir() or any(data.iterdir())):
+            raise ValueError(f"{data}: exists and holds no data of the demo; choose another --out")
         print("ToyWorld: drawing a catalog with known factors, users with known taste, and their clicks", flush=True)
         replace_folder(data, lambda folder: ToyWorld(demo_world(seed)).write(folder))
 

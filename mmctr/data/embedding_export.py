@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from mmctr.data.embedding_identity import EmbeddingIdentity
-from mmctr.data.embeddings import FORMAT, ITEMS, EmbeddingTable, items_file, read_items
+from mmctr.data.embeddings import AGAIN, FORMAT, ITEMS, EmbeddingTable, items_file, read_items, read_shard
 from mmctr.data.tables import as_ids, rows_of
 from mmctr.files import read_json, replace_file, write_json
+from mmctr.manifests import read_manifest, require_types, write_manifest
 
 _FACTS = "facts"
 
@@ -27,13 +28,14 @@ def begun_identity(folder: Path) -> tuple[EmbeddingIdentity | None, dict[str, An
         The identity, None where the folder holds no embeddings, and the facts, None where none were given.
     """
     if (folder / "manifest.json").is_file():
-        manifest = read_json(folder / "manifest.json")
-        return EmbeddingIdentity.from_json(manifest["identity"], str(folder)), manifest.get(_FACTS)
-    if (folder / "begun.json").is_file():
-        values = read_json(folder / "begun.json")
-        facts = values.pop(_FACTS, None)
-        return EmbeddingIdentity.from_json(values, str(folder / "begun.json")), facts
-    return None, None
+        path = folder / "manifest.json"
+    elif (folder / "begun.json").is_file():
+        path = folder / "begun.json"
+    else:
+        return None, None
+    values = read_manifest(path, AGAIN).values
+    require_types(values, path, identity=dict)
+    return EmbeddingIdentity.from_json(values["identity"], str(path)), values.get(_FACTS)
 
 
 def write_embeddings(
@@ -119,10 +121,15 @@ def _write_all(
                 f"adds items that are new in the same dataset)"
             )
         facts = facts if old is None else old_facts
-        write_json(begun, identity.to_json() | ({_FACTS: facts} if facts else {}))
+        if (folder / "manifest.json").is_file():  # a damaged shard is encoded again
+            finished = read_manifest(folder / "manifest.json", AGAIN)
+            for name in names:
+                if name in finished.digests and finished.problem(name) is not None:
+                    (folder / name).unlink(missing_ok=True)
+        write_manifest(begun, {"identity": identity.to_json()} | ({_FACTS: facts} if facts else {}), [])
     write_shards(names, np.arange(len(item_ids)))
     if is_main:
-        has = np.concatenate([load_file(folder / name)["has_content"] for name in names])
+        has = np.concatenate([np.zeros(0, bool), *(read_shard(folder / name)[1] for name in names)])
         items = _item_rows(item_ids, titles, np.flatnonzero(has))
         replace_file(folder / ITEMS, lambda path: pyarrow.parquet.write_table(items, path))
         _write_manifest(folder, identity, names, ITEMS, len(has), int(has.sum()), facts)
@@ -163,8 +170,8 @@ def _write_further(
     write_shards(names, rows)
     if not is_main:
         return None
-    shards = [load_file(folder / name) for name in names]
-    has = np.concatenate([np.zeros(0, bool), *(shard["has_content"] for shard in shards)])
+    shards = [read_shard(folder / name) for name in names]
+    has = np.concatenate([np.zeros(0, bool), *(has for _, has in shards)])
     new = _item_rows(item_ids, titles if "title" in known.column_names else None, rows[has])
     items = pa.concat_tables([known.cast(new.schema), new])
     before = items_file(manifest)
@@ -175,12 +182,12 @@ def _write_further(
     if name != before:
         (folder / before).unlink()
     begun.unlink(missing_ok=True)
-    vectors = [shard["vectors"][shard["has_content"]] for shard in shards]
+    vectors = [vectors[has] for vectors, has in shards]
     return EmbeddingTable(
         new.column("item_id").combine_chunks(),
         np.concatenate(vectors) if vectors else np.zeros((0, 0), np.float32),
         new.column("title").to_pylist() if "title" in new.column_names else None,
-        read_json(folder / "manifest.json"),
+        read_manifest(folder / "manifest.json", AGAIN).values,
     )
 
 
@@ -208,4 +215,5 @@ def _write_manifest(
     if file != ITEMS:
         manifest["items_file"] = file
     counts = {"items": items, "vectors": vectors, "without content": items - vectors}
-    write_json(folder / "manifest.json", manifest | counts | ({_FACTS: facts} if facts else {}))
+    values = manifest | counts | ({_FACTS: facts} if facts else {})
+    write_manifest(folder / "manifest.json", values, [file, *shards])

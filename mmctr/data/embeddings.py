@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,9 +17,13 @@ from safetensors.numpy import load_file
 from mmctr.data.arrow import pc
 from mmctr.data.embedding_identity import EmbeddingIdentity
 from mmctr.data.tables import as_ids, read_table, require_columns, rows_of
-from mmctr.files import read_json, replace_file
+from mmctr.files import replace_file
+from mmctr.manifests import read_manifest, require_types
 
 FORMAT = 1
+AGAIN = "delete the folder and run `mmctr embed` again"
+NAMES = re.compile(r"(items|items-\d+)\.parquet|vectors-\d+\.safetensors")
+"""names of the files of an embedding folder: a manifest that names another file was not written by mmctr"""
 ITEMS = "items.parquet"
 
 
@@ -169,26 +174,51 @@ def _checked(ids: pa.Array, vectors: np.ndarray, path: Path, **more: Any) -> Emb
 
 
 def read_items(folder: Path) -> tuple[dict[str, Any], pa.Table]:
-    """The manifest of a finished embedding folder, and the table of the items that have a vector in the folder."""
+    """The manifest of a finished embedding folder, and the table of the items that have a vector in the folder.
+
+    Raises:
+        ValueError: the folder is missing or unfinished, or one of the files is missing or damaged; the message names
+            the file and the remedy.
+    """
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such embedding folder or file")
     if not (folder / "manifest.json").is_file():
         raise ValueError(
             f"{folder}: not a finished embedding folder (no manifest.json); run `mmctr embed` again, it goes on"
         )
-    manifest = read_json(folder / "manifest.json")
-    return manifest, read_table(folder / items_file(manifest), ("item_id",))
+    manifest = read_manifest(folder / "manifest.json", AGAIN)
+    values = manifest.values
+    require_types(values, manifest.path, identity=dict, shards=list, items=int, vectors=int)
+    names = [items_file(values), *values["shards"]]
+    for name in names:
+        if not isinstance(name, str) or not NAMES.fullmatch(name):
+            raise ValueError(f"{manifest.path}: names the file {name!r}, which is none of an embedding folder; {AGAIN}")
+    manifest.check(*names)
+    return values, read_table(folder / items_file(values), ("item_id",))
+
+
+def read_shard(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The vectors (n, D) of a shard of an embedding folder, and the (n,) bool mask of items with content.
+
+    Raises:
+        ValueError: the file cannot be read, or holds other arrays; the message names the file.
+    """
+    try:
+        arrays = load_file(path)
+        vectors, has = arrays["vectors"], arrays["has_content"]
+    except (KeyError, OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: cannot be read ({error}); {AGAIN}") from None
+    if vectors.ndim != 2 or vectors.dtype != np.float32 or has.dtype != bool or has.shape != vectors.shape[:1]:
+        raise ValueError(f"{path}: holds no vectors of items; {AGAIN}")
+    return vectors, has
 
 
 def _read_folder(folder: Path) -> EmbeddingTable:
     manifest, items = read_items(folder)
-    try:
-        shards = [load_file(folder / name) for name in manifest["shards"]]
-    except Exception as error:
-        raise ValueError(
-            f"{folder}: a shard cannot be read ({error}); delete the folder and run `mmctr embed` again"
-        ) from None
-    vectors = np.concatenate([shard["vectors"][shard["has_content"]] for shard in shards])
+    shards = [read_shard(folder / name) for name in manifest["shards"]]
+    if len({vectors.shape[1] for vectors, _ in shards}) > 1:
+        raise ValueError(f"{folder}: the vectors of the shards differ in length; {AGAIN}")
+    vectors = np.concatenate([np.zeros((0, 0), np.float32)] if not shards else [v[has] for v, has in shards])
     ids = as_ids(items.column("item_id"), "item_id", folder)
     titles = items.column("title").to_pylist() if "title" in items.column_names else None
     return _checked(ids, vectors, folder, titles=titles, manifest=manifest)

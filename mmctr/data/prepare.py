@@ -8,6 +8,7 @@ order) and `users.parquet` (one row per user). Caches of pictures and tokens are
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -31,10 +32,16 @@ from mmctr.data.tables import (
 )
 from mmctr.errors import UnknownId
 from mmctr.files import cache_folder, fingerprint, locked, read_json, replace_folder, write_json
+from mmctr.manifests import read_manifest, require_replaceable, require_types, write_manifest
 
 FORMAT = 1
-_WRITTEN = ("prepared.json", "report.json", "items.parquet", "interactions", "context.parquet", "users.parquet")
+MANIFEST = "prepared.json"
+AGAIN = "run `mmctr prepare` again"
+_WRITTEN = ("report.json", "items.parquet", "interactions", "context.parquet", "users.parquet")
 _CACHES = ("pictures-", "tokens-", "features-")
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -55,7 +62,9 @@ class Dataset:
         Raises:
             ValueError: the dataset has no click log.
         """
-        return Interactions.load(self._log_path("interactions"))
+        folder = self._log_path("interactions")
+        self._check(*(f"{folder.name}/{name}.npy" for name in Interactions.NAMES))
+        return Interactions.load(folder)
 
     @cached_property
     def context(self) -> pa.Table:
@@ -64,7 +73,7 @@ class Dataset:
         Raises:
             ValueError: the dataset has no click log.
         """
-        return pyarrow.parquet.read_table(self._log_path("context.parquet"))
+        return self._log_table("context.parquet")
 
     @cached_property
     def users(self) -> pa.Table:
@@ -74,7 +83,7 @@ class Dataset:
         Raises:
             ValueError: the dataset has no click log.
         """
-        return pyarrow.parquet.read_table(self._log_path("users.parquet"))
+        return self._log_table("users.parquet")
 
     def user_row(self, user_id: Any) -> int:
         """The row of a user in `users`.
@@ -94,6 +103,15 @@ class Dataset:
         if row < 0:
             raise UnknownId(f"user {user_id!r} is not in the log; ids look like {ids[0].as_py()!r}")
         return row
+
+    def _log_table(self, name: str) -> pa.Table:
+        path = self._log_path(name)
+        self._check(name)
+        return read_table(path)
+
+    def _check(self, *names: str) -> None:
+        if (self.folder / MANIFEST).is_file():  # a dataset made in memory has no files
+            read_manifest(self.folder / MANIFEST, AGAIN).check(*names)
 
     def _log_path(self, name: str) -> Path:
         if not (self.folder / name).exists():
@@ -127,13 +145,13 @@ def open_dataset(path: str | Path, items: str | None = None) -> Dataset:
         ```
     """
     path = Path(path)
-    if (path / "prepared.json").is_file():
+    if (path / MANIFEST).is_file():
         return _load(path)
     if not path.is_dir() and items is None:
         raise ValueError(f"{path}: no such dataset folder")
     cache = cache_folder()
     folder = cache / f"{path.resolve().name or 'dataset'}-{_source_key(path, items)}"
-    return _load(folder) if (folder / "prepared.json").is_file() else prepare(path, folder, items)
+    return _load(folder) if _is_sound(folder, _source_key(path, items)) else prepare(path, folder, items)
 
 
 def prepare(path: str | Path, out: str | Path, items: str | None = None) -> Dataset:
@@ -150,7 +168,7 @@ def prepare(path: str | Path, out: str | Path, items: str | None = None) -> Data
             and the remedy.
     """
     path, out = Path(path), Path(out)
-    if (path / "prepared.json").is_file():
+    if (path / MANIFEST).is_file():
         raise ValueError(f"{path}: is a prepared folder already; use it as it is, or name the dataset it was made from")
     with locked(out):
         return _prepare(path, out, items)
@@ -158,15 +176,9 @@ def prepare(path: str | Path, out: str | Path, items: str | None = None) -> Data
 
 def _prepare(path: Path, out: Path, items: str | None) -> Dataset:
     key = _source_key(path, items)
-    if (out / "prepared.json").is_file() and read_json(out / "prepared.json").get("key") == key:
+    if _is_sound(out, key):
         return _load(out)
-    if out.exists():
-        foreign = [p.name for p in out.iterdir() if not _is_ours(p.name)] if out.is_dir() else [out.name]
-        if foreign or (any(out.iterdir()) and not (out / "prepared.json").is_file()):
-            raise ValueError(
-                f"{out}: the folder is not empty and was not made by `mmctr prepare`; choose another --out"
-                + (f" (it would replace {foreign[0]!r})" if foreign else "")
-            )
+    require_replaceable(out, MANIFEST, (*_WRITTEN, *(f"{name}*" for name in _CACHES)), "prepared dataset")
 
     items_table, items_name = _read_items(path, items)
     catalog_table, report = clean_items(items_table, items_name)
@@ -185,25 +197,54 @@ def _prepare(path: Path, out: Path, items: str | None) -> Dataset:
             result["interactions"] = _write_log(log, log_path, users_path, catalog_table, folder)
         write_json(folder / "report.json", result)
         root = str(path.resolve()) if path.is_dir() else None
-        write_json(folder / "prepared.json", {"format": FORMAT, "key": key, "root": root})
+        files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+        write_manifest(folder / MANIFEST, {"format": FORMAT, "key": key, "root": root}, files)
 
     replace_folder(out, write)
     return _load(out)
 
 
-def _is_ours(name: str) -> bool:
-    return name in _WRITTEN or name.startswith(_CACHES)
+def _is_sound(folder: Path, key: str) -> bool:
+    """Whether a folder holds the prepared dataset of a source key, with all files as they were written."""
+    if not (folder / MANIFEST).is_file():
+        return False
+    try:
+        manifest = read_manifest(folder / MANIFEST, AGAIN)
+        manifest.check()
+    except ValueError as error:
+        logger.warning("%s; it is prepared again now", error)
+        return False
+    return manifest.values.get("key") == key
 
 
 def _load(folder: Path) -> Dataset:
-    manifest = read_json(folder / "prepared.json")
-    if manifest.get("format") != FORMAT:
-        raise ValueError(
-            f"{folder}: prepared by another version (format {manifest.get('format')}); run `mmctr prepare` again"
-        )
-    table = pyarrow.parquet.read_table(folder / "items.parquet", memory_map=True)
-    root = Path(manifest["root"]) if manifest["root"] else None
-    return Dataset(folder, Catalog(table, folder, root), read_json(folder / "report.json"))
+    manifest = read_manifest(folder / MANIFEST, AGAIN)
+    values = manifest.values
+    require_types(values, manifest.path, format=int, root=(str, type(None)))
+    if values["format"] != FORMAT:
+        raise ValueError(f"{folder}: prepared by another version (format {values['format']}); {AGAIN}")
+    manifest.check("items.parquet", "report.json")
+    try:
+        table = pyarrow.parquet.read_table(folder / "items.parquet", memory_map=True)
+    except (OSError, pa.ArrowException) as error:
+        raise ValueError(f"{folder / 'items.parquet'}: cannot be read ({error}); {AGAIN}") from None
+    if "item_id" not in table.column_names:
+        raise ValueError(f"{folder / 'items.parquet'}: has no column 'item_id'; {AGAIN}")
+    report = read_json(folder / "report.json")
+    require_types(report, folder / "report.json", source=str, items=dict)
+    return Dataset(folder, Catalog(table, folder, _root(values["root"], manifest.path)), report)
+
+
+def _root(value: str | None, source: Path) -> Path | None:
+    """The dataset folder that relative picture paths start from.
+
+    Raises:
+        ValueError: a root that no dataset can have: pictures would be read from anywhere on the machine.
+    """
+    root = None if value is None else Path(value)
+    if root is not None and (not root.is_absolute() or root == root.parent):
+        raise ValueError(f"{source}: root is {value!r}, but must be the folder of a dataset; {AGAIN}")
+    return root
 
 
 def _source_key(path: Path, items: str | None) -> str:

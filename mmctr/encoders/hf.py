@@ -212,8 +212,7 @@ def saved_pixel_statistics(folder: Path) -> tuple[tuple[float, ...], tuple[float
         for three in statistics
     ):
         raise ValueError(f"{path}: must hold `mean` and `std` with a number for each of the three colour channels")
-    mean, std = statistics
-    return tuple(mean), tuple(std)
+    return tuple(values["mean"]), tuple(values["std"])
 
 
 def tokenizer_source(name: str | None, folder: Path | None) -> str | Path | None:

@@ -144,6 +144,7 @@ def _from_folder(folder: Path) -> tuple[Any, Any, dict[str, Any]]:
     config = read_json(path)
     architecture = config.get("model_cfg") if isinstance(config, dict) else None
     check_open_clip(architecture, str(path), own=False)
+    assert architecture is not None
     text, preprocess = architecture["text_cfg"], config.get("preprocess_cfg") or {}
     if text.get("hf_tokenizer_name"):
         check_tokenizer(folder)

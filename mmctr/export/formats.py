@@ -20,6 +20,7 @@ from safetensors.numpy import save_file
 from mmctr.data.arrow import pc
 from mmctr.data.embeddings import EmbeddingTable, numpy_ids, require_suffix, save_arrays, write_npz
 from mmctr.files import replace_file, replace_folder, write_text
+from mmctr.manifests import require_replaceable, write_manifest
 
 COLUMN = "item_vector"
 """name of the column of vectors in files where the column becomes a feature"""
@@ -103,13 +104,17 @@ def _datasets(table: EmbeddingTable, out: Path) -> None:
     """Write a folder for `datasets.load_from_disk`, with `item_id` and `vector`."""
     from datasets import Dataset, Features, List, Value
 
-    if out.exists() and not (out / "dataset_info.json").is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out {out}: exists and holds no dataset of `datasets`; choose another folder")
+    require_replaceable(out, "mmctr.json", ("dataset_info.json", "state.json", "data-*.arrow"), "exported dataset")
     kind = Value("int64" if pa.types.is_integer(table.ids.type) else "string")
     vectors = pa.FixedSizeListArray.from_arrays(pa.array(table.vectors.ravel()), table.dim)
     features = Features({"item_id": kind, "vector": List(Value("float32"), length=table.dim)})
     dataset = Dataset(pa.table({"item_id": table.ids, "vector": vectors}, schema=features.arrow_schema))
-    replace_folder(out, lambda path: dataset.save_to_disk(path))
+
+    def write(folder: Path) -> None:
+        dataset.save_to_disk(folder)
+        write_manifest(folder / "mmctr.json", {"vectors": len(table)}, [path.name for path in folder.iterdir()])
+
+    replace_folder(out, write)
 
 
 def _fuxictr(table: EmbeddingTable, out: Path) -> str:

@@ -7,8 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from mmctr.export.onnx_graph import FORMAT, OPSET
-from mmctr.files import replace_folder, write_json
+from mmctr.files import replace_folder
+from mmctr.manifests import require_replaceable, write_manifest
 from mmctr.tasks.folder import task_kind
+
+MANIFEST = "onnx.json"
+EXPORTED = ("*.onnx", "*.onnx.data", "*.safetensors", "*.parquet", "*.json", "*.txt", "vocabulary", "tokenizer")
+"""names of the other files and folders of an ONNX export"""
 
 
 def export_run(source: str, out: str, data: str | None = None, int8: bool = False) -> list[str]:
@@ -30,8 +35,7 @@ def export_run(source: str, out: str, data: str | None = None, int8: bool = Fals
     require_onnx()
     folder = Path(source)
     kind = task_kind(folder)
-    if Path(out).exists() and not (Path(out) / "onnx.json").is_file():
-        raise ValueError(f"{out}: exists and holds no earlier ONNX export; choose another --out")
+    require_replaceable(Path(out), MANIFEST, EXPORTED, "ONNX export")
     lines: list[str] = []
 
     def write(temporary: Path) -> None:
@@ -43,7 +47,8 @@ def export_run(source: str, out: str, data: str | None = None, int8: bool = Fals
             from mmctr.export.onnx_ranker import export_ranker
 
             manifest = export_ranker(folder, temporary, data, int8)
-        write_json(temporary / "onnx.json", {"format": FORMAT, "kind": kind, "opset": OPSET, **manifest})
+        files = [path.relative_to(temporary).as_posix() for path in temporary.rglob("*") if path.is_file()]
+        write_manifest(temporary / MANIFEST, {"format": FORMAT, "kind": kind, "opset": OPSET, **manifest}, files)
         lines.extend(_summary(out, manifest))
 
     replace_folder(Path(out), write)

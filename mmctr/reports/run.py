@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from mmctr.evaluation.metrics import paired_difference
-from mmctr.run_folder import RunFolder
+from mmctr.run_folder import AGAIN, RunFolder
 
 SPLITS = ("all", "warm", "cold")
 """splits of the test impressions: all, those of items seen in training, those of items unseen in training"""
@@ -269,10 +269,9 @@ def read_predictions(folder: Path) -> pa.Table | None:
     if not path.is_file():
         return None
     columns = ["user", "item", "label", "score", "cold"]
+    if RunFolder(folder).metrics.is_file():
+        RunFolder(folder).check_results(path)
     try:
         return pyarrow.parquet.ParquetFile(path).read(columns).select(columns)
     except (pa.ArrowException, KeyError) as error:
-        raise ValueError(
-            f"{path}: cannot read the columns {', '.join(columns)}: {error}; write it again with "
-            f"`mmctr evaluate {folder}`"
-        ) from None
+        raise ValueError(f"{path}: cannot read the columns {', '.join(columns)}: {error}; {AGAIN}") from None

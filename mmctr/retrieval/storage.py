@@ -15,9 +15,12 @@ import pyarrow.parquet
 
 from mmctr.data.embeddings import EmbeddingTable
 from mmctr.data.tables import as_ids, one_array, read_table, rows_of
-from mmctr.files import read_json, replace_folder, write_json
+from mmctr.files import replace_folder
+from mmctr.manifests import read_manifest, require_replaceable, require_types, write_manifest
 
 FORMAT = 2
+FILES = ("index.faiss", "items.parquet", "rows.npz")
+"""files of an index folder, described by the manifest `index.json`"""
 AGAIN = "run `mmctr index` again"
 
 
@@ -45,11 +48,9 @@ def save(folder: Path, index: Any, items: pa.Table, rows: dict[str, np.ndarray],
         faiss.write_index(index, str(temporary / "index.faiss"))
         pyarrow.parquet.write_table(items, temporary / "items.parquet")
         np.savez(temporary / "rows.npz", **arrays)
-        size = (temporary / "index.faiss").stat().st_size
-        write_json(temporary / "index.json", {"format": FORMAT, "bytes": size, **facts})
+        write_manifest(temporary / "index.json", {"format": FORMAT, **facts}, FILES)
 
-    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not is_index(folder))):
-        raise ValueError(f"{folder}: the folder is not empty and holds no index; choose another --out")
+    require_replaceable(folder, "index.json", FILES, "index")
     replace_folder(folder, write)
 
 
@@ -66,9 +67,13 @@ def load(folder: Path, mmap: bool) -> tuple[Any, pa.Table, dict[str, np.ndarray]
     Raises:
         ValueError: a file is missing, damaged or of another version; the message names the file.
     """
-    facts = read_json(folder / "index.json")
-    if not isinstance(facts, dict) or facts.get("format") != FORMAT:
-        raise ValueError(f"{folder / 'index.json'}: not an index of this version; {AGAIN}")
+    manifest = read_manifest(folder / "index.json", AGAIN)
+    facts = manifest.values
+    if facts.get("format") != FORMAT:
+        raise ValueError(f"{manifest.path}: not an index of this version; {AGAIN}")
+    require_types(facts, manifest.path, factory=str, dim=int, count=int, removed=int, embeddings=dict)
+    # a memory-mapped index is left on disk: reading all of it for the digest would be what mapping avoids
+    manifest.check(*(name for name in FILES if not (mmap and name == "index.faiss")))
     index = _read(folder / "index.faiss", facts, mmap)
     items = read_table(folder / "items.parquet", ("item_id",))
     position = items.column_names.index("item_id")
@@ -84,16 +89,14 @@ def load(folder: Path, mmap: bool) -> tuple[Any, pa.Table, dict[str, np.ndarray]
 
 
 def _read(file: Path, facts: dict[str, Any], mmap: bool) -> Any:
-    size = file.stat().st_size if file.is_file() else -1
-    if size != facts["bytes"]:
-        what = "missing" if size < 0 else f"of {size} bytes where {facts['bytes']} were written"
-        raise ValueError(f"{file}: not a readable FAISS index ({what}); {AGAIN}")
     # FAISS maps inverted lists by one flag and whatever lies in one block by another
     flag = faiss.IO_FLAG_MMAP if facts["factory"].startswith("IVF") else faiss.IO_FLAG_MMAP_IFC
     try:
         index = faiss.read_index(str(file), flag if mmap else 0)
     except (RuntimeError, MemoryError) as error:
         raise ValueError(f"{file}: not a readable FAISS index ({error}); {AGAIN}") from None
+    if index.ntotal != facts["count"]:
+        raise ValueError(f"{file}: holds {index.ntotal} vectors where {facts['count']} were written; {AGAIN}")
     if index.metric_type != faiss.METRIC_INNER_PRODUCT or index.d != facts["dim"]:
         raise ValueError(
             f"{file}: an index of {index.d} dimensions and metric {index.metric_type}; {facts['dim']} dimensions by "

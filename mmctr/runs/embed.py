@@ -14,10 +14,10 @@ from accelerate.utils import broadcast_object_list
 from mmctr.data.content import ItemContent
 from mmctr.data.embedding_export import begun_identity, write_embeddings
 from mmctr.data.embedding_identity import EmbeddingIdentity
-from mmctr.data.embeddings import EmbeddingTable
+from mmctr.data.embeddings import EmbeddingTable, read_items
 from mmctr.data.tables import as_text
 from mmctr.evaluation.predict import Modality, embed_batch, embed_items
-from mmctr.files import fingerprint, read_json
+from mmctr.files import fingerprint
 from mmctr.run_folder import RunFolder
 from mmctr.runs.content import item_content, open_data
 from mmctr.runs.finished import load_encoder
@@ -112,7 +112,7 @@ def embed_run(
         wait=accelerator.wait_for_everyone,
     )
     if accelerator.is_main_process:
-        manifest = read_json(Path(out) / "manifest.json")
+        manifest, _ = read_items(Path(out))
         logger.info(f"{out}: {manifest['vectors']} vectors, {manifest['without content']} items without content")
     return new
 

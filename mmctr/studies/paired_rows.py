@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet
@@ -12,7 +11,7 @@ import pyarrow.parquet
 from mmctr.evaluation.metrics import paired_samples
 from mmctr.evaluation.user_resampling import interval
 from mmctr.reports.run import Estimate, Interval, read_predictions
-from mmctr.run_folder import RunFolder
+from mmctr.run_folder import AGAIN, RunFolder
 from mmctr.studies.config import StudyConfig
 from mmctr.studies.intervals import mean_interval
 from mmctr.studies.result_types import Difference, GapClosed, MethodDifference
@@ -47,9 +46,7 @@ class PairedRows:
         for cell in cells:
             table = read_predictions(cell.folder)
             if table is None:
-                raise ValueError(
-                    f"{cell.folder}: has no predictions.parquet; write it with `mmctr evaluate {cell.folder}`"
-                )
+                raise ValueError(f"{cell.folder}: has no predictions.parquet; {AGAIN}")
             first = table if first is None else first
             if not all(table[key].equals(first[key]) for key in ("user", "item", "label", "cold")):
                 raise ValueError(
@@ -57,7 +54,7 @@ class PairedRows:
                     f"between the two; delete the older one of them and start the study again"
                 )
             scores[cell.method, cell.seed] = table["score"].to_numpy()
-            for stage, values in _read_stages(RunFolder(cell.folder).stages).items():
+            for stage, values in _read_stages(RunFolder(cell.folder)).items():
                 stage_scores.setdefault(stage, {})[cell.method, cell.seed] = values
         if first is None:
             raise ValueError("no finished cells: give at least one")
@@ -147,11 +144,12 @@ class PairedRows:
         return paired_samples(self.labels[mask], baseline_scores, method_scores, self.users[mask], self.study.bootstrap)
 
 
-def _read_stages(path: Path) -> dict[str, np.ndarray]:
+def _read_stages(run: RunFolder) -> dict[str, np.ndarray]:
     """Scores by stage of a run under a `staged` protocol; empty for other runs, which have no such file."""
-    if not path.is_file():
+    if not run.stages.is_file():
         return {}
-    table = pyarrow.parquet.read_table(path)
+    run.check_results(run.stages)
+    table = pyarrow.parquet.read_table(run.stages)
     return {stage: table[stage].to_numpy() for stage in table.column_names[3:]}  # after user, item and label
 
 

@@ -16,7 +16,7 @@ from mmctr.encoders.heads import HeadConfig
 from mmctr.encoders.variational_head import VariationalHead
 from mmctr.losses.objectives import ClipConfig, Objective, ObjectivesConfig, QueuedViews, Views
 from mmctr.run_folder import RunFolder
-from mmctr.tasks.folder import save_task, task_config, task_weights
+from mmctr.tasks.folder import load_weights, save_task, task_config, task_weights
 from mmctr.tasks.item_features import (
     ItemFeatures,
     ProjectionConfig,
@@ -386,5 +386,5 @@ class PretrainTask(Shareable, nn.Module):
         folder = Path(folder)
         config = PretrainTaskConfig.parse(task_config(folder, "pretrain"), source=str(RunFolder(folder).task))
         task = cls(config, RunFolder(folder).encoder)
-        task.load_state_dict(task_weights(folder))
+        load_weights(task, task_weights(folder), RunFolder(folder).weights)
         return task.eval()

@@ -31,7 +31,7 @@ from mmctr.layers.row_table import RowTable
 from mmctr.rankers.base import RankerInput, RankerOutput
 from mmctr.run_folder import RunFolder
 from mmctr.tasks.expert import Expert, same_content
-from mmctr.tasks.folder import save_task, task_config, task_weights
+from mmctr.tasks.folder import load_weights, save_task, task_config, task_weights
 from mmctr.tasks.pretrain import PretrainTask, PretrainTaskConfig
 from mmctr.tasks.ranking_config import RankingTaskConfig
 from mmctr.tasks.sharing import Shareable
@@ -300,7 +300,7 @@ class RankingTask(Shareable, nn.Module):
             ids = as_ids(read_table(files.catalog).column("item_id"), "item_id", folder)
         expert = None if config.make is None else read_expert(files.expert, vocabulary, table, ids)
         task = cls(config, vocabulary, table, encoder, ids, expert)
-        task.load_state_dict(weights)
+        load_weights(task, weights, files.weights)
         task.embedder.uses_generator = task.embedder.generator is not None
         return task.eval()
 

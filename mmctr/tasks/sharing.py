@@ -10,11 +10,18 @@ from typing import Any, Self
 
 import yaml
 
-from mmctr.files import read_json, write_json, write_text
+from mmctr.files import read_json, replace_folder, write_json, write_text
+from mmctr.manifests import require_replaceable
 from mmctr.run_folder import RunFolder
+from mmctr.tasks.folder import saved_task, write_task
 
 PATTERNS = ["*.safetensors", "*.json", "*.yaml", "*.parquet", "*.txt"]
 """patterns of the files that are downloaded from the hub: none of these files is code"""
+SAVED = (
+    *("model.safetensors", "config.yaml", "metrics.json", "README.md", "content.safetensors", "catalog.parquet"),
+    *("item_tables.parquet", "encoder", "vocabulary", "expert"),
+)
+"""names of the files and folders beside `task.json` in a folder of `save_pretrained`"""
 TEMPLATE = Path(__file__).with_name("templates") / "model_card.md"
 """Jinja template of the model card"""
 
@@ -47,15 +54,22 @@ class Shareable:
             name: title of the card; None: the name of the folder.
 
         Raises:
-            ValueError: the folder is a run folder, whose files would be overwritten.
+            ValueError: the folder is a run folder, or holds other files: it is replaced whole.
         """
         folder = Path(folder)
         files = RunFolder(folder)
         if files.log.exists() or files.checkpoints.exists():
             raise ValueError(f"{folder}: is a run folder itself; give another folder to save into")
-        folder.mkdir(parents=True, exist_ok=True)
+        require_replaceable(folder, files.task.name, SAVED, "saved task")
+        config, metrics = _of_run(run)
+        card = model_card(self, name or folder.resolve().name, config, metrics)
+        replace_folder(folder, lambda temporary: self._write(temporary, config, metrics, card))
+
+    def _write(self, folder: Path, config: dict[str, Any] | None, metrics: dict[str, Any] | None, card: str) -> None:
+        """Write the files of `save_pretrained` into an empty folder."""
+        files = RunFolder(folder)
         self.save(folder)
-        for path in (files.task, RunFolder(files.expert).task, files.encoder / "pretrain.json"):
+        for path in (RunFolder(files.expert).task, files.encoder / "pretrain.json"):
             if path.is_file():
                 write_json(path, without_paths(read_json(path)))
         for pattern in ("config.json", "tokenizer_config.json"):
@@ -64,12 +78,12 @@ class Shareable:
                 cleaned = {key: value for key, value in values.items() if key not in ("_name_or_path", "name_or_path")}
                 if cleaned != values:
                     write_json(path, cleaned)
-        config, metrics = _of_run(run)
         if config is not None:
             write_text(files.config, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
         if metrics is not None:
             files.write_metrics(metrics)
-        write_text(folder / "README.md", model_card(self, name or folder.resolve().name, config, metrics))
+        write_text(folder / "README.md", card)
+        write_task(without_paths(saved_task(folder).values), folder)
 
     @classmethod
     def from_pretrained(cls, name: str | Path, *, revision: str | None = None, token: str | bool | None = None) -> Self:

@@ -11,15 +11,47 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mmctr.distributed import spread_like
-from mmctr.files import read_json, replace_file, replace_folder, write_json
+from mmctr.files import replace_folder
+from mmctr.manifests import read_manifest, write_manifest
 from mmctr.tasks.folder import save_weights
 from mmctr.training.optimizers import load_optimizer_tensors, optimizer_tensors
 from mmctr.training.sharding import Sharding
 from mmctr.training.task import Task
 
+STATE = "state.json"
+"""manifest of a checkpoint, with the progress of the run"""
+CHECKPOINT = ("task.safetensors", "optimizer.safetensors")
+"""files of a checkpoint"""
+BEST = "best"
+"""folder of the weights of the best evaluation"""
+
+
+def save_weights_folder(task: Task, folder: Path) -> None:
+    """Write the weights of a task into a folder with digests, completely or not at all.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+
+    def write(temporary: Path) -> None:
+        save_weights(task, temporary / CHECKPOINT[0])
+        write_manifest(temporary / STATE, {}, CHECKPOINT[:1])
+
+    replace_folder(folder, write)
+
+
+def load_weights_folder(folder: Path) -> dict[str, Tensor]:
+    """The weights that `save_weights_folder` wrote, by name.
+
+    Raises:
+        ValueError: a file is missing or damaged.
+    """
+    read_manifest(folder / STATE, f"delete {folder.parent} to start the run anew").check(*CHECKPOINT[:1])
+    return load_file(folder / CHECKPOINT[0])
+
 
 class Checkpoints:
-    """The folders `step-N` (weights, optimizer, progress) and the file `best.safetensors` of a run, without pickle.
+    """The folders `step-N` (weights, optimizer, progress) and `best` (weights) of a run, without pickle.
 
     All processes call the methods; the main process writes.
 
@@ -54,7 +86,7 @@ class Checkpoints:
         def write(folder: Path) -> None:
             save_weights(task, folder / "task.safetensors")
             save_file(moments, folder / "optimizer.safetensors")
-            write_json(folder / "state.json", state | {"identity": self.identity})
+            write_manifest(folder / STATE, state | {"identity": self.identity}, CHECKPOINT)
 
         path = self.folder / f"step-{state['step']:09d}"
         try:
@@ -64,11 +96,9 @@ class Checkpoints:
                 f"cannot save the checkpoint {path}: {error}. Free some space, then start the same command again: "
                 f"it goes on from the checkpoint before"
             ) from error
-        # older checkpoints, and unfinished files of a killed process
-        for old in [*self._finished()[:-1], *self.folder.glob(".step-*")]:
+        # older checkpoints, and unfinished folders of a killed process
+        for old in [*self._finished()[:-1], *self.folder.glob(".step-*"), *self.folder.glob(".best.*")]:
             shutil.rmtree(old, ignore_errors=True)
-        for old in self.folder.glob(".best.*"):
-            old.unlink(missing_ok=True)
 
     def load(self, task: Task, optimizer: Any) -> dict[str, Any] | None:
         """Load the newest checkpoint into task and optimizer.
@@ -81,13 +111,15 @@ class Checkpoints:
             The progress that was saved; None where the run has no checkpoint.
 
         Raises:
-            ValueError: the checkpoint belongs to another config or dataset.
+            ValueError: the checkpoint is damaged, or belongs to another config or dataset.
         """
         finished = self._finished()
         if not finished:
             return None
-        state = read_json(finished[-1] / "state.json")
-        if state.pop("identity") != self.identity:
+        manifest = read_manifest(finished[-1] / STATE, f"delete {self.folder} to start the run anew")
+        manifest.check(*CHECKPOINT)
+        state = manifest.values
+        if state.pop("identity", None) != self.identity:
             raise ValueError(
                 f"{finished[-1]}: this checkpoint belongs to another config or dataset; choose another run_dir, or "
                 f"delete {self.folder.parent} to start anew"
@@ -102,11 +134,15 @@ class Checkpoints:
         """Write the weights of the best evaluation so far."""
         with self._writing() as writes:
             if writes:
-                replace_file(self.folder / "best.safetensors", lambda path: save_weights(task, path))
+                save_weights_folder(task, self.folder / BEST)
 
     def load_best(self, task: Task) -> None:
-        """Load the weights of the best evaluation into the task."""
-        task.load_state_dict(load_file(self.folder / "best.safetensors"))
+        """Load the weights of the best evaluation into the task.
+
+        Raises:
+            ValueError: the weights are damaged.
+        """
+        task.load_state_dict(load_weights_folder(self.folder / BEST))
 
     def _writing(self) -> AbstractContextManager[bool]:
         """Within the context the task is whole; the value says whether this process writes."""
@@ -114,4 +150,4 @@ class Checkpoints:
 
     def _finished(self) -> list[Path]:
         """The folders of complete checkpoints, oldest first."""
-        return sorted(path for path in self.folder.glob("step-*") if (path / "state.json").is_file())
+        return sorted(path for path in self.folder.glob("step-*") if (path / STATE).is_file())

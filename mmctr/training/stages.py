@@ -20,7 +20,6 @@ import pyarrow.parquet
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mmctr.config import Config
@@ -38,7 +37,7 @@ from mmctr.layers.row_table import RowTable
 from mmctr.rankers import GBDTLRConfig
 from mmctr.run_folder import RunFolder
 from mmctr.tasks import RankingTask, RankingTaskConfig
-from mmctr.tasks.folder import save_weights
+from mmctr.training.checkpoints import load_weights_folder, save_weights_folder
 from mmctr.training.context import RunContext
 from mmctr.training.generator_tasks import freeze, mean_users
 
@@ -205,22 +204,22 @@ def train_stages(
     task = add_item_rows(task, item_ids.take(pa.array(new)), items.to(device))
     data = data_of(task.vocabulary)
     folder = context.folder.checkpoints
-    finished = [name for name in splits.stages if (folder / f"{name}.safetensors").is_file()]
+    finished = [name for name in splits.stages if (folder / name).is_dir()]
     accelerator.wait_for_everyone()  # all processes have listed the files before one process writes
     test, scores = data.collator(splits.test), {}
     for number, (name, part) in enumerate(splits.stages.items()):
-        path = folder / f"{name}.safetensors"
+        path = folder / name
         if task.embedder.gate is not None:
             rows = torch.from_numpy(data.id_rows[part.item[part.label == 1]])
             task.embedder.gate.clicks += torch.bincount(rows, minlength=first + len(new)).to(device)
         if name in finished:
-            task.load_state_dict(load_file(path))
+            task.load_state_dict(load_weights_folder(path))
         else:
             loss = train_stage(task, data.collator(part), first, config, stream_seed(seed, "stage", number), device)
             logger.info(f"{name}: {len(part)} rows of {len(new)} new items, log loss {loss:.4f}")
             if accelerator.is_main_process:
                 folder.mkdir(parents=True, exist_ok=True)
-                replace_file(path, lambda out, trained=task: save_weights(trained, out))
+                save_weights_folder(task, path)
         so_far = list(splits.stages.values())[: number + 1]
         with _warmed(task, data, so_far, first, items.to(device)):
             scores[name] = predict(task, test, accelerator)

@@ -98,7 +98,7 @@ def test_a_broken_shard_is_named(tmp_path):
     write(tmp_path / "e")
     shard = tmp_path / "e" / "vectors-00001.safetensors"
     shard.write_bytes(shard.read_bytes()[:-5])
-    with pytest.raises(ValueError, match="a shard cannot be read"):
+    with pytest.raises(ValueError, match=r"vectors-00001\.safetensors: damaged"):
         EmbeddingTable.read(tmp_path / "e")
 
 

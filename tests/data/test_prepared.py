@@ -8,6 +8,7 @@ import pytest
 
 from mmctr.data.prepare import open_dataset, prepare
 from tests.data.test_prepare import ITEMS, LOG, rows
+from tests.helpers.damage import rewrite
 from tests.helpers.worlds import write_dataset
 
 
@@ -39,17 +40,19 @@ def test_open_dataset_uses_the_cache_and_prepared_folders(tmp_path, cache_folder
 
 def test_what_prepare_does_not_overwrite(tmp_path):
     folder = write_dataset(tmp_path / "d", ITEMS, LOG)
-    with pytest.raises(ValueError, match=r"d: the folder is not empty and was not made by `mmctr prepare`"):
+    with pytest.raises(ValueError, match=r"d: the folder is not empty, and would be replaced: no prepared"):
         prepare(folder, folder)
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(ValueError, match="file: the folder is not empty"):
+    with pytest.raises(ValueError, match="file: is a file; choose another --out"):
         prepare(folder, tmp_path / "file")
     out = prepare(folder, tmp_path / "out").folder
     with pytest.raises(ValueError, match="out: is a prepared folder already"):
         prepare(out, tmp_path / "again")
     (out / "my results.txt").write_text("mine")
     write_dataset(folder, ITEMS | {"title": ["other", "new", "titles"]})
-    with pytest.raises(ValueError, match=r"out: .*choose another --out \(it would replace 'my results.txt'\)"):
+    with pytest.raises(
+        ValueError, match=r"out: .*would be replaced: 'my results.txt' is none of its files; choose another --out"
+    ):
         prepare(folder, out)
     assert (out / "my results.txt").read_text() == "mine"
 
@@ -65,7 +68,6 @@ def test_a_failure_leaves_the_old_prepared_folder(tmp_path):
 
 def test_a_folder_of_another_version_is_named(tmp_path):
     out = prepare(write_dataset(tmp_path / "d", ITEMS), tmp_path / "out").folder
-    text = (out / "prepared.json").read_text().replace('"format": 1', '"format": 99')
-    (out / "prepared.json").write_text(text)
+    rewrite(out / "prepared.json", {"format": 99})
     with pytest.raises(ValueError, match=r"out: prepared by another version \(format 99\); run `mmctr prepare` again"):
         open_dataset(out)

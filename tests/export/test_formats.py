@@ -56,7 +56,7 @@ def test_datasets(source, tmp_path):
     np.testing.assert_array_equal(loaded.with_format("numpy")["vector"][:], VECTORS)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
-    with pytest.raises(ValueError, match="mine: exists and holds no dataset"):
+    with pytest.raises(ValueError, match="mine: the folder is not empty, and would be replaced: no exported dataset"):
         export(path, "datasets", tmp_path / "mine")
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
 

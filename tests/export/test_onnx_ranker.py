@@ -188,7 +188,8 @@ def test_what_cannot_be_exported_is_one_line(world, tmp_path, capsys, monkeypatc
     assert "not the folder of a finished run" in refused(tmp_path, "--out", tmp_path / "o")
     run = save_run(world, make_task(world, RANKERS["lr"]), tmp_path / "run")
     (tmp_path / "full").mkdir()
-    assert "holds no earlier ONNX export" in refused(run, "--out", tmp_path / "full")
+    (tmp_path / "full" / "thesis.txt").write_text("precious")
+    assert "would be replaced: no ONNX export of mmctr" in refused(run, "--out", tmp_path / "full")
     monkeypatch.setattr("mmctr.export.onnx_export.find_spec", lambda name: None if name == "onnxruntime" else name)
     assert "needs onnxruntime: pip install 'mmctr[onnx]'" in refused(run, "--out", tmp_path / "o")
 

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from mmctr.evaluation.metrics import ranking_report
+from mmctr.run_folder import RunFolder
 
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(20)
 
@@ -26,12 +27,12 @@ def make_run(folder: Path, skill: float, rows: int = 900, seed: int = 0, cold_sk
     metrics = ranking_report(labels, scores, users, cold, clicks, num_bootstrap=20)
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump({"data": {"path": "data/toy"}, "name": folder.name}))
-    (folder / "metrics.json").write_text(json.dumps({"test": metrics, "validation": metrics, "seconds": 3}))
     log = [{"step": step, "epoch": step / 100, "loss": 0.7 - step / 1000, "click": 0.5} for step in range(0, 400, 10)]
     log += [{"step": step, "epoch": 1, "validation": {"gauc": 0.5 + step / 4000, "auc": 0.6}} for step in (100, 300)]
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
     columns = {"user": users, "item": np.arange(rows), "label": labels, "score": scores, "cold": cold, "clicks": clicks}
     pq.write_table(pa.table(columns), folder / "predictions.parquet")
+    RunFolder(folder).write_metrics({"test": metrics, "validation": metrics, "seconds": 3})
     return folder
 
 
@@ -63,6 +64,6 @@ class Page(HTMLParser):
 
 
 def edit_metrics(folder: Path, change) -> None:
-    metrics = json.loads((folder / "metrics.json").read_text())
+    metrics = RunFolder(folder).read_metrics()
     change(metrics)
-    (folder / "metrics.json").write_text(json.dumps(metrics))
+    RunFolder(folder).write_metrics(metrics)

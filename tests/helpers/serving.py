@@ -16,6 +16,7 @@ from mmctr.features.ranking_data import RankingData
 from mmctr.features.vocabulary import FeatureConfigs, RankingVocabulary
 from mmctr.files import write_json
 from mmctr.layers.dice import Dice
+from mmctr.run_folder import RunFolder
 from mmctr.tasks import RankingTask, RankingTaskConfig
 from tests.helpers.worlds import write_dataset
 
@@ -128,11 +129,11 @@ def look_trained(module: nn.Module, scale: float = 0.4) -> Any:
 
 def save_run(world: ServingWorld, task: RankingTask, run: Path) -> Path:
     """The folder as `finetune.train` leaves it, as far as later commands read it. JSON is YAML."""
-    task.save(run)
     config = {"data": {"path": str(world.folder)}, "split": {"name": "cold_items", "cold": 0.2}, "run_dir": str(run)}
     write_json(run / "config.yaml", config | {"task": task.config.model_dump(mode="json")})
+    task.save(run)
     numbers = {"auc": 0.7123, "gauc": 0.65, "log_loss": 0.5, "num_impressions": 60}
-    write_json(run / "metrics.json", {"test": {"all": numbers, "warm": numbers, "cold": numbers, "buckets": []}})
+    RunFolder(run).write_metrics({"test": {"all": numbers, "warm": numbers, "cold": numbers, "buckets": []}})
     return run
 
 

@@ -22,6 +22,7 @@ from mmctr.studies.result_types import (
     StageSummary,
 )
 from mmctr.studies.runner import Outcome, study_cells
+from tests.helpers.damage import rewrite
 from tests.helpers.tiny import finetune_values, start, write_config
 
 SUMMARY = SeedSummary(0.6, 0.5, 0.7, [0.5, None, 0.7])
@@ -81,6 +82,7 @@ def with_scores(out: Path, change: Callable[[str, int, dict], np.ndarray]) -> No
         table = pq.read_table(path)
         place = table.column_names.index("score")
         pq.write_table(table.set_column(place, "score", [columns["score"]]), path)
+        rewrite(path.with_name("metrics.json"), {})
 
 
 def kept(study: StudyConfig, out: Path) -> list[Outcome]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -9,6 +11,8 @@ import pytest
 
 from mmctr.evaluation.metrics import paired_difference
 from mmctr.reports.run import PairedDifference, load_runs
+from mmctr.run_folder import RunFolder
+from tests.helpers.damage import rewrite
 from tests.helpers.pages import edit_metrics, make_run
 
 
@@ -45,6 +49,11 @@ def test_equal_names_get_their_parents(tmp_path):
     assert names == ["a/din", "b/din", "a/din (2)"]
 
 
+def strange_predictions(run: Path) -> None:
+    pq.write_table(pa.table({"user": [1]}), run / "predictions.parquet")
+    rewrite(run / "metrics.json", {})
+
+
 @pytest.mark.parametrize(
     ("breaks", "message"),
     [
@@ -52,10 +61,10 @@ def test_equal_names_get_their_parents(tmp_path):
         (lambda run: (run / "config.yaml").write_text("a: [1"), "not valid YAML"),
         (lambda run: (run / "metrics.json").unlink(), "not finished.*no metrics.json.*mmctr evaluate"),
         (lambda run: (run / "metrics.json").write_text("{"), "not valid JSON"),
-        (lambda run: (run / "metrics.json").write_text('{"R@1": 0.5}'), "no test.all.*pretraining.*finetune.train"),
+        (lambda run: RunFolder(run).write_metrics({"R@1": 0.5}), "no test.all.*pretraining.*finetune.train"),
         (lambda run: edit_metrics(run, lambda m: m["test"].pop("cold")), "no test.cold"),
-        (lambda run: pq.write_table(pa.table({"user": [1]}), run / "predictions.parquet"), "cannot read.*evaluate"),
-        (lambda run: (run / "predictions.parquet").write_bytes(b"no"), "cannot read.*evaluate"),
+        (lambda run: (run / "predictions.parquet").write_bytes(b"no"), "predictions.parquet: damaged.*run the recipe"),
+        (lambda run: strange_predictions(run), "cannot read the columns.*run the recipe again"),
     ],
 )
 def test_folder_that_is_no_finished_run_is_named(folders, breaks, message):

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from concurrent.futures import ThreadPoolExecutor
 
 import faiss
@@ -13,6 +12,7 @@ from mmctr.retrieval.index import ItemIndex
 from mmctr.retrieval.merging import merge
 from mmctr.retrieval.storage import columns_of
 from mmctr.retrieval.tuning import Wanted, choose_factory, num_lists
+from tests.helpers.damage import rewrite
 
 N, D = 60, 8
 MANY = 24_000
@@ -96,7 +96,7 @@ def test_saved_and_loaded(tmp_path):
     index.save(tmp_path / "index")  # an index may be replaced
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").write_text("precious")
-    with pytest.raises(ValueError, match="not empty and holds no index"):
+    with pytest.raises(ValueError, match="would be replaced: no index of mmctr"):
         index.save(tmp_path / "other")
     assert (tmp_path / "other" / "file").read_text() == "precious"
 
@@ -114,12 +114,12 @@ def test_a_broken_index_is_refused(tmp_path):
     whole = file.read_bytes()
     for content in (whole[:-100], whole[:10], b"", b"hello", bytes(len(whole)), b"\x00" * 100 + whole[100:]):
         file.write_bytes(content)
-        with pytest.raises(ValueError, match=r"index\.faiss: not a readable FAISS index.*mmctr index"):
+        with pytest.raises(ValueError, match=r"index\.faiss: (damaged|missing).*mmctr index"):
             ItemIndex.load(tmp_path / "i")
     small = table()
     ItemIndex.build(EmbeddingTable(small.ids[:5], small.vectors[:5])).save(tmp_path / "small")
     file.write_bytes((tmp_path / "small" / "index.faiss").read_bytes())
-    with pytest.raises(ValueError, match=r"index\.faiss: not a readable FAISS index \(of .* bytes where"):
+    with pytest.raises(ValueError, match=r"index\.faiss: damaged"):
         ItemIndex.load(tmp_path / "i")
     with pytest.raises(ValueError, match="no such embedding folder"):
         ItemIndex.load(tmp_path / "nowhere")
@@ -314,26 +314,34 @@ def test_changes_that_cannot_be_made(tmp_path):
 
 def test_foreign_files_are_refused(tmp_path, indexes):
     indexes["IVF64,Flat"].save(tmp_path / "i")
-    file, facts = tmp_path / "i" / "index.faiss", json.loads((tmp_path / "i" / "index.json").read_text())
+    file = tmp_path / "i" / "index.faiss"
 
     def put(index):
         faiss.write_index(index, str(file))
-        (tmp_path / "i" / "index.json").write_text(json.dumps(facts | {"bytes": file.stat().st_size}))
+        rewrite(tmp_path / "i" / "index.json", {})
 
-    put(faiss.index_factory(8, "Flat", faiss.METRIC_INNER_PRODUCT))
+    def filled(index):
+        index.add(np.zeros((24000, index.d), np.float32))
+        return index
+
+    put(filled(faiss.index_factory(8, "Flat", faiss.METRIC_INNER_PRODUCT)))
     with pytest.raises(ValueError, match=r"8 dimensions and metric 0; 16 dimensions by inner product are expected"):
         ItemIndex.load(tmp_path / "i")
-    put(faiss.IndexFlatL2(16))
+    put(filled(faiss.IndexFlatL2(16)))
     with pytest.raises(ValueError, match="metric 1"):
         ItemIndex.load(tmp_path / "i")
     put(faiss.IndexFlatIP(16))
-    with pytest.raises(ValueError, match="holds 0 vectors but there are 24000 ids"):
+    with pytest.raises(ValueError, match="holds 0 vectors where 24000 were written"):
         ItemIndex.load(tmp_path / "i")
+    put(filled(faiss.IndexFlatIP(16)))
     (tmp_path / "i" / "rows.npz").write_bytes(b"PK")
+    with pytest.raises(ValueError, match=r"rows\.npz: damaged"):
+        ItemIndex.load(tmp_path / "i")
+    rewrite(tmp_path / "i" / "index.json", {})
     with pytest.raises(ValueError, match=r"rows\.npz: cannot be read"):
         ItemIndex.load(tmp_path / "i")
     (tmp_path / "i" / "index.json").write_text("[]")
-    with pytest.raises(ValueError, match="not an index of this version"):
+    with pytest.raises(ValueError, match="holds no digests of files"):
         ItemIndex.load(tmp_path / "i")
 
 

@@ -14,6 +14,7 @@ from mmctr.cli.main import main
 from mmctr.data.batches import ItemBatch
 from mmctr.data.embeddings import EmbeddingTable
 from mmctr.export.onnx_encoder import cosines, drawn_inputs
+from mmctr.manifests import write_manifest
 from mmctr.runs import embed as embed_module
 from mmctr.runs.precision import Measured, choose, lower
 from tests.export.test_onnx_encoder import save_run, task_of
@@ -112,7 +113,7 @@ def test_auto_is_one_precision_for_good(run, tmp_path, monkeypatch, capsys):
     before = EmbeddingTable.read(out).vectors
     # as if killed before the last shard
     (out / "manifest.json").unlink()
-    (out / "begun.json").write_text(json.dumps(first["identity"] | {"facts": first["facts"]}))
+    write_manifest(out / "begun.json", {"identity": first["identity"], "facts": first["facts"]}, [])
     sorted(out.glob("vectors-*"))[-1].unlink()
     monkeypatch.setattr(embed_module, "choose", lambda *_: pytest.fail("measured again"))
     assert embed(run, out, "--precision", "auto") == first

@@ -12,6 +12,7 @@ from mmctr.studies.config import StudyConfig
 from mmctr.studies.result_types import StudyResults
 from mmctr.studies.results import study_results
 from mmctr.studies.table import study_table
+from tests.helpers.damage import rewrite
 from tests.helpers.studies import kept, with_scores, write_study
 
 pytestmark = pytest.mark.slow
@@ -57,6 +58,7 @@ def test_a_star_takes_users_enough(copied_study):
             user, label = (table[name].to_numpy() for name in ("user", "label"))
             both = [one for one in np.unique(user) if len(set(label[user == one])) == 2][:count]
             pq.write_table(table.filter(np.isin(user, both)), path)
+            rewrite(path.with_name("metrics.json"), {})
         return study_results(study, kept(study, out))
 
     for count, stars in ((12, True), (4, False)):
@@ -98,8 +100,9 @@ def test_runs_on_other_rows_and_without_predictions_are_named(copied_study):
     path = out / "runs" / "held_out" / "content" / "seed0" / "predictions.parquet"
     table = pq.read_table(path)
     pq.write_table(table.slice(1), path)
+    rewrite(path.with_name("metrics.json"), {})
     with pytest.raises(ValueError, match=r"content/seed0: its test rows are not those of .*ids/seed0"):
         study_results(study, kept(study, out))
     path.unlink()
-    with pytest.raises(ValueError, match=r"content/seed0: has no predictions.parquet; write it with `mmctr evaluate"):
+    with pytest.raises(ValueError, match=r"content/seed0: has no predictions.parquet; run the recipe again"):
         study_results(study, kept(study, out))

@@ -17,6 +17,7 @@ from mmctr.studies.config import StudyConfig
 from mmctr.studies.controls import factor_table
 from mmctr.studies.results import study_results
 from mmctr.studies.runner import run_study
+from tests.helpers.damage import rewrite
 from tests.helpers.studies import Launcher, write_study
 from tests.helpers.tiny import log_lines
 
@@ -78,6 +79,7 @@ def test_command_goes_on_after_a_failed_cell_and_exits_with_1(finished_study, to
         )
     config = out / "runs" / "held_out" / "content" / "seed0" / "config.yaml"
     config.write_text(config.read_text().replace(str(finished_study[1] / "out"), str(out)))
+    rewrite(config.with_name("task.json"), {})
     with pytest.raises(SystemExit) as caught:
         main(["coldstart", str(path), "--json", f"--html={tmp_path}/page.html", f"--figures={tmp_path}/svg"])
     said = capsys.readouterr()

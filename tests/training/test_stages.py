@@ -111,7 +111,7 @@ def test_mwuf_warms_vectors_by_the_users_of_the_stages_so_far(world, tmp_path):
 def test_stages_train_the_rows_of_new_items_alone(world, tmp_path):
     task, _ = task_of(world)
     stages_of(world, task, tmp_path)
-    trained = load_file(tmp_path / "checkpoints" / "warm_c.safetensors")
+    trained = load_file(tmp_path / "checkpoints" / "warm_c" / "task.safetensors")
     known = len(task.vocabulary.item_ids) + 1
     for key, value in task.state_dict().items():
         torch.testing.assert_close(trained[key][: len(value)] if value.ndim else trained[key], value, rtol=0, atol=0)
@@ -119,7 +119,7 @@ def test_stages_train_the_rows_of_new_items_alone(world, tmp_path):
     assert len(fresh) == len(np.unique(world[1].test.item)) and (fresh != 0.3).any(1).all()
 
     stages_of(world, task, tmp_path / "all", trains="all", lr=1e-3)
-    everything = load_file(tmp_path / "all" / "checkpoints" / "warm_a.safetensors")
+    everything = load_file(tmp_path / "all" / "checkpoints" / "warm_a" / "task.safetensors")
     assert (everything["ranker.mlp.0.weight"] != trained["ranker.mlp.0.weight"]).any()
 
 
@@ -154,7 +154,7 @@ def test_a_step_costs_the_new_rows_whatever_the_table(world, tmp_path, monkeypat
         optimizer.step()
         optimizer.zero_grad()
     stages_of(world, task, tmp_path / "small", batch_size=16)
-    trained = load_file(tmp_path / "small" / "checkpoints" / "warm_a.safetensors")
+    trained = load_file(tmp_path / "small" / "checkpoints" / "warm_a" / "task.safetensors")
     torch.testing.assert_close(trained["embedder.ids.weight"], ids.detach(), rtol=1e-5, atol=1e-6)
 
 
