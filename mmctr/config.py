@@ -15,13 +15,16 @@ import difflib
 import typing
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mmctr.files import YamlLoader, read_yaml, write_text
 from mmctr.shipped import find_config, shipped_config
+
+Width = Annotated[int, Field(ge=1)]
+"""number of units of a layer, of dimensions or of values"""
 
 
 class Config(BaseModel):
@@ -66,6 +69,8 @@ class Config(BaseModel):
         Raises:
             ValueError: a key or value is invalid.
         """
+        if not isinstance(values, dict):
+            raise ValueError(f"{source}: a config is a mapping of keys to values, found {type(values).__name__}")
         try:
             return cls.model_validate(values)
         except ValidationError as error:

@@ -173,13 +173,17 @@ class RunFolder:
         """Write the metrics of the run, which marks the run as finished, with digests of the predictions."""
         write_manifest(self.metrics, values, [path.name for path in (self.predictions, self.stages) if path.is_file()])
 
-    def check_results(self, path: Path) -> None:
-        """Check that `predictions` or `stages` is as it was when the metrics were written.
+    def has_results(self, path: Path) -> bool:
+        """Whether the run has written `predictions` or `stages`, which are then checked.
 
         Raises:
-            ValueError: the file was changed, or the run has not finished.
+            ValueError: the file was changed or is missing, or the run has not finished.
         """
-        self._measured().check(path.name)
+        measured = self._measured()
+        if path.name not in measured.digests:
+            return False
+        measured.check(path.name)
+        return True
 
     def _measured(self) -> Manifest:
         return read_manifest(self.metrics, AGAIN)

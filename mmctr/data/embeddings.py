@@ -193,6 +193,7 @@ def read_items(folder: Path) -> tuple[dict[str, Any], pa.Table]:
     for name in names:
         if not isinstance(name, str) or not NAMES.fullmatch(name):
             raise ValueError(f"{manifest.path}: names the file {name!r}, which is none of an embedding folder; {AGAIN}")
+    identity_of(values, str(manifest.path))
     manifest.check(*names)
     return values, read_table(folder / items_file(values), ("item_id",))
 
@@ -274,9 +275,17 @@ def _read_parquet(path: Path) -> EmbeddingTable:
     return _checked(as_ids(table.column("item_id"), "item_id", path), values.reshape(len(table), -1), path)
 
 
-def identity_of(manifest: dict[str, Any]) -> EmbeddingIdentity:
-    """The identity of the vectors that a manifest describes; all facts are unknown for vectors of another program."""
-    return EmbeddingIdentity.from_json(manifest.get("identity", {}))
+def identity_of(manifest: dict[str, Any], source: str = "manifest.json") -> EmbeddingIdentity:
+    """The identity of the vectors that a manifest describes; all facts are unknown for vectors of another program.
+
+    Args:
+        manifest: the manifest of the vectors.
+        source: name of the file, for the error message.
+
+    Raises:
+        ValueError: the entry `identity` is malformed.
+    """
+    return EmbeddingIdentity.from_json(manifest.get("identity", {}), source)
 
 
 def items_file(manifest: dict[str, Any]) -> str:

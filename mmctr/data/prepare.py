@@ -109,12 +109,16 @@ class Dataset:
         self._check(name)
         return read_table(path)
 
+    def _has_log(self) -> bool:
+        """Whether the dataset was prepared with a click log."""
+        return "interactions" in self.report
+
     def _check(self, *names: str) -> None:
         if (self.folder / MANIFEST).is_file():  # a dataset made in memory has no files
             read_manifest(self.folder / MANIFEST, AGAIN).check(*names)
 
     def _log_path(self, name: str) -> Path:
-        if not (self.folder / name).exists():
+        if not (self.folder / name).exists() and not self._has_log():
             raise ValueError(f"{self.report['source']}: there is no interactions table; a ranker needs a click log")
         return self.folder / name
 

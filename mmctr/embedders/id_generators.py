@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from mmctr.config import Config
+from mmctr.config import Config, Width
 
 
 class NoColdIds(Config):
@@ -36,7 +36,7 @@ class MetaEmbeddingConfig(GeneratorConfig):
     """Meta-Embedding (Pan et al. 2019): a generated vector that ranks well, and better after one gradient step."""
 
     name: Literal["meta_embedding"] = "meta_embedding"
-    hidden: list[int] = [64]
+    hidden: list[Width] = [64]
     """hidden sizes of the generator"""
     rows: int = Field(default=10, ge=1)
     """training rows of an item in each of the two batches of the item; old items with fewer than twice as many rows are
@@ -53,7 +53,7 @@ class MWUFConfig(GeneratorConfig):
     by a function of the users of the item."""
 
     name: Literal["mwuf"] = "mwuf"
-    hidden: list[int] = [64]
+    hidden: list[Width] = [64]
     """hidden sizes of the scaling and of the shifting network"""
 
 
@@ -64,7 +64,7 @@ class CVARConfig(GeneratorConfig):
     name: Literal["cvar"] = "cvar"
     latent: int = Field(default=16, ge=1)
     """size Z of the latent vectors"""
-    hidden: list[int] = []
+    hidden: list[Width] = []
     """hidden sizes of both encoders and of the decoder; the code of the authors has no hidden layers"""
     reconstruction: float = Field(default=1.0, ge=0)
     """weight of the squared error of an ID vector decoded from the latent of the same ID vector"""

@@ -13,7 +13,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from mmctr.config import Config
+from mmctr.config import Config, Width
 from mmctr.data.batches import BehaviorBatch, ItemBatch
 from mmctr.embedders.content_adapter import ClickGate, ContentAdapter
 from mmctr.embedders.feature_embedder import FeatureEmbedder
@@ -42,7 +42,7 @@ class ContentTable(Config):
     concatenated"""
     dim: int = Field(default=64, ge=1)
     """size of the content vector after the adapter"""
-    hidden: list[int] = [128]
+    hidden: list[Width] = [128]
     """hidden sizes of the adapter"""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """dropout of the hidden layers of the adapter"""
@@ -77,7 +77,7 @@ class ContentEncoder(Config):
     """whether the encoder gets no gradient; the ranker then equals one with a `table` of the vectors of the same run"""
     dim: int = Field(default=64, ge=1)
     """size of the content vector after the adapter"""
-    hidden: list[int] = [128]
+    hidden: list[Width] = [128]
     """hidden sizes of the adapter"""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """dropout of the hidden layers of the adapter"""

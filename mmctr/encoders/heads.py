@@ -24,6 +24,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.func import functional_call
 
+from mmctr.config import Width
 from mmctr.distributed import gather_rows
 from mmctr.encoders.variational_head import BaseHeadConfig, VariationalHead, _mlp
 from mmctr.losses.variational import (
@@ -128,7 +129,7 @@ class FactorVAEConfig(BaseHeadConfig):
     name: Literal["factor_vae"] = "factor_vae"
     gamma: float = Field(default=30.0, ge=0)
     """weight of the total correlation"""
-    discriminator: list[int] = [256, 256]
+    discriminator: list[Width] = [256, 256]
     """hidden sizes of the discriminator, whose learning rate is `fit.optimizer.groups.discriminator.lr`"""
 
     def build(self, image_dim: int, text_dim: int) -> FactorVAE:

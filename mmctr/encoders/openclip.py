@@ -12,7 +12,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from mmctr.encoders.base import EncoderBase, EncoderOptions, TowerMode
-from mmctr.encoders.sources import check_open_clip, check_tokenizer, config_of_folder
+from mmctr.encoders.sources import check_open_clip, check_preprocessing, check_tokenizer, config_of_folder
 from mmctr.files import read_json, write_json
 
 CONFIG_NAME = "open_clip_config.json"
@@ -145,7 +145,8 @@ def _from_folder(folder: Path) -> tuple[Any, Any, dict[str, Any]]:
     architecture = config.get("model_cfg") if isinstance(config, dict) else None
     check_open_clip(architecture, str(path), own=False)
     assert architecture is not None
-    text, preprocess = architecture["text_cfg"], config.get("preprocess_cfg") or {}
+    text, preprocess = architecture["text_cfg"], config.get("preprocess_cfg", {})
+    check_preprocessing(preprocess, str(path))
     if text.get("hf_tokenizer_name"):
         check_tokenizer(folder)
         text = text | {"hf_tokenizer_name": str(folder)}

@@ -147,6 +147,23 @@ def check_open_clip(model_config: Any, source: str, own: bool) -> None:
         _check_names(model_config, source)
 
 
+def check_preprocessing(values: Any, source: str) -> None:
+    """Check mean, standard deviation and size of the pictures in a config of open_clip.
+
+    Raises:
+        ValueError: a value is of another type; the message names the source, the key and the value.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"{source}: preprocess_cfg is {values!r}, not an object of options")
+    for key, value in values.items():
+        numbers = value if isinstance(value, list) else [value]
+        is_number = all(isinstance(part, int | float) and not isinstance(part, bool) for part in numbers)
+        wrong = key in ("mean", "std") and not (is_number and isinstance(value, list) and len(value) == 3)
+        wrong = wrong or (key == "size" and not (is_number and len(numbers) in (1, 2) and min(numbers) > 0))
+        if wrong or (key in ("mode", "interpolation", "resize_mode") and not isinstance(value, str)):
+            raise ValueError(f"{source}: preprocess_cfg: {key} is {value!r}; it is no such value of pictures")
+
+
 def _check_names(model_config: dict[str, Any], source: str) -> None:
     """Raise ValueError where a foreign config of open_clip names an image tower that timm itself does not hold."""
     name = model_config["vision_cfg"].get("timm_model_name")

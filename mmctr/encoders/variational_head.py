@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from mmctr.config import Config
+from mmctr.config import Config, Width
 from mmctr.distributed import gather_rows
 from mmctr.losses.variational import (
     ACTIVE_VARIANCE,
@@ -28,7 +28,7 @@ class BaseHeadConfig(Config):
 
     dim: int = Field(default=10, ge=1)
     """number of latent dimensions"""
-    hidden: list[int] = [64]
+    hidden: list[Width] = [64]
     """hidden sizes of the inference networks; the networks that reconstruct the features have the sizes in reverse"""
     weight: float = Field(default=1.0, gt=0)
     """factor on the terms of the head in the loss"""

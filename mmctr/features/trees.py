@@ -20,7 +20,9 @@ from mmctr.config import Config
 from mmctr.data.batches import Features, Jagged
 from mmctr.data.hashing import stream_seed
 from mmctr.features.columns import BehaviorView, FeatureColumns, known_values, pooled_by
-from mmctr.files import read_json, write_json
+from mmctr.features.lightgbm_text import checked_model
+from mmctr.manifests import read_manifest, require_types, write_manifest
+from mmctr.run_folder import AGAIN
 
 LEAVES = "gbdt_leaves"
 """name of the context feature that holds the leaves"""
@@ -296,7 +298,7 @@ class Trees:
             "model": self.model,
         }
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "trees.json", values)
+        write_manifest(folder / "trees.json", values, [])
 
     @staticmethod
     def are_saved(folder: Path) -> bool:
@@ -310,12 +312,41 @@ class Trees:
         Raises:
             ValueError: the file is missing or damaged, or LightGBM is not installed.
         """
-        values = read_json(folder / "trees.json")
+        path = folder / "trees.json"
+        values = read_manifest(path, AGAIN).values
+        optional = (list, type(None))
+        require_types(
+            values,
+            path,
+            item=list,
+            impression=list,
+            top=dict,
+            mean=optional,
+            components=optional,
+            num_leaves=int,
+            model=str,
+        )
         projection = None
         if values["mean"] is not None:
-            projection = Projection(np.array(values["mean"]), np.array(values["components"]))
+            try:
+                projection = Projection(np.array(values["mean"], float), np.array(values["components"], float))
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{path}: mean and components are no numbers ({error}); {AGAIN}") from None
+            if projection.mean.ndim != 1 or projection.components.shape[:1] != projection.mean.shape:
+                raise ValueError(f"{path}: mean and components do not fit each other; {AGAIN}")
+        for names in (values["item"], values["impression"], list(values["top"])):
+            if not all(isinstance(name, str) for name in names):
+                raise ValueError(f"{path}: a name of a feature is no text; {AGAIN}")
+        if not all(isinstance(top, list) and all(isinstance(v, int) for v in top) for top in values["top"].values()):
+            raise ValueError(f"{path}: top holds something else than numbers of values; {AGAIN}")
         columns = TreeColumns(values["item"], values["impression"], values["top"], projection)
-        booster = _lightgbm().Booster(model_str=values["model"])
+        try:
+            model = checked_model(values["model"], most_leaves=values["num_leaves"])
+            booster = _lightgbm().Booster(model_str=model)
+        except _lightgbm().basic.LightGBMError as error:
+            raise ValueError(f"{path}: LightGBM cannot read the model ({error}); {AGAIN}") from None
+        except ValueError as error:
+            raise ValueError(f"{path}: the model {error}; {AGAIN}") from None
         return cls(columns, values["model"], booster, values["num_leaves"])
 
 

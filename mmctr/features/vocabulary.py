@@ -13,7 +13,7 @@ from pydantic import model_validator
 from mmctr.config import Config
 from mmctr.data.prepare import Dataset
 from mmctr.data.splits import Splits
-from mmctr.data.tables import one_array, rows_of
+from mmctr.data.tables import one_array, read_table, rows_of
 from mmctr.features.columns import (
     FeatureConfig,
     NumericFeature,
@@ -23,6 +23,7 @@ from mmctr.features.columns import (
 from mmctr.features.crosses import HISTORY, CrossFeature
 from mmctr.features.trees import LEAVES, Trees
 from mmctr.files import read_json, write_json
+from mmctr.manifests import require_types
 
 
 class FeatureConfigs(Config):
@@ -125,14 +126,11 @@ class RankingVocabulary:
         """Read the vocabulary that `save` has written into a folder.
 
         Raises:
-            ValueError: a JSON file is missing or damaged.
+            ValueError: a file is missing, damaged or holds something else; the message names the file.
         """
-        items = pyarrow.parquet.read_table(folder / "items.parquet")
-        users = pyarrow.parquet.read_table(folder / "users.parquet")
-        groups = {
-            g: {n: Vocabulary(**v) for n, v in group.items()}
-            for g, group in read_json(folder / "features.json").items()
-        }
+        items = read_table(folder / "items.parquet", ("item_id", "clicks"))
+        users = read_table(folder / "users.parquet", ("user_id",))
+        groups = _read_features(folder / "features.json")
         return cls(
             item_ids=one_array(items.column("item_id")),
             clicks=items.column("clicks").to_numpy(),
@@ -154,6 +152,19 @@ class RankingVocabulary:
             ValueError: the ids of training are integers and these ids are strings, or the other way round.
         """
         return rows_of(item_ids, self.item_ids, "the run's items and this dataset's") + 1
+
+
+def _read_features(path: Path) -> dict[str, dict[str, Vocabulary]]:
+    """The vocabularies of side features by group ("item", "user", "context") and name."""
+    values = read_json(path)
+    require_types(values, path, item=dict, user=dict, context=dict)
+    groups: dict[str, dict[str, Vocabulary]] = {}
+    for group in ("item", "user", "context"):
+        groups[group] = {}
+        for name, entry in values[group].items():
+            require_types(entry, f"{path}: {group}: {name}", values=list, mean=float, std=float)
+            groups[group][name] = Vocabulary(entry["values"], entry["mean"], entry["std"])
+    return groups
 
 
 def user_ids(dataset: Dataset) -> pa.Array:

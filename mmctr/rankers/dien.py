@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from mmctr.config import Width
 from mmctr.distributed import jagged_mean_over_processes
 from mmctr.layers.jagged import linear_of_rows, pool_rows, row_dots, segment_softmax, take_rows
 from mmctr.layers.mlp import MLP, Activation
@@ -29,7 +30,7 @@ class DIENConfig(BaseRankerConfig):
     scaled by attention"""
     auxiliary_weight: float = Field(default=1.0, ge=0)
     """weight of the auxiliary loss; 0: no auxiliary loss"""
-    mlp: list[int] = [200, 80]
+    mlp: list[Width] = [200, 80]
     """hidden sizes of the MLP on top"""
     activation: Activation = "dice"
     """activation of the hidden layers of the MLP"""

@@ -10,6 +10,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from mmctr.config import Width
 from mmctr.layers.activation_unit import ActivationUnit
 from mmctr.layers.jagged import pool_rows, segment_ids, segment_softmax, take_rows
 from mmctr.layers.mlp import MLP, Activation
@@ -20,9 +21,9 @@ class DINConfig(BaseRankerConfig):
     """Deep Interest Network (Zhou et al. 2018): behaviours weighted by an activation unit."""
 
     name: Literal["din"] = "din"
-    attention: list[int] = Field(default=[80, 40], min_length=1)
+    attention: list[Width] = Field(default=[80, 40], min_length=1)
     """hidden sizes of the activation unit"""
-    mlp: list[int] = [200, 80]
+    mlp: list[Width] = [200, 80]
     """hidden sizes of the MLP on top"""
     activation: Activation = "dice"
     """activation of the hidden layers of the MLP and of the activation unit"""

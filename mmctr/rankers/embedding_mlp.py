@@ -8,6 +8,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
+from mmctr.config import Width
 from mmctr.layers.jagged import pool_rows, take_rows
 from mmctr.layers.mlp import MLP, Activation
 from mmctr.rankers.base import BaseRankerConfig, RankerInput, RankerOutput
@@ -19,7 +20,7 @@ class EmbeddingMLPConfig(BaseRankerConfig):
     name: Literal["embedding_mlp"] = "embedding_mlp"
     pooling: Literal["sum", "mean"] = "mean"
     """pooling of the behaviours; the paper names both"""
-    mlp: list[int] = [200, 80]
+    mlp: list[Width] = [200, 80]
     """hidden sizes of the MLP on top"""
     activation: Activation = "prelu"
     """activation of the hidden layers of the MLP"""

@@ -263,14 +263,13 @@ def _differences(folders: Sequence[Path], num_bootstrap: int) -> list[dict[str, 
 def read_predictions(folder: Path) -> pa.Table | None:
     """The `predictions.parquet` of a run, columns user, item, label, score and cold; None for a run without the file.
 
-    Raises ValueError naming the file when it cannot be read or lacks a column.
+    Raises ValueError naming the file when it is damaged, cannot be read or lacks a column.
     """
-    path = RunFolder(folder).predictions
-    if not path.is_file():
+    run = RunFolder(folder)
+    path = run.predictions
+    if not run.has_results(path):
         return None
     columns = ["user", "item", "label", "score", "cold"]
-    if RunFolder(folder).metrics.is_file():
-        RunFolder(folder).check_results(path)
     try:
         return pyarrow.parquet.ParquetFile(path).read(columns).select(columns)
     except (pa.ArrowException, KeyError) as error:

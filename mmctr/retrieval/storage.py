@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
-from mmctr.data.embeddings import EmbeddingTable
+from mmctr.data.embeddings import EmbeddingTable, identity_of
 from mmctr.data.tables import as_ids, one_array, read_table, rows_of
 from mmctr.files import replace_folder
 from mmctr.manifests import read_manifest, require_replaceable, require_types, write_manifest
@@ -72,6 +72,7 @@ def load(folder: Path, mmap: bool) -> tuple[Any, pa.Table, dict[str, np.ndarray]
     if facts.get("format") != FORMAT:
         raise ValueError(f"{manifest.path}: not an index of this version; {AGAIN}")
     require_types(facts, manifest.path, factory=str, dim=int, count=int, removed=int, embeddings=dict)
+    identity_of(facts["embeddings"], str(manifest.path))
     # a memory-mapped index is left on disk: reading all of it for the digest would be what mapping avoids
     manifest.check(*(name for name in FILES if not (mmap and name == "index.faiss")))
     index = _read(folder / "index.faiss", facts, mmap)

@@ -146,9 +146,8 @@ class PairedRows:
 
 def _read_stages(run: RunFolder) -> dict[str, np.ndarray]:
     """Scores by stage of a run under a `staged` protocol; empty for other runs, which have no such file."""
-    if not run.stages.is_file():
+    if not run.has_results(run.stages):
         return {}
-    run.check_results(run.stages)
     table = pyarrow.parquet.read_table(run.stages)
     return {stage: table[stage].to_numpy() for stage in table.column_names[3:]}  # after user, item and label
 

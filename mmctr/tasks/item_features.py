@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from mmctr.config import Config
+from mmctr.config import Config, Width
 from mmctr.data.batches import ItemBatch
 from mmctr.encoders.base import EncoderBase
 
@@ -20,7 +20,7 @@ class ProjectionConfig(Config):
 
     dim: int = Field(default=128, ge=1)
     """size of the common space of pictures and texts"""
-    hidden: list[int] = []
+    hidden: list[Width] = []
     """hidden sizes; an empty list: one linear layer"""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """dropout of the hidden layers"""

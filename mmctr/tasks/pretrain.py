@@ -9,7 +9,7 @@ import torch
 from pydantic import field_validator, model_validator
 from torch import Tensor, nn
 
-from mmctr.config import Config
+from mmctr.config import Config, Width
 from mmctr.data.batches import ItemBatch, PairBatch
 from mmctr.encoders import EncoderConfig
 from mmctr.encoders.heads import HeadConfig
@@ -47,7 +47,7 @@ class PretrainTaskConfig(Config):
     item_vector: Literal["mean", "concat"] = "mean"
     """the embedding of an item: the mean of the unit-norm features of picture and text, or the concatenation, scaled to
     unit norm; a missing modality is replaced by the other one"""
-    matryoshka: list[int] = []
+    matryoshka: list[Width] = []
     """numbers of leading dimensions of the features for which the objectives are trained as well (Kusupati et al.
     2022), so that embeddings can be cut to these sizes"""
     queue: QueueConfig | None = None

@@ -28,8 +28,9 @@ from mmctr.embedders.similarity import tier_counts
 from mmctr.features.vocabulary import RankingVocabulary
 from mmctr.files import read_json, replace_file, write_json
 from mmctr.layers.row_table import RowTable
+from mmctr.manifests import require_types
 from mmctr.rankers.base import RankerInput, RankerOutput
-from mmctr.run_folder import RunFolder
+from mmctr.run_folder import AGAIN, RunFolder
 from mmctr.tasks.expert import Expert, same_content
 from mmctr.tasks.folder import load_weights, save_task, task_config, task_weights
 from mmctr.tasks.pretrain import PretrainTask, PretrainTaskConfig
@@ -289,12 +290,12 @@ class RankingTask(Shareable, nn.Module):
         weights = task_weights(folder)
         table = encoder = None
         if isinstance(config.embedder.content, ContentEncoder):
-            pretrain = PretrainTaskConfig.parse(read_json(files.encoder / "pretrain.json"))
+            path = files.encoder / "pretrain.json"
+            pretrain = PretrainTaskConfig.parse(read_json(path), str(path))
             encoder = PretrainTask(pretrain, files.encoder)
-            table = (weights["embedder.content_table"], weights["embedder.has_content"])
+            table = _content_table(weights, files.weights, "embedder.")
         elif files.content.is_file():
-            content = load_file(files.content)
-            table = (content["content_table"], content["has_content"])
+            table = read_content_table(files.content)
         ids = None
         if files.catalog.is_file():
             ids = as_ids(read_table(files.catalog).column("item_id"), "item_id", folder)
@@ -303,6 +304,26 @@ class RankingTask(Shareable, nn.Module):
         load_weights(task, weights, files.weights)
         task.embedder.uses_generator = task.embedder.generator is not None
         return task.eval()
+
+
+def read_content_table(path: Path) -> tuple[Tensor, Tensor]:
+    """The content vectors (N, D) of a ranker, and the (N,) bool mask of items with content.
+
+    Raises:
+        ValueError: the file cannot be read, or holds other tensors.
+    """
+    try:
+        tensors = load_file(path)
+    except Exception as error:
+        raise ValueError(f"{path}: cannot be read ({error}); {AGAIN}") from None
+    return _content_table(tensors, path)
+
+
+def _content_table(tensors: dict[str, Tensor], path: Path, prefix: str = "") -> tuple[Tensor, Tensor]:
+    vectors, has = tensors.get(f"{prefix}content_table"), tensors.get(f"{prefix}has_content")
+    if vectors is None or has is None or vectors.ndim != 2 or has.shape != vectors.shape[:1] or has.dtype != torch.bool:
+        raise ValueError(f"{path}: holds no table of content vectors; {AGAIN}")
+    return vectors, has
 
 
 def read_expert(
@@ -317,8 +338,9 @@ def read_expert(
         ids: (N,) raw ids of the items in the order of the table.
     """
     files = RunFolder(folder)
-    config = RankingTaskConfig.parse(read_json(files.task)["config"], source=str(files.task))
+    saved = read_json(files.task)
+    require_types(saved, files.task, config=dict)
+    config = RankingTaskConfig.parse(saved["config"], source=str(files.task))
     if files.content.is_file():
-        content = load_file(files.content)
-        table = content["content_table"], content["has_content"]
+        table = read_content_table(files.content)
     return RankingTask(config, vocabulary, table, catalog_ids=ids)

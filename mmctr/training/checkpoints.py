@@ -150,4 +150,4 @@ class Checkpoints:
 
     def _finished(self) -> list[Path]:
         """The folders of complete checkpoints, oldest first."""
-        return sorted(path for path in self.folder.glob("step-*") if (path / STATE).is_file())
+        return sorted(self.folder.glob("step-*"))

@@ -21,6 +21,7 @@ from mmctr.runs.expert import load_expert
 from mmctr.studies.config import StudyConfig
 from mmctr.studies.runner import run_study
 from mmctr.tasks import RankingTask, RankingTaskConfig
+from tests.helpers.damage import rewrite
 from tests.helpers.serving import FEATURES, MAX_HISTORY, ServingWorld, look_trained, make_world, ranking_data, save_run
 from tests.helpers.studies import Launcher
 from tests.helpers.tiny import finetune_values, start, write_config
@@ -233,6 +234,7 @@ def test_an_expert_of_other_rows_is_refused(world, tmp_path):
     # config.yaml of `save_run` has what differs from the defaults alone; a run has all of it
     values = {"data": {"path": data, "items": None}, "split": SPLIT.model_dump(mode="json")}
     (run / "config.yaml").write_text(str(values).replace("None", "null"), encoding="utf-8")
+    rewrite(run / "task.json", {})
     expert = load_expert(config.make, DataConfig(path=data), SPLIT, vocabulary, ids)
     assert torch.equal(expert.embedder.content_table, world.content[0])
     backwards = ids.take(pa.array(np.arange(len(ids))[::-1]))
