@@ -13,7 +13,8 @@ import logging
 from typing import Any
 
 from mmctr.data.loaders import TrainBatches
-from mmctr.data.splits import require_both_labels, split_interactions
+from mmctr.data.split_checks import check_labels
+from mmctr.data.splits import split_interactions
 from mmctr.evaluation.predict import predict, quick_metrics
 from mmctr.features.behavior_collator import NegativeSampler
 from mmctr.features.ranking_data import RankingData
@@ -41,7 +42,7 @@ def main(config: FinetuneConfig) -> dict[str, Any]:
     dataset = open_run_data(config.data, run)
     item_ids = dataset.catalog.item_ids
     splits = split_interactions(dataset.interactions, len(item_ids), config.split)
-    require_both_labels(splits.train, config.data.path)
+    check_labels(splits, config.data.path)
     vocabulary = RankingVocabulary.learn(dataset, splits, task_config.features)
     logger.info(f"{config.data.path}: {splits.report}")
 

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from mmctr.data.embeddings import EmbeddingTable
 from mmctr.encoders.variational_head import Standardise
+from mmctr.layers.batch_norm import share_statistics
 from mmctr.layers.dice import Dice
 from mmctr.losses.contrastive import (
     QueuedCandidates,
@@ -31,6 +32,7 @@ from mmctr.losses.contrastive import (
 )
 from mmctr.losses.variational import dip_penalties, kl_parts
 from tests.helpers.tiny import (
+    ARCHITECTURE,
     CLONE,
     all_ok,
     finetune_values,
@@ -49,7 +51,7 @@ import sys, torch, torch.distributed as dist, torch.nn.functional as F
 from mmctr.distributed import gather_rows
 from mmctr.embedders.memory_bank import MemoryBank
 from mmctr.layers.dice import Dice
-from tests.test_distributed import LOSSES, loss_and_gradients
+from tests.test_distributed import LOSSES, batch_norm, loss_and_gradients
 
 dist.init_process_group("gloo")
 rank, world = dist.get_rank(), dist.get_world_size()
@@ -69,6 +71,16 @@ for share in (3, 10):
         dist.all_reduce(value)
         result[f"dice {share} {part}"] = value
     result[f"dice {share} mean"], result[f"dice {share} var"] = dice.running_mean, dice.running_var
+# the same for batch normalisation
+for share in (3, 10):
+    x = given["x"].clone().requires_grad_()
+    norm = batch_norm()
+    out = norm(x[:share] if rank == 0 else x[share:])
+    (out * (given["w"][:share] if rank == 0 else given["w"][share:])).sum().backward()
+    for part, value in {"x": x.grad, "weight": norm.weight.grad, "bias": norm.bias.grad}.items():
+        dist.all_reduce(value)
+        result[f"norm {share} {part}"] = value
+    result[f"norm {share} mean"], result[f"norm {share} var"] = norm.running_mean, norm.running_var
 result["gathered"] = gather_rows(given["ids"][rows])
 # each process writes items of its own into a queue, and not as many
 bank, table, has = MemoryBank(10, 4), torch.zeros(10, 4), torch.zeros(10, dtype=torch.bool)
@@ -135,6 +147,16 @@ def loss_and_gradients(name: str, given: dict[str, torch.Tensor], rows: slice) -
     return found
 
 
+def batch_norm() -> torch.nn.BatchNorm1d:
+    """A layer with statistics over processes, and scale and shift that are not 1 and 0."""
+    norm = torch.nn.BatchNorm1d(4)
+    share_statistics(norm)
+    with torch.no_grad():
+        norm.weight.copy_(torch.tensor([0.5, 1.0, 2.0, -1.0]))
+        norm.bias.copy_(torch.tensor([0.1, 0.0, -0.3, 0.2]))
+    return norm
+
+
 def one_and_two(folder: Path, recipe: str, config: Path) -> None:
     """The runs `1` and `2` of a config, on so many processes."""
     all_ok([start(folder, recipe, config, f"run_dir={folder / str(n)}", processes=n) for n in (1, 2)])
@@ -197,6 +219,15 @@ def test_losses_and_dice_on_two_processes_equal_one(tmp_path):
         expected = {"x": x.grad, "alpha": dice.alpha.grad, "mean": dice.running_mean, "var": dice.running_var}
         for part, value in expected.items():
             torch.testing.assert_close(result[f"dice {share} {part}"], value, rtol=1e-4, atol=1e-5)
+
+    norm = batch_norm()
+    x = given["x"].clone().requires_grad_()
+    (norm(x) * given["w"]).sum().backward()
+    for share in (3, 10):
+        expected = {"x": x.grad, "weight": norm.weight.grad, "bias": norm.bias.grad}
+        expected |= {"mean": norm.running_mean, "var": norm.running_var}
+        for part, value in expected.items():
+            torch.testing.assert_close(result[f"norm {share} {part}"], value, rtol=1e-4, atol=1e-5)
 
 
 def test_finetuning_under_torchrun_equals_one_process(toy_folder, tmp_path):
@@ -298,6 +329,22 @@ def test_pretraining_with_clip_on_two_processes_equals_one(toy_folder, tmp_path)
     config = write_config(tmp_path / "p.yaml", pretrain_values(toy_folder))
     one_and_two(tmp_path, "pretrain.train", config)
     check_same_run(tmp_path / "1", tmp_path / "2", count=12)
+
+
+def test_a_tower_with_batch_normalisation_on_two_processes_equals_one(toy_folder, tmp_path):
+    """The tower of configs/pretrain/toy.yaml: weights, losses, and the running statistics that evaluations read."""
+    values = pretrain_values(toy_folder)
+    vision = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 32, "patch_size": None}
+    values["task"]["encoder"]["architecture"] = ARCHITECTURE | {"vision_cfg": vision}
+    values["fit"] |= {"epochs": 2, "evaluations": 2, "optimizer": {"lr": 1e-4}}
+    config = write_config(tmp_path / "p.yaml", values)
+    one_and_two(tmp_path, "pretrain.train", config)
+    check_same_run(tmp_path / "1", tmp_path / "2", count=8)
+    assert any("running_var" in name for name in load_file(tmp_path / "1" / "model.safetensors"))
+    one, two = ([line["validation"] for line in log_lines(tmp_path / n) if "validation" in line] for n in ("1", "2"))
+    assert len(one) > 1
+    for name in ("alignment", "uniformity"):
+        np.testing.assert_allclose([v[name] for v in two], [v[name] for v in one], atol=1e-4)
 
 
 @pytest.fixture(scope="module")

@@ -59,6 +59,21 @@ def hashed_uniform(seed: int, step: int, keys: np.ndarray) -> np.ndarray:
     return (x >> np.uint64(11)) * 2.0**-53
 
 
+def tie_hashes(*keys: np.ndarray) -> np.ndarray:
+    """Hashes of tuples of integers, by which rows with equal times are put in an order that no file determines.
+
+    Args:
+        keys: one or more (n,) integer arrays.
+
+    Returns:
+        (n,) uint64; equal tuples have equal hashes.
+    """
+    x = np.zeros(len(keys[0]), np.uint64)
+    for key in keys:
+        x = splitmix64(x ^ np.asarray(key).astype(np.uint64))
+    return x
+
+
 def row_hashes(values: np.ndarray) -> np.ndarray:
     """Hashes of the rows of an array: the 8-byte words of a row, each times an odd number, are added up and mixed.
 

@@ -3,6 +3,10 @@
 A history is not stored with the impression. All positives (clicks) are stored in one array sorted by (user, time), and
 an impression stores the start and the end of a slice of that array. An impression therefore takes about 30 bytes
 whatever the length of the history, and the arrays can be memory-mapped.
+
+Rows of a user at one moment have no known order: files often list the clicks of a day before the other impressions of
+the day, and a cut in the order of the file would put clicks into training and the rest into the test. Rows with equal
+times are therefore in the order of a hash of (user, item, time), which depends neither on the file nor on the labels.
 """
 
 from __future__ import annotations
@@ -12,10 +16,13 @@ from pathlib import Path
 
 import numpy as np
 
+from mmctr.data.hashing import tie_hashes
+
 
 @dataclass(frozen=True)
 class Interactions:
-    """n interactions sorted by (user, time). Users and items are given as rows, not as raw ids."""
+    """n interactions sorted by (user, time), rows with equal user and time by a hash. Users and items are given as
+    rows, not as raw ids."""
 
     user: np.ndarray
     """(n,) int32 rows of the users table"""
@@ -35,7 +42,9 @@ class Interactions:
     def from_columns(
         cls, user: np.ndarray, item: np.ndarray, time: np.ndarray, label: np.ndarray
     ) -> tuple[Interactions, np.ndarray]:
-        """Sort columns by (user, time); rows with equal user and time keep the given order.
+        """Sort columns by (user, time), and rows with equal user and time by a hash of (user, item, time).
+
+        Rows that agree in user, item and time keep the given order; `mmctr.data.prepare` merges such rows before.
 
         Args:
             user: (n,) rows of the users table.
@@ -46,7 +55,7 @@ class Interactions:
         Returns:
             The sorted interactions, and the (n,) int64 positions of the sorted rows in the given columns.
         """
-        order = np.lexsort((time, user))
+        order = np.lexsort((tie_hashes(user, item, time), time, user))
         columns = (user.astype(np.int32), item.astype(np.int32), time.astype(np.int64), label.astype(np.uint8))
         return cls(*(column[order] for column in columns)), order
 

@@ -21,6 +21,7 @@ import pyarrow.parquet
 from mmctr.data.arrow import pc
 from mmctr.data.catalog import Catalog, clean_items, dataset_table
 from mmctr.data.interactions import Interactions
+from mmctr.data.split_checks import log_notes
 from mmctr.data.tables import (
     as_ids,
     examples,
@@ -34,7 +35,7 @@ from mmctr.errors import UnknownId
 from mmctr.files import cache_folder, fingerprint, locked, read_json, replace_folder, write_json
 from mmctr.manifests import read_manifest, require_replaceable, require_types, write_manifest
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "prepared.json"
 AGAIN = "run `mmctr prepare` again"
 _WRITTEN = ("report.json", "items.parquet", "interactions", "context.parquet", "users.parquet")
@@ -333,9 +334,6 @@ def _write_log(log: pa.Table, log_path: Path, users_path: Path | None, items: pa
     users_table = _users_table(users_path, known_users, log_path.suffix == ".csv")
     pyarrow.parquet.write_table(users_table, folder / "users.parquet")
     positives = int(interactions.label.sum())
-    notes = []
-    if positives in (0, len(interactions)):
-        notes.append(f"all labels are {int(positives > 0)}: a ranker needs both clicks and impressions without a click")
     return {
         "rows": len(log),
         "kept": len(interactions),
@@ -343,7 +341,7 @@ def _write_log(log: pa.Table, log_path: Path, users_path: Path | None, items: pa
         "users": len(known_users),
         "items with interactions": len(np.unique(interactions.item)),
         "set aside": aside,
-        "notes": notes,
+        "notes": log_notes(interactions),
     }
 
 

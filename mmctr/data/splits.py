@@ -1,4 +1,10 @@
-"""Splits of a click log into training, validation and test impressions: by time, by cold items, or in stages."""
+"""Splits of a click log into training, validation and test impressions: by time, by cold items, or in stages.
+
+Rows with equal times: `temporal` keeps a moment together. The cuts by user and by item fall between rows of one moment
+where the fractions say so, in the order of a hash of (user, item, time): no result depends on the order in which a file
+lists rows with equal times, and both sides of a cut have the same share of positives. Histories hold earlier moments
+alone.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +16,13 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from mmctr.config import Config
+from mmctr.data.hashing import tie_hashes
 from mmctr.data.interactions import Impressions, Interactions
 
 
 class TemporalSplit(Config):
     """Train on the past and test on the last part of the log by global time. Cold items are items without a training
-    row."""
+    row. Rows with equal times are in the same part: the moment of a cut belongs to the later part."""
 
     name: Literal["temporal"] = "temporal"
     test: float = Field(default=0.1, gt=0, lt=1)
@@ -141,22 +148,6 @@ class Splits:
             (n,) bool.
         """
         return self.seen[part.item] == 0
-
-
-def require_both_labels(train: Impressions, source: str) -> None:
-    """Check that the training impressions have both labels, without which nothing can be learned.
-
-    Args:
-        train: training impressions.
-        source: name of the dataset, for the error message.
-
-    Raises:
-        ValueError: all labels are equal.
-    """
-    if len(np.unique(train.label)) < 2:
-        raise ValueError(
-            f"{source}: all training labels are {train.label[0]}; a ranker needs clicks and impressions without a click"
-        )
 
 
 def split_interactions(
@@ -302,8 +293,8 @@ def _staged_rows(
             f"longest has {count.max(initial=0)}: lower rows or test_rows"
             + (", or raise old_from" if config.old_from is not None else ", or raise new")
         )
-    # position of a row among the rows of the same item by time; rows with equal times stay in the order of the users
-    order = np.lexsort((log.time, log.item))
+    # position of a row among the rows of the same item by time
+    order = np.lexsort((tie_hashes(log.user, log.item, log.time), log.time, log.item))
     position = np.empty(len(log), np.int64)
     position[order] = np.arange(len(log)) - np.repeat(np.cumsum(count) - count, count)
     new = is_new[log.item]

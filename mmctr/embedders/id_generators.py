@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -314,13 +313,13 @@ def wasserstein2(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> Te
     Returns:
         (U,) |mu - mu'|^2 + |sigma - sigma'|^2.
     """
-    sigmas = [torch.exp(logvar / 2) for _, logvar in (one, other)]
-    return (one[0] - other[0]).square().sum(1) + (sigmas[0] - sigmas[1]).square().sum(1)
+    mus, sigmas = zip(*((mu.float(), torch.exp(logvar.float() / 2)) for mu, logvar in (one, other)), strict=True)
+    return (mus[0] - mus[1]).square().sum(1) + (sigmas[0] - sigmas[1]).square().sum(1)
 
 
 def squared_error(x: Tensor, y: Tensor) -> Tensor:
     """Squared distances |x - y|^2 (U,) of the rows of x and y, each (U, D)."""
-    return F.mse_loss(x, y, reduction="none").sum(1)
+    return (x.float() - y.float()).square().sum(1)
 
 
 def make_generator(

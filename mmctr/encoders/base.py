@@ -19,6 +19,7 @@ from mmctr.encoders.augment import AugmentConfig, augmented
 from mmctr.encoders.layers import Trace, checkpointing, find_layers, trace
 from mmctr.encoders.lora import LoraConfig, adaptable, add_adapters, choose, merge_adapters, require_peft
 from mmctr.files import read_json, write_json
+from mmctr.layers.batch_norm import share_statistics
 
 TowerMode = Literal["full", "lora", "frozen"]
 """`full`: all weights are trained; `lora`: only low-rank adapters of the weights are trained; `frozen`: nothing is"""
@@ -144,7 +145,7 @@ class EncoderBase(nn.Module):
         """Freeze, adapt and speed up the towers as the options say; constructors call this last.
 
         Frozen towers get no gradient and stay in evaluation mode (dropout off, batch statistics fixed). Towers with
-        adapters run in training mode.
+        adapters run in training mode. Batch normalisation of towers that train takes its statistics over all processes.
 
         Args:
             folder: the folder the encoder is built from, written by `save`; None for a new encoder.
@@ -168,6 +169,9 @@ class EncoderBase(nn.Module):
         if self.options.channels_last:
             for root in self.tower("image"):
                 root.to(memory_format=torch.channels_last)
+        for name in trained:
+            for root in self.tower(name):
+                share_statistics(root, self.options.compile)
         for switch_on in switches:
             switch_on()
         if self.options.compile:

@@ -156,7 +156,7 @@ class FactorVAE(VariationalHead):
             ValueError: a process has fewer than two items.
         """
         constant = {name: values.detach() for name, values in self.discriminator.named_parameters()}
-        logits = functional_call(self.discriminator, constant, (z,))
+        logits = functional_call(self.discriminator, constant, (z,)).float()
         half = len(z) // 2
         if not half:
             raise ValueError("factor_vae permutes half of a batch: fit.batch_size must give each process 2 items")

@@ -71,7 +71,7 @@ class Standardise(nn.Module):
             features: (B, D).
             has: (B,) bool, the rows that have features.
         """
-        features, has = gather_rows(features.detach()), gather_rows(has)[:, None]
+        features, has = gather_rows(features.detach().float()), gather_rows(has)[:, None]
         count = has.sum().clamp(min=1)
         mean = torch.where(has, features, 0.0).sum(0) / count
         variance = torch.where(has, (features - mean).square(), 0.0).sum() / count / len(mean)

@@ -17,7 +17,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mmctr.evaluation.checks import check_probabilities, checked_scores, numbered_users
-from mmctr.evaluation.user_resampling import bootstrap, interval, user_aucs, weighted_mean
+from mmctr.evaluation.user_resampling import (
+    bootstrap,
+    interval,
+    t_interval,
+    user_aucs,
+    users_with_both_labels,
+    weighted_mean,
+)
 
 CLICK_BUCKETS: tuple[tuple[int, int | None], ...] = ((0, 0), (1, 5), (6, 20), (21, 100), (101, None))
 """buckets of the number of training clicks of the target item: first and last number (inclusive), None = no limit"""
@@ -160,10 +167,10 @@ def paired_difference(
     seed: int = 0,
     confidence: float = 0.95,
 ) -> dict[str, Any]:
-    """Differences of AUC and gAUC between two scores of the same impressions, with bootstrap intervals.
+    """Differences of AUC and gAUC between two scores of the same impressions, with intervals over users.
 
-    Both scores are evaluated on the same resampled users, so common variation cancels and the interval is narrower than
-    two separate intervals.
+    The interval is that of `mmctr.evaluation.user_resampling.t_interval`. Both scores are evaluated on the same
+    resampled users, so common variation cancels and the interval is narrower than two separate intervals.
 
     Args:
         labels: (B,) 0 or 1.
@@ -175,14 +182,20 @@ def paired_difference(
         confidence: probability mass of the interval, in (0, 1).
 
     Returns:
-        {"auc": b - a, "auc_ci": [lo, hi], "gauc": b - a, "gauc_ci": [lo, hi]}, nan as in `bootstrap_intervals`.
+        {"num_users", "auc": b - a, "auc_ci": [lo, hi], "gauc": b - a, "gauc_ci": [lo, hi]}, where `num_users` is the
+        number of users with both labels; nan as in `bootstrap_intervals`. An interval of fewer than ten such users
+        should not be trusted.
 
     Raises:
         ValueError: as `bootstrap_intervals`.
     """
-    differences: dict[str, Any] = {}
-    for name, (values, samples) in paired_samples(labels, [scores_a], [scores_b], groups, num_samples, seed).items():
-        differences |= {name: float(values[0]), f"{name}_ci": interval(samples[:, 0], confidence)}
+    drawn = paired_samples(labels, [scores_a], [scores_b], groups, num_samples, seed)
+    checked, _ = checked_scores(labels, scores_a)
+    num_users = users_with_both_labels(checked, numbered_users(groups, len(checked)))
+    differences: dict[str, Any] = {"num_users": num_users}
+    for name, (values, samples) in drawn.items():
+        value = float(values[0])
+        differences |= {name: value, f"{name}_ci": t_interval(value, samples[:, 0], num_users, confidence)}
     return differences
 
 
@@ -239,8 +252,8 @@ def impression_metrics(
         seed: seed of the resamples.
 
     Returns:
-        auc, gauc, log_loss, calibration, num_impressions, num_positives, and the 95% intervals auc_ci and gauc_ci as
-        [lo, hi], None when `num_bootstrap` is 0.
+        auc, gauc, log_loss, calibration, num_impressions, num_positives, num_users (users with both labels), and the
+        95% intervals auc_ci and gauc_ci as [lo, hi], None when `num_bootstrap` is 0.
 
     Raises:
         ValueError: as `log_loss`.
@@ -254,6 +267,7 @@ def impression_metrics(
         "calibration": calibration(labels, probabilities),
         "num_impressions": len(labels),
         "num_positives": int(labels.sum()),
+        "num_users": users_with_both_labels(labels, users),
         **bootstrap_intervals(labels, probabilities, users, num_bootstrap, seed),
     }
     return {key: None if np.isnan(value).any() else value for key, value in result.items()}

@@ -1,4 +1,4 @@
-"""AUC by user, and percentile intervals from resamples of users."""
+"""AUC by user, and intervals from resamples of users."""
 
 from __future__ import annotations
 
@@ -8,6 +8,20 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+MIN_USERS = 10
+"""least number of users with both labels for an interval to be shown or called without zero: resamples of a few users
+hardly vary, and where nothing differs at all, resampling two users leaves zero out every second time"""
+
+
+def users_with_both_labels(labels: NDArray[np.bool_], users: NDArray[Any]) -> int:
+    """The number of users that have both a click and an impression without a click: gAUC is a mean over these users.
+
+    Args:
+        labels: (B,) bool.
+        users: (B,) the user of each impression.
+    """
+    return len(np.intersect1d(users[labels], users[~labels]))
 
 
 def user_aucs(
@@ -97,3 +111,41 @@ def interval(samples: NDArray[np.float64], confidence: float = 0.95) -> list[flo
         return [math.nan, math.nan]
     tail = (1 - confidence) / 2
     return [float(end) for end in np.quantile(samples, [tail, 1 - tail])]
+
+
+def t_interval(value: float, samples: NDArray[np.float64], num_users: int, confidence: float = 0.95) -> list[float]:
+    """The interval value ± t · deviation of the samples, with num_users - 1 degrees of freedom.
+
+    With few users percentiles of resamples are too narrow: of two scores that differ by chance alone, percentiles call
+    8 to 19 of 100 different with 5 to 11 users, and this interval 2 to 9.
+
+    Args:
+        value: the quantity on all users.
+        samples: (num_samples,) the quantity on resampled users; nan values are ignored.
+        num_users: number of users with both labels.
+        confidence: probability mass of the interval, in (0, 1).
+
+    Returns:
+        [lo, hi]; both ends are nan for fewer than two users or samples, or where `value` is nan.
+
+    Raises:
+        ValueError: a confidence outside (0, 1).
+    """
+    low, _ = interval(samples, confidence)  # checks the confidence
+    samples = samples[~np.isnan(samples)]
+    if math.isnan(low) or math.isnan(value) or num_users < 2 or len(samples) < 2:
+        return [math.nan, math.nan]
+    half = t_quantile(num_users - 1, confidence) * float(samples.std(ddof=1))
+    return [value - half, value + half]
+
+
+def t_quantile(degrees: float, confidence: float = 0.95) -> float:
+    """The quantile of Student's t that bounds the central probability mass `confidence`.
+
+    Args:
+        degrees: degrees of freedom.
+        confidence: probability mass, in (0, 1).
+    """
+    from scipy.stats import t  # takes half a second to import, which most commands need not spend
+
+    return float(t.ppf((1 + confidence) / 2, degrees))

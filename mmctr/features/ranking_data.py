@@ -96,14 +96,22 @@ class RankingData:
     def fit_trees(self, config: TreesConfig, impressions: Impressions, id_dropout: float, seed: int) -> Trees:
         """Fit boosted trees. As in the training of rankers, ID dropout imitates cold items.
 
+        The columns of the trees are chosen from the items, users and rows of these impressions alone: values that only
+        other rows have, as those of the test, do not change the trees.
+
         Args:
             config: number and size of the trees.
             impressions: impressions to fit the trees on.
             id_dropout: probability that an item gets the ID row of unknown items.
             seed: seed of the run.
         """
+        items, users = (torch.from_numpy(np.unique(rows)).long() for rows in (impressions.item, impressions.user))
+        source = torch.from_numpy(impressions.source)
         columns = TreeColumns.learn(
-            config, self.items, FeatureColumns(self.users.columns | self.context.columns), self.content
+            config,
+            FeatureColumns(self.items.take(items)),
+            FeatureColumns(self.users.take(users) | self.context.take(source)),
+            None if self.content is None else (self.content[0].cpu()[items], self.content[1].cpu()[items]),
         )
         content = self.projected(columns)
         parts: list[np.ndarray] = []

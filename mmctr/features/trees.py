@@ -101,9 +101,10 @@ class TreeColumns:
 
         Args:
             config: number of columns of multi-valued features and of content vectors.
-            items: item features over the catalog.
-            impressions: user and context features.
-            content: (N, D) content vectors and the (N,) mask of items with a vector; None: no columns of content.
+            items: features of the distinct items of the training rows.
+            impressions: features of the distinct users of the training rows, and context features of these rows.
+            content: (n, D) content vectors of the items of the training rows and the (n,) mask of items with a vector;
+                None: no columns of content.
         """
         top = {}
         of_items = {f"item {name}": column for name, column in items.columns.items()}

@@ -1,5 +1,7 @@
 """Contrastive losses as functions of tensors, exact for any number of processes.
 
+Losses are computed in float32, also within autocast.
+
 A contrastive loss compares the B rows of this process with the candidates of all processes; B is equal in all
 processes. After data-parallel training has averaged gradients over processes, the gradient equals the gradient of one
 process with the whole batch. Rows that take no part are masked by `valid`, and a loss is the mean over the valid rows
@@ -19,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmctr.distributed import gather_rows, masked_mean_over_processes, own_columns, world_size
+from mmctr.layers.precision import in_float32
 
 
 def shares_key(rows: Tensor, columns: Tensor) -> Tensor:
@@ -102,6 +105,7 @@ def _keys(keys: Tensor | None) -> Tensor | None:
     return keys[:, None] if keys is not None and keys.dim() == 1 else keys
 
 
+@in_float32
 def clip_loss(
     image_features: Tensor,
     text_features: Tensor,
@@ -141,6 +145,7 @@ def clip_loss(
     return masked_mean_over_processes((losses[0] + losses[1]) / 2, valid)
 
 
+@in_float32
 def siglip_loss(
     image_features: Tensor,
     text_features: Tensor,
@@ -179,6 +184,7 @@ def siglip_loss(
     return -masked_mean_over_processes(terms.sum(1), valid)
 
 
+@in_float32
 def pair_loss(
     anchors: Tensor,
     positives: Tensor,
@@ -240,6 +246,7 @@ def pair_loss(
     return masked_mean_over_processes(losses, valid)
 
 
+@in_float32
 def multi_positive_loss(
     vectors: Tensor, logit_scale: Tensor, groups: Tensor, keys: Tensor, valid: Tensor | None = None
 ) -> Tensor:
@@ -275,6 +282,7 @@ def multi_positive_loss(
     return masked_mean_over_processes(losses, has_positive if valid is None else has_positive & valid)
 
 
+@in_float32
 def similarity_distillation_loss(
     vectors: Tensor, teacher: Tensor, logit_scale: Tensor, teacher_scale: float, keys: Tensor, valid: Tensor
 ) -> Tensor:

@@ -1,5 +1,7 @@
 """Loss terms of variational autoencoders, in nats, exact for any number of processes.
 
+Terms are computed in float32, also within autocast.
+
 B is the number of rows of a process, equal in all processes, and Z the number of latent dimensions. A mean over a batch
 is a mean over the rows of all processes. After data-parallel training has averaged gradients over processes, the
 gradient equals the gradient of one process with the whole batch.
@@ -15,20 +17,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmctr.distributed import gather_rows, own_columns
+from mmctr.layers.precision import in_float32
 
 LOG_2PI = math.log(2 * math.pi)
 
 
+@in_float32
 def log_normal(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
     """The elementwise log density log N(z; mu, exp(logvar)) for tensors whose shapes broadcast."""
     return -0.5 * (LOG_2PI + logvar + (z - mu).square() * torch.exp(-logvar))
 
 
+@in_float32
 def kl_to_prior(mu: Tensor, logvar: Tensor) -> Tensor:
     """The elementwise divergence KL(N(mu, exp(logvar)) || N(0, 1)) for tensors of equal shape."""
     return 0.5 * (mu.square() + logvar.exp() - logvar - 1)
 
 
+@in_float32
 def gaussian_nll(x: Tensor, mean: Tensor, log_sigma: Tensor) -> Tensor:
     """The negative log likelihood -log N(x; mean, sigma^2 I), summed over features.
 
@@ -47,6 +53,7 @@ def gaussian_nll(x: Tensor, mean: Tensor, log_sigma: Tensor) -> Tensor:
     return -log_normal(x, mean, 2 * log_sigma).sum(1)
 
 
+@in_float32
 def product_of_experts(mu: Tensor, logvar: Tensor, has: Tensor) -> tuple[Tensor, Tensor]:
     """The posterior of rows with some of M modalities (Wu & Goodman 2018): the product of the prior N(0, 1) and the
     Gaussian experts of the modalities that a row has.
@@ -76,6 +83,7 @@ class KLParts:
     """KL of the aggregate posterior of each dimension to the prior, summed over dimensions"""
 
 
+@in_float32
 def kl_parts(z: Tensor, mu: Tensor, logvar: Tensor, num_items: int) -> KLParts:
     """Estimate the parts of the mean KL by minibatch stratified sampling (Chen et al. 2018, appendix C). The sum of the
     parts is the mean of log q(z|x) - log p(z) over the batch.
@@ -96,6 +104,7 @@ def kl_parts(z: Tensor, mu: Tensor, logvar: Tensor, num_items: int) -> KLParts:
     return KLParts((log_q_given - log_qz).mean(), (log_qz - product).mean(), (product - log_p).mean())
 
 
+@in_float32
 def aggregate_log_densities(z: Tensor, mu: Tensor, logvar: Tensor, num_items: int) -> tuple[Tensor, Tensor]:
     """Estimate the log density of the aggregate posterior q, the mean posterior of all N items.
 
@@ -147,6 +156,7 @@ def stratified_log_weights(own: Tensor, num_columns: int, num_items: int) -> Ten
     return weights.log().float()
 
 
+@in_float32
 def dip_penalties(mu: Tensor, logvar: Tensor | None) -> tuple[Tensor, Tensor]:
     """The penalties of DIP-VAE (Kumar et al. 2018) on a covariance matrix: of mu (DIP-VAE-I), or with `logvar` of z,
     where the mean variances are added to the diagonal (DIP-VAE-II).
@@ -173,6 +183,7 @@ def permuted_dimensions(z: Tensor) -> Tensor:
     return z.gather(0, order)
 
 
+@in_float32
 def discriminator_loss(logits: Tensor, permuted_logits: Tensor) -> Tensor:
     """The cross-entropy of a discriminator between samples of q(z), class 0, and permuted samples, class 1.
 

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mmctr.evaluation.user_resampling import MIN_USERS
 from mmctr.files import write_text
 from mmctr.reports.compare_page import render_comparison
 from mmctr.reports.page import NeighbourRow
@@ -35,17 +36,46 @@ def comparison_table(runs: Sequence[Run]) -> str:
     for run in runs:
         cells = [_decimals(run.metric(split, metric)) for metric in ("auc", "gauc") for split in SPLITS]
         table.add_row(Text(run.name), *cells, _interval_text(run.estimate("cold", "gauc").interval))
-    blocks: list[Table | Text] = [table]
+    blocks: list[Table | Text] = [table, *map(Text, _user_lines(runs))]
     if len(runs) > 1:
-        title = Text(f"gAUC minus the gAUC of {runs[0].name} (95% interval, paired by user, where rows match)")
+        title = Text(f"\ngAUC minus the gAUC of {runs[0].name} (95% interval, paired by user)")
         second = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", padding=(0, 1, 0, 0))
         second.add_column("run", overflow="fold")
         for split in SPLITS:
             second.add_column(split, justify="right", no_wrap=True)
         for run in runs[1:]:
             second.add_row(Text(run.name), *(_difference_text(run, runs[0], split) for split in SPLITS))
-        blocks.append(second)
+        blocks += [second, *map(Text, row_notes(runs))]
     return plain_text(blocks)
+
+
+def _user_lines(runs: Sequence[Run]) -> list[str]:
+    """A line with the numbers of users with both labels, or one line a run where the numbers differ."""
+    counts = {run.name: tuple(run.num_users(split) for split in SPLITS) for run in runs}
+    lines = []
+    for name, numbers in counts.items():
+        words = ", ".join(f"{split} {'–' if n is None else f'{n:,}'}" for split, n in zip(SPLITS, numbers, strict=True))
+        lines.append(f"users with both labels{'' if len(set(counts.values())) == 1 else f' ({name})'}: {words}")
+    if any(n is not None and n < MIN_USERS for numbers in counts.values() for n in numbers):
+        lines.append(f"no intervals from fewer than {MIN_USERS} users with both labels")
+    return list(dict.fromkeys(lines))
+
+
+def row_notes(runs: Sequence[Run]) -> list[str]:
+    """A sentence for each run whose test rows are not those of the first run, or are not known to be."""
+    notes = []
+    for run in runs[1:]:
+        if run.same_rows is False:
+            notes.append(
+                f"{run.name} was tested on other rows than {runs[0].name}: the two are not compared. Train both on the "
+                f"same dataset and split."
+            )
+        elif run.same_rows is None:
+            notes.append(
+                f"{run.name} or {runs[0].name} has no predictions.parquet: whether the two have the same test rows is "
+                f"not known."
+            )
+    return notes
 
 
 def plain_text(blocks: Sequence[Table | Text]) -> str:
@@ -58,11 +88,12 @@ def plain_text(blocks: Sequence[Table | Text]) -> str:
 
 
 def comparison_json(runs: Sequence[Run]) -> dict[str, Any]:
-    """Metrics and differences of the runs for `json.dumps`: {"runs": [{"name", "folder", "test", ...}, ...]}.
+    """Metrics and differences of the runs for `json.dumps`: {"runs": [{"name", "folder", "test", ...}, ...], "notes"}.
 
-    "difference" is the paired difference to the first run by split, None for the first run and where rows differ.
+    "difference" is the paired difference to the first run by split, None for the first run and where rows differ;
+    "notes" are sentences about runs with other test rows than the first run.
     """
-    return {"runs": [run.to_json() for run in runs]}
+    return {"runs": [run.to_json() for run in runs], "notes": row_notes(runs)}
 
 
 def write_report(runs: Sequence[Run], path: str | Path, neighbours: Sequence[NeighbourRow] | None = None) -> None:
@@ -86,11 +117,7 @@ def result_sentences(runs: Sequence[Run]) -> list[str]:
         else f"One run, {first.name}, was tested on {counts[0] or 0:,} impressions of the test period.",
         f"{num_cold or 0:,} of these impressions are of cold items, which never occurred in training.",
     ]
-    if len(set(counts)) > 1:
-        sentences.append(
-            f"The runs were tested on different numbers of impressions ({', '.join(f'{n or 0:,}' for n in counts)}), "
-            f"so part of a difference may come from the rows and not from the run."
-        )
+    sentences += row_notes(runs)
     return [*sentences, *_split_sentences(runs, "cold"), *_split_sentences(runs, "warm")]
 
 
@@ -103,6 +130,9 @@ def _split_sentences(runs: Sequence[Run], split: str) -> list[str]:
     value, best = max(scored, key=lambda pair: pair[0])
     interval = best.estimate(split, "gauc").interval
     interval_words = f" (95% interval {interval[0]:.4f} to {interval[1]:.4f})" if interval else ""
+    num_users = best.num_users(split)
+    if num_users is not None:
+        interval_words += f" over {num_users:,} users with both labels"
     if len(scored) == 1:
         sentences = [f"On {split} items, {best.name} has a gAUC of {value:.4f}{interval_words}."]
     else:
@@ -126,9 +156,13 @@ def _split_sentences(runs: Sequence[Run], split: str) -> list[str]:
 def _difference_clause(run: Run, first: Run, split: str) -> str:
     """The end of a sentence: a run's difference to the first run in gAUC, and whether the interval contains zero."""
     difference, interval = run.difference_from(first, split, "gauc")
+    if run.same_rows is False:
+        return "a number on other rows, so that no difference is given."
     clause = f"a difference of {difference or 0:+.4f}"
+    if interval is None and run.same_rows is None:
+        return f"{clause}, without an interval: whether the two runs have the same test rows is not known."
     if interval is None:
-        return f"{clause}, without an interval: the predictions of the two runs are not of the same rows."
+        return f"{clause}, without an interval: fewer than {MIN_USERS} users have both labels."
     clause += f" (paired 95% interval {interval[0]:+.4f} to {interval[1]:+.4f})"
     if interval[0] <= 0 <= interval[1]:
         return f"{clause}; the interval contains zero, so these test users do not tell the two apart."
@@ -146,8 +180,10 @@ def _interval_text(interval: Interval | None, sign: str = "") -> str:
 
 
 def _difference_text(run: Run, first: Run, split: str) -> Text:
-    """A run's difference to the first run in gAUC, with the interval where it is known."""
+    """A run's difference to the first run in gAUC, with the interval where it is known; words for other rows."""
     value, interval = run.difference_from(first, split, "gauc")
     # without the leading zeros three differences with their intervals fit 100 columns
+    if run.same_rows is False:
+        return Text("other rows")
     words = _decimals(value, "+") + (f" {_interval_text(interval, '+')}" if interval else "")
     return Text(words.replace("+0.", "+.").replace("-0.", "-."))

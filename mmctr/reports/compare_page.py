@@ -32,6 +32,8 @@ class MetricsRow:
     calibration: float | None
     num_impressions: float | None
     num_clicks: float | None
+    num_users: int | None
+    """Users with both labels."""
     has_highest_gauc: bool
     """Whether no other of several runs has a higher gAUC."""
 
@@ -96,6 +98,7 @@ def _metrics_table(runs: Sequence[Run], split: str) -> MetricsTable:
             calibration=run.metric(split, "calibration"),
             num_impressions=run.metric(split, "num_impressions"),
             num_clicks=run.metric(split, "num_positives"),
+            num_users=run.num_users(split),
             has_highest_gauc=highest is not None and run.metric(split, "gauc") == highest,
         )
         for style, run in enumerate(runs)

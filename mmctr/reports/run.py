@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from mmctr.evaluation.metrics import paired_difference
+from mmctr.evaluation.user_resampling import MIN_USERS
 from mmctr.run_folder import AGAIN, RunFolder
 
 SPLITS = ("all", "warm", "cold")
@@ -36,15 +37,19 @@ class Estimate(NamedTuple):
 class PairedDifference:
     """How much better one run ranks than another on the same rows: see `evaluation.metrics.paired_difference`."""
 
+    num_users: int
+    """Users with both labels."""
     auc: float
     auc_ci: list[float]
     gauc: float
     gauc_ci: list[float]
 
     def estimate(self, metric: str) -> Estimate:
-        """The difference of "auc" or "gauc"; the value is None where the difference is not defined."""
+        """The difference of "auc" or "gauc"; the value is None where the difference is not defined, the interval also
+        for fewer than `MIN_USERS` users."""
         value = getattr(self, metric)
-        return Estimate(value if math.isfinite(value) else None, finite_interval(getattr(self, f"{metric}_ci")))
+        ends = finite_interval(getattr(self, f"{metric}_ci")) if self.num_users >= MIN_USERS else None
+        return Estimate(value if math.isfinite(value) else None, ends)
 
 
 @dataclass(frozen=True)
@@ -83,8 +88,8 @@ class ClickBucket:
         return self.metrics.get("num_impressions")
 
     def estimate(self, metric: str) -> Estimate:
-        """A metric ("gauc") with its interval."""
-        return Estimate(finite(self.metrics.get(metric)), finite_interval(self.metrics.get(f"{metric}_ci")))
+        """A metric ("gauc") with its interval, which is None for fewer than `MIN_USERS` users."""
+        return _estimate(self.metrics, metric)
 
 
 @dataclass(frozen=True)
@@ -108,21 +113,32 @@ class Run:
     difference: dict[str, PairedDifference | None] | None = None
     """By split, the paired difference to the first run of a comparison, None for a split without rows; None instead of
     the dictionary for the first run and for runs on other rows."""
+    same_rows: bool | None = None
+    """Whether the test rows are those of the first run of a comparison; None for the first run, and where one of the
+    two runs has no predictions, so that the rows are not known."""
 
     def metric(self, split: str, name: str) -> float | None:
         """A metric ("gauc") of a split of the test rows, None where it is missing or undefined."""
         return finite((self.test.get(split) or {}).get(name))
 
     def estimate(self, split: str, name: str) -> Estimate:
-        """A metric ("gauc") of a split of the test rows, with its interval."""
-        return Estimate(self.metric(split, name), finite_interval((self.test.get(split) or {}).get(f"{name}_ci")))
+        """A metric ("gauc") of a split of the test rows, with its interval, None for fewer than `MIN_USERS` users."""
+        return _estimate(self.test.get(split) or {}, name)
+
+    def num_users(self, split: str) -> int | None:
+        """Number of users with both labels on a split of the test rows; None where metrics.json does not have it."""
+        count = self.metric(split, "num_users")
+        return None if count is None else int(count)
 
     def click_buckets(self) -> list[ClickBucket]:
         """The test metrics by training clicks of the target item."""
         return [ClickBucket(str(bucket.get("clicks")), bucket) for bucket in self.test.get("buckets") or []]
 
     def difference_from(self, first: Run, split: str, name: str) -> Estimate:
-        """This run's metric minus the metric of the first run; no interval where the rows of the two runs differ."""
+        """This run's metric minus the metric of the first run: without an interval where the rows are not known or
+        fewer than `MIN_USERS` users have both labels, without a value where the rows differ."""
+        if self.same_rows is False:
+            return Estimate(None)
         paired = (self.difference or {}).get(split)
         if paired is not None and paired.estimate(name).value is not None:
             return paired.estimate(name)
@@ -138,7 +154,14 @@ class Run:
             "test": _finite_json(self.test),
             "validation": _finite_json(self.validation),
             "difference": _finite_json(difference),
+            "same_rows": self.same_rows,
         }
+
+
+def _estimate(metrics: Mapping[str, Any], name: str) -> Estimate:
+    """A metric of a dictionary of metrics, with its interval unless fewer than `MIN_USERS` users have both labels."""
+    few = (finite(metrics.get("num_users", MIN_USERS)) or 0) < MIN_USERS
+    return Estimate(finite(metrics.get(name)), None if few else finite_interval(metrics.get(f"{name}_ci")))
 
 
 def finite(value: Any) -> float | None:
@@ -175,7 +198,10 @@ def load_runs(paths: Sequence[str | Path], num_bootstrap: int = 200) -> list[Run
     folders = [Path(path) for path in paths]
     runs = [load_run(folder, name) for folder, name in zip(folders, _short_names(folders), strict=True)]
     differences = _differences(folders, num_bootstrap)
-    return [replace(run, difference=difference) for run, difference in zip(runs, differences, strict=True)]
+    return [
+        replace(run, same_rows=same_rows, difference=difference)
+        for run, (same_rows, difference) in zip(runs, differences, strict=True)
+    ]
 
 
 def load_run(folder: Path, name: str) -> Run:
@@ -238,14 +264,20 @@ def _short_names(folders: Sequence[Path]) -> list[str]:
     return names
 
 
-def _differences(folders: Sequence[Path], num_bootstrap: int) -> list[dict[str, PairedDifference | None] | None]:
-    """`Run.difference` of each run: paired differences to the first run by split."""
+def _differences(
+    folders: Sequence[Path], num_bootstrap: int
+) -> list[tuple[bool | None, dict[str, PairedDifference | None] | None]]:
+    """`Run.same_rows` and `Run.difference` of each run: whether the rows are those of the first run, and the paired
+    differences by split."""
     first = read_predictions(folders[0]) if len(folders) > 1 else None
-    result: list[dict[str, PairedDifference | None] | None] = [None]
+    result: list[tuple[bool | None, dict[str, PairedDifference | None] | None]] = [(None, None)]
     for folder in folders[1:]:
         table = read_predictions(folder) if first is not None else None
-        if first is None or table is None or not all(table[k].equals(first[k]) for k in ("user", "item", "label")):
-            result.append(None)
+        if first is None or table is None:
+            result.append((None, None))
+            continue
+        if not all(table[k].equals(first[k]) for k in ("user", "item", "label", "cold")):
+            result.append((False, None))
             continue
         labels, users = first["label"].to_numpy(), first["user"].to_numpy()
         first_scores, scores = first["score"].to_numpy(), table["score"].to_numpy()
@@ -256,7 +288,7 @@ def _differences(folders: Sequence[Path], num_bootstrap: int) -> list[dict[str, 
             differences[split] = (
                 PairedDifference(**paired_difference(*columns, num_samples=num_bootstrap)) if rows.any() else None
             )
-        result.append(differences)
+        result.append((True, differences))
     return result
 
 

@@ -97,4 +97,7 @@ def _log_metrics(metrics: dict[str, Any], tables: dict[str, dict[str, int]]) -> 
     for name, numbers in (lines | metrics.get("stages", {})).items():
         if numbers["auc"] is not None:
             gauc = numbers["gauc"] or float("nan")
-            logger.info(f"{name:9}  AUC {numbers['auc']:.4f}  gAUC {gauc:.4f}  log loss {numbers['log_loss']:.4f}")
+            logger.info(
+                f"{name:9}  AUC {numbers['auc']:.4f}  gAUC {gauc:.4f}  log loss {numbers['log_loss']:.4f}"
+                f"  users with both labels {numbers['num_users']}"
+            )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from mmctr.evaluation.user_resampling import t_quantile
 from mmctr.reports.run import Interval
 
 
@@ -35,12 +36,5 @@ def mean_interval(values: np.ndarray, samples: np.ndarray, num_users: int) -> In
     if variance == 0:
         return mean, mean
     squares = by_users**2 / (num_users - 1) + (by_seeds**2 / (count - 1) if count > 1 else 0.0)
-    half = _t_quantile(variance**2 / squares) * variance**0.5
+    half = t_quantile(variance**2 / squares) * variance**0.5
     return mean - half, mean + half
-
-
-def _t_quantile(degrees: float) -> float:
-    """The 97.5% quantile of Student's t."""
-    from scipy.stats import t  # takes half a second to import, which commands without a study need not spend
-
-    return float(t.ppf(0.975, degrees))

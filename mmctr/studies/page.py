@@ -104,7 +104,11 @@ def _protocol_sentence(name: str, protocol: ProtocolResults, study: StudyConfig)
     if not means:
         return f"{name}: no gAUC on cold items to compare."
     mean, best = max(means)
-    sentence = f"{name}: on {protocol.num_rows['cold']:,} rows of cold items {best} has the highest gAUC, {mean:.4f}"
+    rows, users = protocol.num_rows["cold"], protocol.num_users["cold"]
+    sentence = (
+        f"{name}: on {rows:,} rows of cold items ({users:,} users with both labels) {best} has the highest gAUC, "
+    )
+    sentence += f"{mean:.4f}"
     difference = protocol.methods[best].split_difference("cold")
     if difference and difference.gauc.value is not None and difference.gauc.interval:
         low, high = difference.gauc.interval

@@ -9,8 +9,8 @@ import numpy as np
 import pyarrow.parquet
 
 from mmctr.evaluation.metrics import paired_samples
-from mmctr.evaluation.user_resampling import interval
-from mmctr.reports.run import Estimate, Interval, read_predictions
+from mmctr.evaluation.user_resampling import MIN_USERS, t_interval, users_with_both_labels
+from mmctr.reports.run import Estimate, finite_interval, read_predictions
 from mmctr.run_folder import AGAIN, RunFolder
 from mmctr.studies.config import StudyConfig
 from mmctr.studies.intervals import mean_interval
@@ -68,8 +68,8 @@ class PairedRows:
 
     def num_users(self, split: str) -> int:
         """Number of users with clicked and other rows in a split."""
-        clicked, others = (self.users[self.masks[split] & (self.labels == label)] for label in (1, 0))
-        return len(np.intersect1d(clicked, others))
+        mask = self.masks[split]
+        return users_with_both_labels(self.labels[mask] == 1, self.users[mask])
 
     def shared_seeds(self, *methods: str) -> list[int]:
         """Seeds of which all these methods are finished."""
@@ -102,7 +102,8 @@ class PairedRows:
         for metric, (values, samples) in self._samples(method, seeds, split, scores or self.scores).items():
             means[metric] = Estimate(_finite(values.mean()), mean_interval(values, samples, num_users))
             for position, estimates in enumerate(by_seed):
-                estimates[metric] = Estimate(_finite(values[position]), _finite_ends(samples[:, position]))
+                ends = finite_interval(t_interval(float(values[position]), samples[:, position], num_users))
+                estimates[metric] = Estimate(_finite(values[position]), ends)
         per_seed = {seed: Difference(num_users, **one) for seed, one in zip(seeds, by_seed, strict=True)}
         return MethodDifference(num_users, **means, by_seed=per_seed)
 
@@ -110,13 +111,13 @@ class PairedRows:
         """A method's difference on cold gAUC as a share of the oracle's.
 
         None without an oracle or cold rows, for the baseline and the oracle, and where the interval of the oracle's
-        difference is not above zero.
+        difference is not above zero or comes from fewer than `MIN_USERS` users.
         """
         baseline, oracle = self.study.baseline, self.study.oracle
         if oracle is None or method in (baseline, oracle) or not self.masks["cold"].any():
             return None
         seeds, num_users = self.shared_seeds(method, baseline, oracle), self.num_users("cold")
-        if not seeds:
+        if not seeds or num_users < MIN_USERS:
             return None
         values, samples = self._samples(method, seeds, "cold", self.scores)["gauc"]
         oracle_values, oracle_samples = self._samples(oracle, seeds, "cold", self.scores)["gauc"]
@@ -155,9 +156,3 @@ def _read_stages(run: RunFolder) -> dict[str, np.ndarray]:
 def _finite(value: float) -> float | None:
     """A number, None where it is not finite."""
     return float(value) if np.isfinite(value) else None
-
-
-def _finite_ends(samples: np.ndarray) -> Interval | None:
-    """The 95% interval of samples, None where it is not defined."""
-    low, high = interval(samples)
-    return (low, high) if np.isfinite([low, high]).all() else None

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mmctr.evaluation.user_resampling import MIN_USERS
 from mmctr.reports.run import Estimate, Interval
 from mmctr.studies.config import StudyConfig
 
@@ -13,9 +14,6 @@ METRICS = ("gauc", "auc", "log_loss")
 """metrics of the test rows, of validation and of stages"""
 PAIRED_METRICS = ("auc", "gauc")
 """metrics that methods are compared by, with intervals"""
-MIN_USERS = 10
-"""with clicked and other rows, that a mark takes: where nothing differs at all, resampling two users marks every second
-difference, three to six users one in five, and ten and more about one in ten or less"""
 RULE = (
     "The difference of a method is its gAUC minus that of the baseline on the same rows, averaged over seeds, seed by "
     "seed. Its 95% interval is mean ± t · sqrt(user variance + seed variance / seeds): the user variance from "
@@ -184,6 +182,8 @@ class ProtocolResults:
 
     num_rows: dict[str, int]
     """Test rows by split."""
+    num_users: dict[str, int]
+    """Users with clicked and other test rows by split."""
     methods: dict[str, MethodResults]
     """Methods with a finished run."""
 
@@ -198,8 +198,9 @@ class ProtocolResults:
         return sorted({point.epoch for method in self.methods.values() for point in method.validation})
 
     def to_json(self) -> dict[str, Any]:
-        """{"rows", "methods"}."""
-        return {"rows": self.num_rows, "methods": {name: method.to_json() for name, method in self.methods.items()}}
+        """{"rows", "users", "methods"}."""
+        methods = {name: method.to_json() for name, method in self.methods.items()}
+        return {"rows": self.num_rows, "users": self.num_users, "methods": methods}
 
 
 @dataclass(frozen=True)

@@ -58,14 +58,14 @@ def seed_summary(values: Sequence[Any]) -> SeedSummary | None:
 def _protocol_results(study: StudyConfig, cells: Sequence[Cell]) -> ProtocolResults:
     """The results of the finished cells of one protocol."""
     if not cells:
-        return ProtocolResults(dict.fromkeys(SPLITS, 0), {})
+        return ProtocolResults(dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0), {})
     rows = PairedRows.read(study, cells)
     methods = {}
     for name in study.methods:
         method_cells = [cell for cell in cells if cell.method == name]
         if method_cells:
             methods[name] = _method_results(name, method_cells, rows)
-    return ProtocolResults(rows.num_rows(), methods)
+    return ProtocolResults(rows.num_rows(), {split: rows.num_users(split) for split in SPLITS}, methods)
 
 
 def _method_results(name: str, cells: Sequence[Cell], rows: PairedRows) -> MethodResults:

@@ -48,7 +48,10 @@ def _protocol_tables(name: str, protocol: ProtocolResults, study: StudyConfig) -
     for method, results in methods.items():
         cells = [_summary_text(results.test[split][metric]) for split, metric in TEST_COLUMNS.values()]
         table.add_row(Text(method), *cells, str(len(results.seeds)))
-    counts = f"{num_rows['all']:,} test rows, {num_rows['cold']:,} of them of cold items"
+    counts = (
+        f"{num_rows['all']:,} test rows, {num_rows['cold']:,} of them of cold items; users with both labels: "
+        + ", ".join(f"{split} {count:,}" for split, count in protocol.num_users.items())
+    )
     yield f"{name}: {counts}; mean over seeds, lowest–highest", table
     compared = {method: results for method, results in methods.items() if results.difference}
     if compared:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from mmctr.layers.batch_norm import separate_statistics
 from mmctr.training.task import ChunkedTask
 
 
@@ -30,7 +31,8 @@ def chunked_backward(
 ) -> dict[str, Tensor]:
     """Accumulate the gradient of a batch into the parameters, one chunk at a time.
 
-    Batch normalisation computes statistics of single chunks, and the running statistics count each chunk once.
+    Batch normalisation computes statistics of single chunks in single processes, which may differ in their numbers of
+    chunks. The running statistics count each chunk once, and are then averaged over processes.
 
     Args:
         model: the result of `accelerator.prepare` for `task`.
@@ -44,7 +46,8 @@ def chunked_backward(
         The loss terms, scalars by name.
     """
     chunks = task.chunks(batch, size)
-    with accelerator.no_sync(model):  # data-parallel hooks must not average each chunk by itself
+    # data-parallel hooks must not average each chunk by itself
+    with accelerator.no_sync(model), separate_statistics(task.modules()):
         with torch.no_grad(), accelerator.autocast(), _statistics_kept(task):
             parts = [_seeded(task, chunk, seed(number)) for number, chunk in enumerate(chunks)]
         leaves = {

@@ -305,11 +305,47 @@ def test_further_columns_of_the_log_stay_with_their_rows(tmp_path):
     assert context["tags"].to_pylist() == [log["tags"][i] for i in source]
 
 
-def test_equal_times_stay_in_the_order_given(tmp_path):
-    items = [30, 10, 20] * 2
-    log = {"user_id": [1] * 6, "item_id": items, "timestamp": [7] * 3 + [5] * 3, "label": [1] * 6}
-    dataset = prepare(write_dataset(tmp_path / "d", ITEMS, log), tmp_path / "out")
-    assert [row[1:3] for row in rows(dataset)] == [(i, 5) for i in items[3:]] + [(i, 7) for i in items[:3]]
+def test_the_order_of_rows_with_equal_times_does_not_depend_on_the_file(tmp_path):
+    """Whether a file lists the clicks of a day first or last says nothing of what was earlier on that day."""
+    rng = np.random.default_rng(0)
+    shown = [(user, item, day) for user in range(9) for item in (10, 20, 30) for day in (5, 7)]
+    log = [(*row, int(label)) for row, label in zip(shown, rng.integers(0, 2, len(shown)), strict=True)]
+    orders = {"clicks first": sorted(log, key=lambda row: -row[3]), "clicks last": sorted(log, key=lambda row: row[3])}
+    found = {
+        name: rows(prepare(write_dataset(tmp_path / name, ITEMS, log_columns(order)), tmp_path / f"{name} prepared"))
+        for name, order in orders.items()
+    }
+    assert found["clicks first"] == found["clicks last"]
+    # no item goes first in all moments
+    first = [found["clicks last"][at][1] for at in range(0, len(log), 3)]
+    assert set(first) == {10, 20, 30}
+
+
+def test_times_that_tell_no_order_are_reported(tmp_path):
+    day = [(user, item, 5, user % 2) for user in range(4) for item in (10, 20)]
+    more = [(user, 10, time, user % 2) for user in range(10, 20) for time in (1, 2)]
+    for number, (log, users) in enumerate([(day, (4, 4)), (day + more, (4, 14)), (day[:2] + more, None)]):
+        dataset = prepare(write_dataset(tmp_path / f"d{number}", ITEMS, log_columns(log)), tmp_path / f"out{number}")
+        notes = dataset.report["interactions"]["notes"]
+        if users is None:
+            assert notes == []  # 1 of 11 users
+        else:
+            assert len(notes) == 1 and f"one time for {users[0]} of the {users[1]} users" in notes[0]
+
+
+def test_clicks_that_come_earlier_than_other_impressions_are_reported(tmp_path):
+    for name, last in (("even", 1), ("uneven", 0)):
+        log = [
+            (user, 10 + 10 * (time % 3), time, last if time == 4 else user % 2)
+            for user in range(100)
+            for time in range(5)
+        ]
+        if name == "even":
+            log = [(user, item, time, (user + time) % 2) for user, item, time, _ in log]
+        dataset = prepare(write_dataset(tmp_path / name, ITEMS, log_columns(log)), tmp_path / f"{name} prepared")
+        notes = dataset.report["interactions"]["notes"]
+        assert bool(notes) == (name == "uneven")
+        assert not notes or ("the share of positives differs" in notes[0] and "latest 20% of the rows" in notes[0])
 
 
 def test_users_have_one_row_each(tmp_path):

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 import pytest
 
 from mmctr.config import Config
+from mmctr.data.hashing import tie_hashes
 from mmctr.data.interactions import Impressions, Interactions
+from mmctr.data.split_checks import check_labels
 from mmctr.data.splits import ColdItemsSplit, SplitConfig, Splits, StagedSplit, TemporalSplit, split_interactions
 from tests.helpers.worlds import clicks_before, log_of, random_log
 
@@ -220,7 +224,9 @@ def test_stages_take_the_first_rows_of_new_items(config):
         assert list(splits.report["set aside"].values()) == [count[rest].sum()] and len(rest) > 0
     assert list(splits.stages) == ["warm_a", "warm_b", "warm_c"][: config.stages]
     for item in new:
-        rows = sorted(np.flatnonzero(log.item == item), key=lambda i: log.time[i])  # stable
+        rows = np.flatnonzero(log.item == item)
+        hashes = tie_hashes(log.user[rows], log.item[rows], log.time[rows])
+        rows = [rows[i] for i in sorted(range(len(rows)), key=lambda i: (log.time[rows[i]], hashes[i]))]
         cut = [rows[i * config.rows : (i + 1) * config.rows] for i in range(config.stages)]
         for part, expected in zip(splits.stages.values(), cut, strict=True):
             assert sorted(part.source[part.item == item]) == sorted(expected)
@@ -262,3 +268,50 @@ def test_a_staged_split_without_new_items_says_what_to_change():
         ValueError, match=r"no item is new; one needs .* = 303 rows, and the longest has .*: lower rows"
     ):
         split_interactions(random_log(), NUM_ITEMS, StagedSplit(new=0.3, rows=100, test_rows=3))
+
+
+DAYS = [ColdItemsSplit(), TemporalSplit(test=0.2), StagedSplit(new=0.3, rows=20, test_rows=40)]
+
+
+def log_of_days(clicks_first: bool = True, num_days: int = 6) -> tuple[np.ndarray, ...]:
+    """User, item, day and label of 20,000 rows, each day of the file with the clicks first or last; 30 % are clicks,
+    and users with higher numbers click more often."""
+    rng = np.random.default_rng(0)
+    user, item = rng.integers(0, 400, 20_000), rng.integers(0, NUM_ITEMS * 4, 20_000)
+    day, label = rng.integers(0, num_days, 20_000), rng.random(20_000) < 0.1 + user / 1000
+    _, once = np.unique((user * 1000 + item) * 10 + day, return_index=True)
+    order = once[np.lexsort((label[once] ^ clicks_first, day[once]))]
+    return user[order], item[order], day[order], label[order]
+
+
+def shares(splits: Splits) -> dict[str, float]:
+    parts = parts_of(splits) | splits.stages
+    return {name: float(part.label.mean()) for name, part in parts.items()}
+
+
+@pytest.mark.parametrize("num_days", [1, 6])
+@pytest.mark.parametrize("config", DAYS, ids=lambda config: config.name)
+def test_days_with_clicks_first_in_the_file_give_even_shares_of_positives(config, num_days):
+    if config.name == "temporal" and num_days == 1:
+        pytest.skip("one moment cannot be cut by time")
+    split = [
+        split_interactions(Interactions.from_columns(*log_of_days(first, num_days))[0], NUM_ITEMS * 4, config)
+        for first in (True, False)
+    ]
+    assert max(shares(split[0]).values()) - min(shares(split[0]).values()) < 0.06, shares(split[0])
+    for part, other in zip(*((parts_of(s) | s.stages).values() for s in split), strict=True):
+        for name in ("user", "item", "label", "source", "history", "history_start", "history_end"):
+            assert np.array_equal(getattr(part, name), getattr(other, name)), name
+
+
+def test_shares_of_positives_that_differ_are_said(caplog):
+    user, item, _, label = log_of_days()
+    even, _ = Interactions.from_columns(user, item, np.arange(len(user)) // 10 * 7919 % 10_007, label)
+    # clicks have the time of the order, and other impressions the time of the export
+    late, _ = Interactions.from_columns(user, item, np.arange(len(user)) + 50_000 * ~label, label)
+    with caplog.at_level(logging.WARNING):
+        check_labels(split_interactions(even, NUM_ITEMS * 4, ColdItemsSplit()), "shop")
+        assert not caplog.records
+        check_labels(split_interactions(late, NUM_ITEMS * 4, ColdItemsSplit()), "shop")
+    (message,) = caplog.messages
+    assert message.startswith("shop: the share of positives differs: 4") and "0.0% of test rows" in message

@@ -168,6 +168,40 @@ def test_shared_values_of_many_and_of_few():
         assert _shared(target, behaviors).tolist() == expected and max(expected) > 1
 
 
+def test_rows_of_the_test_do_not_change_the_trees(world):
+    """Lists of items without a training row, lists of test rows, and content of such items: as they are, and others."""
+    dataset, splits, vocabulary, (vectors, has) = world
+    part = splits.train.take(disjoint_rows(len(splits.train), 0.5, 0)[0])
+    unseen = np.flatnonzero(splits.seen == 0)
+    trained = np.isin(np.arange(len(dataset.interactions)), splits.train.source)
+
+    def lists(original: list[list[int]], changed: np.ndarray, value: int) -> Jagged:
+        rows = [[value] * 50 if at in set(changed.tolist()) else list(row) for at, row in enumerate(original)]
+        flat = torch.tensor([one for row in rows for one in row])
+        return Jagged(flat, torch.tensor([0, *np.cumsum([len(row) for row in rows])]))
+
+    def fitted(changes: bool) -> Trees:
+        other = vectors.clone()
+        if changes:
+            other[unseen] = 100.0 + torch.arange(9) ** 2
+        data = RankingData(dataset, vocabulary, FEATURES, 10, (other, has))
+        title = data.items.columns["title"]
+        words = [title.values[a:b].tolist() for a, b in zip(title.offsets[:-1], title.offsets[1:], strict=True)]
+        nothing = np.zeros(0, np.int64)
+        of_items = lists(words, unseen if changes else nothing, 9)
+        of_rows = lists(
+            [[1 + at % 5] for at in range(len(trained))], np.flatnonzero(~trained) if changes else nothing, 7
+        )
+        data.items = FeatureColumns(data.items.columns | {"title": of_items})
+        data.context = FeatureColumns(data.context.columns | {"tags": of_rows})
+        return data.fit_trees(CONFIG, part, 0.1, seed=0)
+
+    one, other = fitted(False), fitted(True)
+    assert one.columns.top == other.columns.top and set(one.columns.top) == {"item title", "impression tags"}
+    assert one.model == other.model
+    np.testing.assert_array_equal(one.columns.projection.components, other.columns.projection.components)
+
+
 def test_an_item_and_a_user_feature_of_one_name_are_two():
     lists = Jagged(torch.tensor([1, 2, 3]), torch.tensor([0, 1, 3]))
     items, impressions = FeatureColumns({"tags": lists}), FeatureColumns({"tags": torch.tensor([4, 0])})

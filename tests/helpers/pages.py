@@ -17,20 +17,23 @@ from mmctr.run_folder import RunFolder
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(20)
 
 
-def make_run(folder: Path, skill: float, rows: int = 900, seed: int = 0, cold_skill: float | None = None) -> Path:
-    """A finished run on impressions that depend on `seed` and `rows` alone; `skill` mixes the truth into the scores."""
+def make_run(
+    folder: Path, skill: float, rows: int = 900, seed: int = 0, cold_skill: float | None = None, users: int = 60
+) -> Path:
+    """A finished run on impressions that depend on `seed`, `rows` and `users` alone; `skill` mixes the truth into the
+    scores."""
     generator = np.random.default_rng(seed)
-    users, clicks = generator.integers(0, 60, rows), generator.choice([0, 0, 3, 10, 50, 300], rows)
+    user, clicks = generator.integers(0, users, rows), generator.choice([0, 0, 3, 10, 50, 300], rows)
     labels, cold = (generator.random(rows) < 0.3).astype(int), clicks == 0
     strength = np.where(cold, skill if cold_skill is None else cold_skill, skill)
     scores = 0.5 * generator.random(rows) + 0.4 * strength * labels
-    metrics = ranking_report(labels, scores, users, cold, clicks, num_bootstrap=20)
+    metrics = ranking_report(labels, scores, user, cold, clicks, num_bootstrap=20)
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump({"data": {"path": "data/toy"}, "name": folder.name}))
     log = [{"step": step, "epoch": step / 100, "loss": 0.7 - step / 1000, "click": 0.5} for step in range(0, 400, 10)]
     log += [{"step": step, "epoch": 1, "validation": {"gauc": 0.5 + step / 4000, "auc": 0.6}} for step in (100, 300)]
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
-    columns = {"user": users, "item": np.arange(rows), "label": labels, "score": scores, "cold": cold, "clicks": clicks}
+    columns = {"user": user, "item": np.arange(rows), "label": labels, "score": scores, "cold": cold, "clicks": clicks}
     pq.write_table(pa.table(columns), folder / "predictions.parquet")
     RunFolder(folder).write_metrics({"test": metrics, "validation": metrics, "seconds": 3})
     return folder

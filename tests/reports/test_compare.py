@@ -27,7 +27,33 @@ def test_result_sentences_say_what_the_intervals_allow(folders, tmp_path):
     assert "contains 0.5: this is not told apart from a random order" in words
     small = make_run(tmp_path / "small", 0.5, rows=300)
     words = " ".join(report.result_sentences(load_runs([folders[0], small])))
-    assert "different numbers of impressions (900, 300)" in words and "not of the same rows" in words
+    assert "small was tested on other rows than din_id: the two are not compared" in words
+    assert "no difference is given" in words and "does not contain zero" not in words
+
+
+def test_few_users_are_no_finding(tmp_path):
+    """29 rows: the scores of one run are the labels, those of the other are noise."""
+    folders = [make_run(tmp_path / name, skill, rows=29, users=9) for name, skill in (("noise", 0.0), ("truth", 1.2))]
+    runs = load_runs(folders)
+    words, table = " ".join(report.result_sentences(runs)), report.comparison_table(runs)
+    assert "contain zero" not in words and "contains zero" not in words and "told apart" not in words
+    assert "fewer than 10 users have both labels" in words and "no intervals from fewer than 10 users" in table
+    assert f"users with both labels: all {runs[0].num_users('all')}, warm" in table and "[" not in table
+    assert f"over {runs[0].num_users('warm')} users with both labels" in words
+
+
+def test_runs_on_other_rows_are_said_to_be(folders, tmp_path):
+    other = make_run(tmp_path / "later", 0.5, seed=3)
+    bare = make_run(tmp_path / "bare", 0.5)
+    (bare / "predictions.parquet").unlink()
+    runs = load_runs([*folders, other, bare], num_bootstrap=20)
+    notes = report.row_notes(runs)
+    assert len(notes) == 2 and notes[0].startswith("later was tested on other rows than din_id")
+    assert "bare or din_id has no predictions.parquet" in notes[1]
+    table = report.comparison_table(runs)
+    assert "later was tested on other rows" in " ".join(table.split()) and table.count("other rows") >= 4
+    assert report.comparison_json(runs)["notes"] == notes
+    assert [run["same_rows"] for run in report.comparison_json(runs)["runs"]] == [None, True, False, None]
 
 
 def test_table_fits_100_columns_and_shows_markup_as_text(folders, tmp_path):

@@ -39,8 +39,20 @@ def test_differences_are_paired_where_rows_match(folders, tmp_path):
     cold = np.array(first["cold"])
     columns = [np.array(values)[cold] for values in (first["label"], first["score"], second["score"], first["user"])]
     assert runs[1].difference["cold"] == PairedDifference(**paired_difference(*columns, num_samples=30))
-    value, interval = runs[2].difference_from(runs[0], "all", "gauc")  # other rows: a plain difference
-    assert value == pytest.approx(runs[2].test["all"]["gauc"] - runs[0].test["all"]["gauc"]) and interval is None
+    assert [run.same_rows for run in runs] == [None, True, False, None]
+    assert runs[2].difference_from(runs[0], "all", "gauc") == (None, None)  # other rows
+    value, interval = runs[3].difference_from(runs[0], "all", "gauc")  # unknown rows: a plain difference
+    assert value == pytest.approx(runs[3].test["all"]["gauc"] - runs[0].test["all"]["gauc"]) and interval is None
+
+
+def test_fewer_than_ten_users_get_no_interval(tmp_path):
+    for users, has in ((9, False), (10, True)):
+        folders = [make_run(tmp_path / f"{users}-{skill}", skill, rows=300, users=users) for skill in (0.0, 0.9)]
+        first, run = load_runs(folders)
+        assert run.num_users("all") == users and run.difference is not None
+        assert run.difference["all"].num_users == users and run.difference["all"].gauc_ci[0] > 0
+        for found in (run.estimate("all", "gauc"), run.difference_from(first, "all", "gauc")):
+            assert found.value is not None and (found.interval is not None) == has
 
 
 def test_equal_names_get_their_parents(tmp_path):

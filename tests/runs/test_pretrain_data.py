@@ -23,7 +23,7 @@ from tests.helpers.tiny import ARCHITECTURE
 from tests.helpers.worlds import log_columns, picture, write_dataset
 from tests.tasks.test_pretrain import pretrain_task
 
-SPLIT = ColdItemsSplit(cold=0.2)
+SPLIT = ColdItemsSplit(cold=0.2, validation_cold=0.1)
 
 
 def data_of(folder, task, seed=0, attributes=(), **config) -> PretrainData:

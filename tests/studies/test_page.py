@@ -52,7 +52,8 @@ def test_a_study_of_which_nothing_is_finished_is_reported(finished_study, tmp_pa
 
 def test_hostile_names_are_text_on_the_page_of_a_study():
     hostile = "<script>alert(1)</script>\"' onload='x"
-    protocol = ProtocolResults({"all": 9, "warm": 6, "cold": 3}, {hostile: method_results(), "true": method_results()})
+    rows, users = {"all": 9, "warm": 6, "cold": 3}, {"all": 3, "warm": 2, "cold": 1}
+    protocol = ProtocolResults(rows, users, {hostile: method_results(), "true": method_results()})
     failed = FailedCell(hostile, hostile, 4, Path(hostile), hostile)
     study = study_config().model_copy(update={"data": hostile, "baseline": hostile, "oracle": "true"})
     results = StudyResults(study, [failed], {hostile: protocol})

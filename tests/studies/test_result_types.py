@@ -45,7 +45,9 @@ def test_the_json_of_a_method():
 def test_the_json_of_a_study():
     study = study_config()
     failed = FailedCell("p", "ids", 4, Path("out/seed4.log"), "last words")
-    protocol = ProtocolResults({"all": 9, "warm": 6, "cold": 3}, {"content": method_results()})
+    protocol = ProtocolResults(
+        {"all": 9, "warm": 6, "cold": 3}, {"all": 3, "warm": 2, "cold": 1}, {"content": method_results()}
+    )
     written = StudyResults(study, [failed], {"p": protocol}).to_json()
     assert list(written) == ["study", "rule", "failed", "protocols"]
     assert written["study"] == study.model_dump(mode="json") and "20 resamples" in written["rule"]
@@ -53,7 +55,11 @@ def test_the_json_of_a_study():
         {"protocol": "p", "method": "ids", "seed": 4, "log": "out/seed4.log", "said": "last words"}
     ]
     assert written["protocols"] == {
-        "p": {"rows": {"all": 9, "warm": 6, "cold": 3}, "methods": {"content": method_results().to_json()}}
+        "p": {
+            "rows": {"all": 9, "warm": 6, "cold": 3},
+            "users": {"all": 3, "warm": 2, "cold": 1},
+            "methods": {"content": method_results().to_json()},
+        }
     }
     assert json.loads(json.dumps(written, allow_nan=False)) == written
 

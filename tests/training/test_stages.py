@@ -237,7 +237,7 @@ def test_a_staged_study_shows_warm_up_curves(study, tmp_path):
         for stage in names:
             by_hand = impression_metrics(label, table[stage].to_numpy(), user)
             # in single precision new items that IDs do not tell apart tie
-            near = 1e-6 if name == "mwuf" else 5e-3
+            near = 1e-6 if name == "mwuf" else 2e-2
             assert found[stage]["gauc"]["mean"] == pytest.approx(by_hand["gauc"], abs=near)
             assert found[stage]["auc_ci"] == metrics["stages"][stage]["auc_ci"]
     one, other = (tables[name]["warm_b"].to_numpy() for name in ("ids", "mwuf"))
