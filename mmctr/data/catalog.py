@@ -19,6 +19,7 @@ from torch import Tensor
 from mmctr.data.arrow import pc
 from mmctr.data.images import PictureError, decode_picture, read_picture
 from mmctr.data.picture_cache import CACHE_FORMAT, Pictures, reserve
+from mmctr.data.plain_tables import plain_table
 from mmctr.data.tables import (
     as_ids,
     as_text,
@@ -345,6 +346,7 @@ def clean_items(table: pa.Table, name: str) -> tuple[pa.Table, dict[str, Any]]:
         ValueError: no row is left, the column `item_id` is missing, or the ids are not integers or strings.
     """
     require_columns(table, ("item_id",), name)
+    table = plain_table(table)
     ids = as_ids(table.column("item_id"), "item_id", name)
     valid = np.asarray(ids.is_valid())
     order = np.flatnonzero(valid)

@@ -59,7 +59,9 @@ class Moment(Body):
     history: list[Id] | None = Field(
         default=None, max_length=1000, description="items clicked, oldest first, instead of those in the log"
     )
-    at: int | None = Field(default=None, description="a time in the unit of the log: only earlier clicks count")
+    at: int | float | None = Field(
+        default=None, description="a time in the unit of the column timestamp of the log: only earlier clicks count"
+    )
     context: dict[str, Any] = Field(default={}, description="values of context columns")
     ranker: RankerName = "ranker"
 
