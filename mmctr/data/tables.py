@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import gzip
 import logging
+import re
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -24,10 +25,9 @@ TEXT_COLUMNS = ("title", "description", "category", "brand", "shop", "image")
 """columns of a CSV file that are read as text, not as numbers: a title may be "1984", a brand "007" """
 SUFFIXES = (".parquet", ".csv", ".csv.gz", ".jsonl", ".jsonl.gz")
 """endings of the files that are read as tables, in lower or upper case"""
-_OTHERS = (
-    (".tsv", ".txt", ".json", ".ndjson", ".xlsx", ".xls", ".ods", ".feather", ".arrow", ".ipc", ".orc", ".avro", ".pq")
-    + (".pkl", ".pickle", ".npz", ".h5", ".db", ".sqlite", ".sql")
-    + (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z")
+_OTHERS = re.compile(
+    r"\.(tsv|txt|json|ndjson|xlsx?|ods|feather|arrow|ipc|orc|avro|pq|pkl|pickle|npz|h5|db|sqlite|sql"
+    r"|zip|tar|gz|tgz|bz2|xz|zst|7z)$"
 )
 """endings of tables in formats that are not read"""
 
@@ -69,7 +69,7 @@ def _is_other_table(path: Path, stem: str) -> bool:
     name = path.name.lower()
     if path.is_dir():
         return name == stem and any(table_format(part) is not None for part in path.iterdir())
-    return name.startswith(f"{stem}.") and name.endswith(_OTHERS)
+    return name.startswith(f"{stem}.") and _OTHERS.search(name) is not None
 
 
 def table_format(path: Path) -> Literal["parquet", "csv", "jsonl"] | None:

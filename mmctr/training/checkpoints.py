@@ -7,11 +7,12 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mmctr.distributed import spread_like
-from mmctr.files import read_json, replace_file, replace_folder, write_json
+from mmctr.files import read_json, remedy_of, replace_file, replace_folder, write_json
 from mmctr.tasks.folder import save_weights
 from mmctr.training.optimizers import load_optimizer_tensors, optimizer_tensors
 from mmctr.training.sharding import Sharding
@@ -61,7 +62,7 @@ class Checkpoints:
             replace_folder(path, write)
         except Exception as error:
             raise OSError(
-                f"cannot save the checkpoint {path}: {error}. Free some space, then start the same command again: "
+                f"cannot save the checkpoint {path}: {error}. {remedy_of(error)}, then start the same command again: "
                 f"it goes on from the checkpoint before"
             ) from error
         # older checkpoints, and unfinished files of a killed process
@@ -81,7 +82,7 @@ class Checkpoints:
             The progress that was saved; None where the run has no checkpoint.
 
         Raises:
-            ValueError: the checkpoint belongs to another config or dataset.
+            ValueError: the checkpoint belongs to another config or dataset, or a file is cut short or damaged.
         """
         finished = self._finished()
         if not finished:
@@ -93,9 +94,9 @@ class Checkpoints:
                 f"delete {self.folder.parent} to start anew"
             )
         current = task.state_dict()
-        weights = load_file(finished[-1] / "task.safetensors").items()
+        weights = self._read(finished[-1] / "task.safetensors").items()
         task.load_state_dict({name: spread_like(x, current[name]) if name in current else x for name, x in weights})
-        load_optimizer_tensors(optimizer, load_file(finished[-1] / "optimizer.safetensors"))
+        load_optimizer_tensors(optimizer, self._read(finished[-1] / "optimizer.safetensors"))
         return state
 
     def save_best(self, task: Task) -> None:
@@ -106,7 +107,17 @@ class Checkpoints:
 
     def load_best(self, task: Task) -> None:
         """Load the weights of the best evaluation into the task."""
-        task.load_state_dict(load_file(self.folder / "best.safetensors"))
+        task.load_state_dict(self._read(self.folder / "best.safetensors"))
+
+    def _read(self, file: Path) -> dict[str, Tensor]:
+        """The tensors of a file; ValueError where the file is missing, cut short or damaged."""
+        try:
+            return load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"{file}: not a whole file ({error}); copy the run folder again, or delete {self.folder} to train from "
+                f"the beginning"
+            ) from None
 
     def _writing(self) -> AbstractContextManager[bool]:
         """Within the context the task is whole; the value says whether this process writes."""
