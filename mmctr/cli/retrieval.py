@@ -145,7 +145,7 @@ def search_command(arguments: argparse.Namespace) -> str:
     if arguments.json:
         return json.dumps([vars(neighbour) for neighbour in neighbours], ensure_ascii=False)
     lines = (f"{rank:3}  {n.score:7.4f}  {n.item_id}  {n.title or ''}" for rank, n in enumerate(neighbours, 1))
-    return "\n".join(lines) or "no item fulfils the conditions"
+    return "\n".join(lines) or ("no item fulfils the conditions" if len(index) else "the index holds no items")
 
 
 def _shift(arguments: argparse.Namespace, index: ItemIndex) -> np.ndarray | None:

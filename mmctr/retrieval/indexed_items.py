@@ -57,7 +57,8 @@ class IndexedItems:
             try:
                 return int(item_id)
             except ValueError:
-                raise UnknownId(f"item {item_id!r}: ids here are integers, like {self.ids[0].as_py()}") from None
+                like = f", like {self.ids[0].as_py()}" if len(self.ids) else ""
+                raise UnknownId(f"item {item_id!r}: ids here are integers{like}") from None
         return item_id
 
     @cached_property
@@ -73,6 +74,8 @@ class IndexedItems:
         """
         row = self._row_by_id.get(item_id) if isinstance(item_id, int | str) else None
         if row is None or isinstance(item_id, bool):
+            if not len(self):
+                raise UnknownId(f"item {item_id!r}: the index holds no items; add some with `mmctr index --append`")
             raise UnknownId(f"item {item_id!r} has no vector here; ids look like {self.ids[0].as_py()!r}")
         return row
 

@@ -194,7 +194,7 @@ class Service:
                 continue
             values = self.index.items[name].combine_chunks()
             kind = values.type
-            flat = pc.list_flatten(values) if pa.types.is_list(kind) else values
+            flat = pc.list_flatten(values) if pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind) else values
             distinct = flat.unique().drop_null()
             choice = len(distinct) <= (12 if pa.types.is_integer(kind) else 40) and not pa.types.is_floating(kind)
             columns[name] = {"type": str(kind), "values": sorted(map(str, distinct.to_pylist())) if choice else None}
