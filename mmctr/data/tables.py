@@ -17,6 +17,7 @@ from pyarrow import csv, json, parquet
 
 from mmctr.data.arrow import pc
 from mmctr.data.plain_tables import plain_table
+from mmctr.errors import UnknownId
 
 logger = logging.getLogger(__name__)
 
@@ -161,6 +162,25 @@ def _read_csv(file: Any, block_size: int) -> pa.Table:
 
 def _read_json(file: Any, block_size: int) -> pa.Table:
     return json.read_json(file, read_options=json.ReadOptions(block_size=block_size))
+
+
+def typed_id(item_id: Any, ids: pa.Array) -> Any:
+    """An id with the type of some ids: text is converted where the ids are integers.
+
+    Args:
+        item_id: a raw id, maybe written as text, as in a command or in JSON.
+        ids: the ids.
+
+    Raises:
+        UnknownId: the ids are integers, and the text is not an integer.
+    """
+    if not pa.types.is_integer(ids.type) or not isinstance(item_id, str):
+        return item_id
+    try:
+        return int(item_id)
+    except ValueError:
+        like = f", like {ids[0].as_py()}" if len(ids) else ""
+        raise UnknownId(f"item {item_id!r}: ids here are integers{like}") from None
 
 
 def same_kind(table: pa.Table, path: Path | None, name: str, kind: pa.DataType) -> pa.Table:

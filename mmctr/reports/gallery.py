@@ -55,7 +55,7 @@ def _embedding_folder(runs: list[Path]) -> str | None:
     for run in runs:
         config = RunFolder(run).read_config()
         path = config.get("task", {}).get("embedder", {}).get("content", {}).get("path")
-        for candidate in [path] if isinstance(path, str) else path or []:
+        for candidate in map(RunFolder(run).located, [path] if isinstance(path, str) else path or []):
             if (Path(candidate) / "manifest.json").is_file():
                 return candidate
     return None

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from mmctr.data.tables import one_array
+from mmctr.data.tables import one_array, typed_id
 from mmctr.errors import UnknownId
 from mmctr.retrieval.filters import matching
 
@@ -53,13 +53,7 @@ class IndexedItems:
         Raises:
             UnknownId: the ids are integers, and the text is not an integer.
         """
-        if pa.types.is_integer(self.ids.type) and isinstance(item_id, str):
-            try:
-                return int(item_id)
-            except ValueError:
-                like = f", like {self.ids[0].as_py()}" if len(self.ids) else ""
-                raise UnknownId(f"item {item_id!r}: ids here are integers{like}") from None
-        return item_id
+        return typed_id(item_id, self.ids)
 
     @cached_property
     def _row_by_id(self) -> dict[Any, int]:
