@@ -11,6 +11,7 @@ from pydantic import TypeAdapter
 
 from mmctr.config import Config
 from mmctr.data.splits import SplitConfig
+from mmctr.features.trees import Trees
 from mmctr.files import fingerprint
 from mmctr.run_folder import RunFolder
 from mmctr.runs.config import DataConfig
@@ -39,7 +40,7 @@ def begin_folder(config: Config, folder: RunFolder, accelerator: Accelerator) ->
         if folder.is_begun:
             old = type(config).load(folder.config).model_dump(mode="json")
             differing = first_difference(old, values)
-            if differing and not folder.is_trained:
+            if differing and not (folder.is_trained or Trees.are_saved(folder.path)):
                 logger.info(
                     "%s: a run of another config ended here before it trained (%s: %r); this config replaces that one",
                     folder.path,
@@ -86,13 +87,16 @@ def first_difference(old: Any, new: Any, key: str = "") -> tuple[str, Any, Any] 
     return None if old == new else (key, old, new)
 
 
-def data_config(run: str | Path, data: str | None, item_tables: list[str] | None = None) -> DataConfig:
+def data_config(
+    run: str | Path, data: str | None, item_tables: list[str] | None = None, is_read: bool = True
+) -> DataConfig:
     """The section `data` of the config of a run, or the same section for another dataset folder.
 
     Args:
         run: the run folder.
         data: another dataset folder; None: the dataset of the run.
         item_tables: files to join to the items; None: the columns saved in the run folder.
+        is_read: whether the dataset will be read, so that the dataset must exist.
 
     Raises:
         ValueError: the folder holds no run, or the dataset of the run is not where it was.
@@ -103,7 +107,7 @@ def data_config(run: str | Path, data: str | None, item_tables: list[str] | None
         values |= {"path": data, "items": None, "stream": None}
     else:
         values |= {name: folder.located(values[name]) for name in ("path", "items") if values.get(name)}
-        if not (values.get("items") or values.get("stream") or Path(values["path"]).exists()):
+        if is_read and not (values.get("items") or values.get("stream") or Path(values["path"]).exists()):
             where = (
                 ""
                 if Path(values["path"]).is_absolute()

@@ -47,7 +47,7 @@ class ItemEncoder:
     def __init__(self, run: str | Path):
         self.run = Path(run)
         self.task = load_encoder(self.run)
-        self._resize: Resize = data_config(self.run, None).image_resize
+        self._resize: Resize = data_config(self.run, None, is_read=False).image_resize
         self._lock = threading.Lock()
 
     @property

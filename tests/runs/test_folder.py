@@ -69,6 +69,7 @@ def test_an_absolute_path_that_is_gone_is_named(project):
     path.write_text(path.read_text().replace("path: shop", f"path: {json.dumps(gone)}"))
     with pytest.raises(ValueError, match=r"data\.path .*gone' does not exist; put the dataset there again"):
         data_config("runs/a", None)
+    assert data_config("runs/a", None, is_read=False).path == gone  # an encoder needs no dataset
 
 
 def begin(folder: Path, **values: object) -> str:
@@ -87,7 +88,9 @@ def test_a_run_that_ended_before_training_does_not_block_the_folder(tmp_path, ca
     assert not RunFolder(folder).item_tables.exists()
 
 
-@pytest.mark.parametrize("kept", ["log.jsonl", "checkpoints/best.safetensors", "model.safetensors", "metrics.json"])
+@pytest.mark.parametrize(
+    "kept", ["log.jsonl", "checkpoints/best.safetensors", "model.safetensors", "metrics.json", "trees.json"]
+)
 def test_what_was_trained_is_not_replaced(tmp_path, kept):
     folder = tmp_path / "run"
     begin(folder, seed=1)
