@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mmctr.files import read_json, remedy_of
 
-CACHE_FORMAT = 2
+CACHE_FORMAT = 3
 
 
 class Pictures:

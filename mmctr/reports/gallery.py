@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mmctr.data.catalog import Catalog, Resize
+from mmctr.data.catalog import Catalog
 from mmctr.data.embeddings import EmbeddingTable
+from mmctr.data.images import Resize
 from mmctr.data.prepare import open_dataset
 from mmctr.reports.page import ItemCard, NeighbourRow
 from mmctr.retrieval.index import ItemIndex

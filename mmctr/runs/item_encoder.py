@@ -13,8 +13,7 @@ import torch
 from PIL import Image
 
 from mmctr.data.batches import ItemBatch
-from mmctr.data.catalog import Resize
-from mmctr.data.images import PictureError, decode_picture
+from mmctr.data.images import PictureError, Resize, decode_picture
 from mmctr.runs.finished import load_encoder
 from mmctr.runs.folder import data_config
 
