@@ -19,6 +19,7 @@ from mmctr.retrieval.merging import merge
 from mmctr.retrieval.storage import columns_of, is_index
 from mmctr.retrieval.tuning import Wanted
 from mmctr.run_folder import RunFolder
+from mmctr.runs.folder import data_config
 from mmctr.serving.search import Part, Searcher
 
 
@@ -87,6 +88,33 @@ def append_to_index(table: EmbeddingTable, out: str, data: str | None) -> str:
     added = index.add(new, _columns(new, data, names) if names else None) if len(new) else 0
     index.save(out)
     return f"{out}: {added} items added; {described(index)}"
+
+
+def check_columns(out: str, run: str, data: str | None) -> None:
+    """Check, before anything is encoded, that the items of a dataset have the filter columns of an index.
+
+    Args:
+        out: the index folder.
+        run: the pretraining run.
+        data: dataset folder; None: the dataset of the run.
+
+    Raises:
+        ValueError: the folder holds no index, or a column is missing or has another type.
+    """
+    if not is_index(Path(out)):
+        raise ValueError(f"{out}: no index to append to; build it without --append")
+    schema = ItemIndex.load(out, mmap=True).items.schema
+    names = [name for name in schema.names if name not in ("item_id", "title")]
+    if not names:
+        return
+    catalog = open_dataset(data or data_config(run, None).path).catalog
+    columns = columns_of(catalog.table, catalog.item_ids, catalog.item_ids, names)
+    try:
+        columns.cast(pa.schema([schema.field(name) for name in columns.column_names]))
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise ValueError(
+            f"{out}: the columns of the dataset are of other types than those of the index: {error}"
+        ) from None
 
 
 def _columns(table: EmbeddingTable, data: str | None, names: list[str] | None) -> pa.Table:

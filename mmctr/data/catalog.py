@@ -171,6 +171,16 @@ class Catalog:
             return path
         return cache_folder() / f"{self.folder.name}-{fingerprint(str(self.folder.resolve()))}" / name
 
+    def part(self, rows: np.ndarray) -> Catalog:
+        """A catalog of some items, whose caches are in a folder of their own within the folder of this catalog.
+
+        Args:
+            rows: (n,) catalog rows.
+        """
+        table = self.table.take(pa.array(rows))
+        ids = one_array(table.column("item_id"))
+        return Catalog(table, self.cache_path(f"features-of-part-{fingerprint(ids.to_pylist())}"), self.root)
+
     def picture_cell(self, row: int) -> str | bytes | None:
         """The first picture of the item in a catalog row.
 
