@@ -14,6 +14,7 @@ import pyarrow as pa
 from mmctr.data.embeddings import EmbeddingTable
 from mmctr.data.tables import rows_of
 from mmctr.errors import UnknownId
+from mmctr.files import user_path
 from mmctr.reports.compare import comparison_json, comparison_table, write_report
 from mmctr.reports.run import Run, load_runs
 from mmctr.retrieval.index import ItemIndex
@@ -49,7 +50,7 @@ def load(path: str | Path) -> ItemEncoder | Ranker | ItemSearch:
         print(encoder.dim, len(ranker.item_ids), len(search))
         ```
     """
-    folder = Path(path)
+    folder = user_path(path)
     if RunFolder(folder).task.is_file():
         return ItemEncoder(folder) if task_kind(folder) == "pretrain" else Ranker(folder)
     if folder.exists() and not RunFolder(folder).is_begun:

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from mmctr.files import write_text
+from mmctr.files import user_path, write_text
 from mmctr.shipped import find_config, shipped_config
 
 
@@ -28,6 +28,12 @@ class Config(BaseModel):
     """Base class of all configs: frozen, and an unknown key is an error with a suggestion."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_home(cls, values: Any) -> Any:
+        """A text that begins with `~/`, alone or in a list, is a path in the home folder, whatever the key."""
+        return {key: _expanded(value) for key, value in values.items()} if isinstance(values, dict) else values
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
@@ -76,6 +82,13 @@ class Config(BaseModel):
         write_text(Path(path), yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
 
 
+def _expanded(value: Any) -> Any:
+    """A value with the home folder in place of `~`; lists are changed within, mappings have configs of their own."""
+    if isinstance(value, list | tuple):
+        return [_expanded(one) for one in value]
+    return str(user_path(value)) if isinstance(value, str) and value.startswith("~/") else value
+
+
 class _Loader(yaml.SafeLoader):
     """YAML in which a key that stands twice is an error; plain YAML lets the last one win in silence."""
 
@@ -117,7 +130,7 @@ def _merged(path: Path, seen: tuple[Path, ...], with_base: bool = True) -> dict[
         raise ValueError(f"{path}: a config is a mapping of keys to values, found {type(values).__name__}")
     base = values.pop("base", None)
     if base is not None and with_base:
-        under = path.parent / str(base)
+        under = path.parent / user_path(str(base))
         if not under.exists():
             under = shipped_config(str(base)) or under
         values = _merge(_merged(under, (*seen, path.resolve())), values)

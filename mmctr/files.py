@@ -232,6 +232,11 @@ def fingerprint(*parts: Any) -> str:
     return digest.hexdigest()[:16]
 
 
+def user_path(path: str | Path) -> Path:
+    """A path in which `~` is the home folder; shells expand it in few places, YAML and Python in none."""
+    return Path(os.path.expanduser(path))
+
+
 def cache_folder() -> Path:
     """The folder of files that can be computed again: `$MMCTR_CACHE`, else `~/.cache/mmctr`.
 
@@ -240,7 +245,7 @@ def cache_folder() -> Path:
     """
     given = os.environ.get("MMCTR_CACHE")
     if given:
-        return Path(given).expanduser()
+        return user_path(given)
     try:
         folder = Path.home() / ".cache" / "mmctr"
     except RuntimeError:  # neither $HOME nor an entry of the user in the list of users

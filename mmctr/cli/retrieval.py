@@ -51,6 +51,8 @@ def index_command(arguments: argparse.Namespace) -> str:
         if arguments.columns is not None:
             columns = _columns(table, arguments.data, arguments.columns or None)
         index = ItemIndex.build(table, wanted, columns)
+        if arguments.data:
+            index.take_titles(open_dataset(arguments.data).catalog.table)
     elif len(sources) == 1:
         index = ItemIndex.load(sources[0])
         if arguments.remove:
@@ -158,6 +160,8 @@ def search_command(arguments: argparse.Namespace) -> str:
     """
     index = ItemIndex.load(arguments.index, arguments.mmap)
     searcher = Searcher(index, arguments.pretrain_run, arguments.data)
+    if arguments.data:
+        index.take_titles(searcher.dataset.catalog.table)
     shift = _shift(arguments, index)
     if arguments.queries:
         if arguments.parts or shift is not None:

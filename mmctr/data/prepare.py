@@ -32,7 +32,7 @@ from mmctr.data.tables import (
 )
 from mmctr.data.times import read_times, scaled_time
 from mmctr.errors import UnknownId
-from mmctr.files import cache_folder, fingerprint, locked, read_json, replace_folder, write_json
+from mmctr.files import cache_folder, fingerprint, locked, read_json, replace_folder, user_path, write_json
 
 FORMAT = 2
 _WRITTEN = ("prepared.json", "report.json", "items.parquet", "interactions", "context.parquet", "users.parquet")
@@ -136,7 +136,7 @@ def open_dataset(path: str | Path, items: str | None = None) -> Dataset:
         print(dataset.report["interactions"]["set aside"])
         ```
     """
-    path = Path(path)
+    path = user_path(path)
     if (path / "prepared.json").is_file():
         return _load(path)
     if not path.is_dir() and items is None:
@@ -159,7 +159,7 @@ def prepare(path: str | Path, out: str | Path, items: str | None = None) -> Data
         ValueError: a table is missing or malformed, or `out` holds other files; the message names the file, the column
             and the remedy.
     """
-    path, out = Path(path), Path(out)
+    path, out = user_path(path), user_path(out)
     if (path / "prepared.json").is_file():
         raise ValueError(f"{path}: is a prepared folder already; use it as it is, or name the dataset it was made from")
     with locked(out):

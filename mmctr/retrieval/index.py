@@ -17,6 +17,7 @@ import pyarrow as pa
 from mmctr.data.embedding_identity import EmbeddingIdentity
 from mmctr.data.embeddings import EmbeddingTable, identity_of
 from mmctr.data.tables import examples
+from mmctr.files import user_path
 from mmctr.retrieval import storage as index_files
 from mmctr.retrieval import tuning as index_tuning
 from mmctr.retrieval.indexed_items import IndexedItems, Neighbour
@@ -414,7 +415,7 @@ class ItemIndex(IndexedItems):
             "measured": self.measured,
             "embeddings": self.manifest,
         }
-        index_files.save(Path(folder), self.index, self.items, rows, facts)
+        index_files.save(user_path(folder), self.index, self.items, rows, facts)
 
     @classmethod
     def load(cls, folder: str | Path, mmap: bool = False) -> ItemIndex:
@@ -433,7 +434,7 @@ class ItemIndex(IndexedItems):
             print(len(index), "items of", index.dim, "dimensions, of the run", index.identity.run)
             ```
         """
-        folder = Path(folder)
+        folder = user_path(folder)
         if not index_files.is_index(folder):
             return cls.build(EmbeddingTable.read(folder))
         index, items, rows, facts = index_files.load(folder, mmap)

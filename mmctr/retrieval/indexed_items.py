@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from mmctr.data.tables import one_array, typed_id
+from mmctr.data.tables import as_text, one_array, rows_of, typed_id
 from mmctr.errors import UnknownId
 from mmctr.retrieval.filters import matching
 
@@ -92,6 +92,21 @@ class IndexedItems:
             ValueError: a condition is malformed or names an unknown column.
         """
         return matching(self.items, where) if where else None
+
+    def take_titles(self, catalog: pa.Table) -> None:
+        """Take the titles of a catalog where the vectors came without titles, as from an .npz file.
+
+        Args:
+            catalog: an items table; without a column `title` nothing is done.
+
+        Raises:
+            ValueError: one side has integer ids and the other side strings.
+        """
+        if "title" in self.items.column_names or "title" not in catalog.column_names:
+            return
+        rows = rows_of(self.ids, one_array(catalog.column("item_id")), "the vectors and the catalog")
+        titles = one_array(as_text(catalog.column("title"))).take(pa.array(rows, mask=rows < 0))
+        self.items = self.items.append_column("title", titles)
 
     def neighbours(self, scores: np.ndarray, rows: np.ndarray, k: int, exclude: Iterable[Any] = ()) -> list[Neighbour]:
         """The result of `nearest` for one query, as items.

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 
 from mmctr.data.interactions import Impressions
 from mmctr.features.columns import FeatureColumns, encode_table
+from mmctr.files import user_path
 from mmctr.runs.finished import open_ranker, ranking_data
 
 BATCH = 4096
@@ -33,7 +34,7 @@ class Scorer:
     """
 
     def __init__(self, run: str | Path, data: str | None = None, embeddings: Sequence[str] = ()):
-        self.run = Path(run)
+        self.run = user_path(run)
         accelerator = Accelerator()
         self.task, self.dataset, _ = open_ranker(self.run, data, accelerator, embeddings=embeddings)
         self.task.to(accelerator.device).eval()

@@ -60,6 +60,7 @@ class Service:
         self._catalog_rows: np.ndarray | None = None
         """(n,) catalog row of each row of the index, -1 for none"""
         if self.catalog is not None:
+            self.index.take_titles(self.catalog.table)
             self._catalog_rows = rows_of(self.index.ids, self.catalog.item_ids, "the index and the catalog")
 
     def title(self, item_id: Any) -> str | None:
