@@ -61,8 +61,8 @@ def _evaluate_pretraining(folder: Path, data: str | None, accelerator: Accelerat
     task = load_encoder(folder).to(accelerator.device)
     if data is not None and not task.shares_space:
         raise ValueError(
-            f"{folder}: pictures and texts of this encoder are not in one space, and cannot be compared; without --data "
-            f"the metrics of the run are computed"
+            f"{folder}: pictures and texts of this encoder are not in one space, and cannot be compared; leave --data "
+            f"out for the metrics of the run"
         )
     config = data_config(folder, data)
     values = RunFolder(folder).read_config()
