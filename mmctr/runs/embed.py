@@ -17,6 +17,8 @@ from mmctr.data.content import ItemContent
 from mmctr.data.embedding_export import begun_identity, new_rows, write_embeddings
 from mmctr.data.embedding_identity import EmbeddingIdentity
 from mmctr.data.embeddings import EmbeddingTable
+from mmctr.data.images import REMEDIES
+from mmctr.data.stream import StreamContent
 from mmctr.data.tables import as_text
 from mmctr.evaluation.predict import Modality, embed_batch, embed_items
 from mmctr.files import fingerprint, read_json
@@ -125,6 +127,12 @@ def embed_run(
         world_size=accelerator.num_processes,
         wait=accelerator.wait_for_everyone,
     )
+    if isinstance(content, StreamContent):  # pictures of shards are read on the way, by each process some
+        for reason, entry in content.report.items():
+            logger.warning(
+                f"{entry['count']} items with the problem {reason!r}, like {entry['examples']}"
+                + (f": {REMEDIES[reason]}" if reason in REMEDIES else "")
+            )
     if accelerator.is_main_process:
         if part is not None:
             shutil.rmtree(part.folder, ignore_errors=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from mmctr.cli.main import main
 from mmctr.data import picture_building
@@ -70,3 +71,24 @@ def test_columns_of_the_index_are_checked_before_encoding(runs, grown, tmp_path,
         arguments = ["embed", str(runs / "pretrain"), "--data", str(grown), "--out", str(tmp_path / "e"), "--append"]
         main([*arguments, "--index", str(tmp_path / "i")])
     assert message in capsys.readouterr().err and not called
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_refused_pictures_are_counted_by_reason_with_the_remedy(runs, toy_folder, tmp_path, capsys, streamed):
+    """An export with addresses in place of files: all pictures are refused, and embed says so."""
+    items = pq.read_table(toy_folder / "items.parquet")
+    place = items.column_names.index("image")
+    addresses = pa.array([f"https://shop.example/{row}.jpg" for row in range(len(items))])
+    (tmp_path / "d").mkdir()
+    pq.write_table(items.set_column(place, "image", addresses), tmp_path / "d" / "items.parquet")
+    run = runs / "pretrain"
+    if streamed:
+        run = tmp_path / "run"
+        shutil.copytree(runs / "pretrain", run)
+        values = yaml.safe_load((run / "config.yaml").read_text())
+        values["data"] |= {"path": str(tmp_path / "d"), "stream": {}}
+        (run / "config.yaml").write_text(yaml.safe_dump(values))
+    source = [] if streamed else ["--data", str(tmp_path / "d")]
+    main(["embed", str(run), *source, "--out", str(tmp_path / "e")])
+    told = capsys.readouterr().err
+    assert str(len(items)) in told and "url" in told and "download the picture into the dataset folder" in told
