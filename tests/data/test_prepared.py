@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from mmctr.data.prepare import open_dataset, prepare
+from mmctr.data.prepare import FORMAT, open_dataset, prepare
 from tests.data.test_prepare import ITEMS, LOG, rows
 from tests.helpers.worlds import write_dataset
 
@@ -65,7 +65,7 @@ def test_a_failure_leaves_the_old_prepared_folder(tmp_path):
 
 def test_a_folder_of_another_version_is_named(tmp_path):
     out = prepare(write_dataset(tmp_path / "d", ITEMS), tmp_path / "out").folder
-    text = (out / "prepared.json").read_text().replace('"format": 1', '"format": 99')
+    text = (out / "prepared.json").read_text().replace(f'"format": {FORMAT}', '"format": 99')
     (out / "prepared.json").write_text(text)
     with pytest.raises(ValueError, match=r"out: prepared by another version \(format 99\); run `mmctr prepare` again"):
         open_dataset(out)
