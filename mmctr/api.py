@@ -14,6 +14,7 @@ import pyarrow as pa
 from mmctr.data.embeddings import EmbeddingTable
 from mmctr.data.tables import rows_of
 from mmctr.errors import UnknownId
+from mmctr.files import user_path
 from mmctr.reports.compare import comparison_json, comparison_table, write_report
 from mmctr.reports.run import Run, load_runs
 from mmctr.retrieval.index import ItemIndex
@@ -49,7 +50,7 @@ def load(path: str | Path) -> ItemEncoder | Ranker | ItemSearch:
         print(encoder.dim, len(ranker.item_ids), len(search))
         ```
     """
-    folder = Path(path)
+    folder = user_path(path)
     if RunFolder(folder).task.is_file():
         return ItemEncoder(folder) if task_kind(folder) == "pretrain" else Ranker(folder)
     if folder.exists() and not RunFolder(folder).is_begun:
@@ -179,7 +180,7 @@ class Ranker:
         user_id: Any = None,
         history: Sequence[Any] | None = None,
         context: dict[str, Any] | None = None,
-        at: int | None = None,
+        at: float | None = None,
     ) -> np.ndarray:
         """Click probabilities of n items for one user.
 
@@ -190,7 +191,8 @@ class Ranker:
             history: raw ids of clicked items, oldest first; None: the clicks of the user in the log.
             context: values of context columns by name; a missing column has the value of the latest impression of the
                 user.
-            at: timestamp in the unit of the log: only earlier events count. None: the whole log counts.
+            at: time in the unit of the column `timestamp` of the log, fractions included: only earlier events count.
+                None: the whole log counts.
 
         Returns:
             (n,) probabilities in [0, 1].
@@ -215,7 +217,7 @@ class Ranker:
         history: Sequence[Any] | None = None,
         k: int | None = 10,
         context: dict[str, Any] | None = None,
-        at: int | None = None,
+        at: float | None = None,
     ) -> list[tuple[Any, float]]:
         """The k candidates with the largest click probabilities for one user.
 
@@ -253,7 +255,7 @@ class Ranker:
         user_id: Any,
         history: Sequence[Any] | None,
         context: dict[str, Any] | None,
-        at: int | None,
+        at: float | None,
     ) -> np.ndarray:
         """Click probabilities (n,) of catalog rows (n,); the other arguments are those of `score`."""
         if not len(rows):
@@ -277,7 +279,7 @@ class Ranker:
             )
         return rows
 
-    def _user(self, user_id: Any, history: Sequence[Any] | None, at: int | None) -> tuple[int, np.ndarray]:
+    def _user(self, user_id: Any, history: Sequence[Any] | None, at: float | None) -> tuple[int, np.ndarray]:
         """The row of a user, and the catalog rows of the behaviours to read."""
         user = self._scorer.stranger
         if user_id is not None:

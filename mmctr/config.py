@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Annotated, Any, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from mmctr.files import YamlLoader, read_yaml, write_text
+from mmctr.files import YamlLoader, read_yaml, user_path, write_text
 from mmctr.shipped import find_config, shipped_config
 
 Width = Annotated[int, Field(ge=1)]
@@ -31,6 +31,12 @@ class Config(BaseModel):
     """Base class of all configs: frozen, and an unknown key is an error with a suggestion."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_home(cls, values: Any) -> Any:
+        """A text that begins with `~/`, alone or in a list, is a path in the home folder, whatever the key."""
+        return {key: _expanded(value) for key, value in values.items()} if isinstance(values, dict) else values
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
@@ -81,6 +87,13 @@ class Config(BaseModel):
         write_text(Path(path), yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
 
 
+def _expanded(value: Any) -> Any:
+    """A value with the home folder in place of `~`; lists are changed within, mappings have configs of their own."""
+    if isinstance(value, list | tuple):
+        return [_expanded(one) for one in value]
+    return str(user_path(value)) if isinstance(value, str) and value.startswith("~/") else value
+
+
 def read_config(path: Path, with_base: bool = True) -> dict[str, Any]:
     """The values of a YAML file without validation.
 
@@ -105,7 +118,7 @@ def _merged(path: Path, seen: tuple[Path, ...], with_base: bool = True) -> dict[
         raise ValueError(f"{path}: a config is a mapping of keys to values, found {type(values).__name__}")
     base = values.pop("base", None)
     if base is not None and with_base:
-        under = path.parent / str(base)
+        under = path.parent / user_path(str(base))
         if not under.exists():
             under = shipped_config(str(base)) or under
         values = _merge(_merged(under, (*seen, path.resolve())), values)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
+import select
 import sys
 from typing import Any
 
@@ -36,9 +38,20 @@ def show_progress() -> None:
         logger.propagate = False  # libraries that log through the root logger give it a handler: lines would be doubled
 
 
+def write_any_character() -> None:
+    """Let stdout and stderr write escapes like `\\u6905` for characters that the encoding of the terminal, pipe or file
+    lacks (cp1252 on Windows, ASCII in containers), instead of raising UnicodeEncodeError after all the work."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors != "backslashreplace":
+            stream.reconfigure(errors="backslashreplace")
+
+
 class exit_on_error:
     """A context manager for commands: ValueError and OSError end the program with a message and exit code 1, and Ctrl-C
     with a message and exit code 130, as in shells. Other exceptions are bugs and keep the traceback.
+
+    A program that reads stdout and ends early, as in `mmctr search ... | head`, ends the command without a word, with
+    exit code 141, as shells say for SIGPIPE.
 
     With the environment variable `MMCTR_TRACEBACK=1` all exceptions keep the traceback.
     """
@@ -47,6 +60,8 @@ class exit_on_error:
         return None
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if (error is None or isinstance(error, BrokenPipeError | SystemExit)) and not _stdout_is_read():
+            sys.exit(141)
         if os.environ.get("MMCTR_TRACEBACK"):
             return
         if isinstance(error, ValueError | OSError):
@@ -55,3 +70,26 @@ class exit_on_error:
         if isinstance(error, KeyboardInterrupt):
             print("interrupted", file=sys.stderr)
             sys.exit(130)
+
+
+def _stdout_is_read() -> bool:
+    """Whether stdout takes all that was printed. Where the reader has gone, the rest is dropped: Python would print
+    another error on the way out."""
+    try:
+        sys.stdout.flush()
+        if not _reader_has_gone():  # an unbuffered stdout has nothing to flush
+            return True
+    except BrokenPipeError:
+        pass
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return False
+
+
+def _reader_has_gone() -> bool:
+    """Whether stdout is a pipe that nobody reads any more; False where the operating system does not say."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), select.POLLOUT)
+        return any(event & select.POLLERR for _, event in poll.poll(0))
+    except (AttributeError, OSError, ValueError):  # Windows; a stdout without a file, as in notebooks
+        return False

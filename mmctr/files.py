@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import glob
 import hashlib
 import json
 import logging
 import os
+import re
 import secrets
 import shutil
 import socket
+import stat
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -112,10 +117,30 @@ def _explained(path: Path) -> Iterator[None]:
         # safetensors reports a full disk with an exception class of its own
         if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
             raise OSError(
-                f"cannot write {path}: {error}. Free some space or choose another folder, then start the same "
-                f"command again: what was saved before is intact"
+                f"cannot write {path}: {error}. {remedy_of(error)}, then start the same command again: what was saved "
+                f"before is intact"
             ) from error
         raise
+
+
+def remedy_of(error: BaseException) -> str:
+    """The advice for an error while writing: to free space only where the disk, the quota or a file is full."""
+    causes = [error]
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)
+    names = {errno.errorcode.get(number) for number in map(_number_of, causes) if number is not None}
+    # NumPy gives no number: "4096 requested and 100 written"
+    if names & {"ENOSPC", "EDQUOT", "EFBIG"} or any(" requested and " in str(cause) for cause in causes):
+        return "Free some space or choose another folder"
+    if names & {"EACCES", "EPERM", "EROFS"}:
+        return "Make the folder writable or choose another folder"
+    return "Mend the cause or choose another folder"
+
+
+def _number_of(error: BaseException) -> int | None:
+    """The number of an error of the operating system; safetensors writes the number into the message."""
+    written = re.search(r"os error (\d+)", str(error))
+    return int(written.group(1)) if written else getattr(error, "errno", None)
 
 
 def _sync(path: Path) -> None:
@@ -346,6 +371,50 @@ def fingerprint(*parts: Any) -> str:
     return digest.hexdigest()[:16]
 
 
+def user_path(path: str | Path) -> Path:
+    """A path in which `~` is the home folder; shells expand it in few places, YAML and Python in none."""
+    return Path(os.path.expanduser(path))
+
+
 def cache_folder() -> Path:
-    """The folder of files that can be computed again: `$MMCTR_CACHE`, else `~/.cache/mmctr`."""
-    return Path(os.environ.get("MMCTR_CACHE") or Path.home() / ".cache" / "mmctr")
+    """The folder of files that can be computed again: `$MMCTR_CACHE`, else `~/.cache/mmctr`.
+
+    Where the user has no home folder, or none that can be written to, as in containers with an arbitrary user id, the
+    folder is a private one in the folder of temporary files.
+    """
+    given = os.environ.get("MMCTR_CACHE")
+    if given:
+        return user_path(given)
+    try:
+        folder = Path.home() / ".cache" / "mmctr"
+    except RuntimeError:  # neither $HOME nor an entry of the user in the list of users
+        return _private_folder(tempfile.gettempdir())
+    return folder if is_writable(folder) else _private_folder(tempfile.gettempdir())
+
+
+def is_writable(folder: Path) -> bool:
+    """Whether files can be written into a folder, which need not exist."""
+    existing = next((path for path in (folder, *folder.parents) if path.exists()), folder)
+    return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
+
+
+@cache
+def _private_folder(temporary: str) -> Path:
+    """A folder in the folder of temporary files that no other user can write to; the same one at each start, unless
+    someone else made a file of that name."""
+    user = os.getuid() if hasattr(os, "getuid") else os.environ.get("USERNAME", "user")
+    folder = Path(temporary) / f"mmctr-{user}"
+    with suppress(OSError):
+        folder.mkdir(mode=0o700)
+    try:
+        status = folder.lstat()
+        is_own = stat.S_ISDIR(status.st_mode) and (user == status.st_uid or not hasattr(os, "getuid"))
+        is_private = is_own and not status.st_mode & 0o077
+    except OSError:
+        is_private = False
+    if not is_private and hasattr(os, "getuid"):
+        folder = Path(tempfile.mkdtemp(prefix="mmctr-"))
+    logger.warning(
+        "there is no home folder to write to: caches go to %s; name a folder that stays with $MMCTR_CACHE", folder
+    )
+    return folder

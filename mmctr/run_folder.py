@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import glob
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmctr.files import fingerprint, read_yaml
+from mmctr.files import fingerprint, read_json, read_yaml, write_json
 from mmctr.manifests import Manifest, read_manifest, write_manifest
 
 AGAIN = "run the recipe again: a finished run writes the files of the task anew"
@@ -34,6 +36,11 @@ class RunFolder:
     def config(self) -> Path:
         """The resolved config, which loads back equal."""
         return self.path / "config.yaml"
+
+    @property
+    def place(self) -> Path:
+        """The folder that relative paths of the config start from: where the recipe was started."""
+        return self.path / "place.json"
 
     @property
     def item_tables(self) -> Path:
@@ -119,6 +126,11 @@ class RunFolder:
         return self.config.is_file()
 
     @property
+    def is_trained(self) -> bool:
+        """Whether the folder holds anything that took time to train."""
+        return any(path.exists() for path in (self.log, self.checkpoints, self.weights, self.metrics))
+
+    @property
     def is_finished(self) -> bool:
         """Whether a recipe has ended in this folder: metrics are written last."""
         return self.is_begun and self.metrics.is_file()
@@ -150,6 +162,36 @@ class RunFolder:
         if not isinstance(values, dict):
             raise ValueError(f"{self.config}: holds no config; train again")
         return values
+
+    def keep_place(self) -> None:
+        """Write the folder that relative paths of the config start from, as a path from the run folder: nothing of it
+        tells where on the machine both are."""
+        try:
+            start = os.path.relpath(os.getcwd(), self.path.resolve())
+        except ValueError:  # another drive
+            return
+        write_json(self.place, {"relative paths start from": Path(start).as_posix()})
+
+    def located(self, path: str) -> str:
+        """A path of the config as a path that can be opened from the working folder of this process.
+
+        Args:
+            path: an absolute path, or a path that starts from the folder in which the recipe was started; a glob, or a
+                name of the Hub, is left as it is where no such file is in that folder.
+
+        Returns:
+            The path itself, or an absolute path.
+        """
+        if os.path.isabs(path) or not self.place.is_file():
+            return path
+        start = read_json(self.place)
+        start = start.get("relative paths start from") if isinstance(start, dict) else None
+        if not isinstance(start, str):
+            raise ValueError(
+                f"{self.place}: holds no path; delete the file, and start commands where the run was started"
+            )
+        there = os.path.normpath(self.path.resolve() / start / path)
+        return there if os.path.exists(there) or glob.glob(there, recursive=True) else path
 
     def read_metrics(self) -> dict[str, Any]:
         """The metrics of the run as a mapping.

@@ -44,7 +44,8 @@ def shipped_config(path: str | Path) -> Path | None:
 
 def find_config(path: str | Path) -> Path:
     """The file at `path`; where there is none, the shipped file of that name; else `path` as it is given."""
-    return Path(path) if Path(path).exists() else shipped_config(path) or Path(path)
+    given = Path(os.path.expanduser(path))
+    return given if given.exists() else shipped_config(path) or given
 
 
 def shipped_configs(kind: str) -> list[Path]:

@@ -6,6 +6,8 @@ import pytest
 from pydantic import Field
 
 from mmctr.config import Config
+from mmctr.embedders.item_embedder import ContentTable
+from mmctr.runs.config import FinetuneConfig
 
 
 class Cat(Config):
@@ -174,3 +176,19 @@ def test_base_in_a_circle_or_missing(tmp_path):
 def test_a_config_is_frozen():
     with pytest.raises(ValueError, match="frozen"):
         Zoo().path = "there"
+
+
+def test_a_tilde_is_the_home_folder_in_every_path(tmp_path, monkeypatch):
+    """Of the file, of `base`, of values and of overrides, also within lists."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "base.yaml").write_text("data: {path: ~/shop, item_tables: [~/a.parquet, b.parquet]}\nrun_dir: x\n")
+    (tmp_path / "c.yaml").write_text("base: ~/base.yaml\n")
+    content = "task.embedder.content={name: table, path: [~/v.npz]}"
+    config = FinetuneConfig.load("~/c.yaml", ["run_dir=~/runs/a", content])
+    assert config.data.path == f"{tmp_path}/shop"
+    assert config.data.item_tables == [f"{tmp_path}/a.parquet", "b.parquet"]
+    assert config.run_dir == f"{tmp_path}/runs/a"
+    assert isinstance(config.task.embedder.content, ContentTable)
+    assert config.task.embedder.content.paths == [f"{tmp_path}/v.npz"]
+    config.save(tmp_path / "saved.yaml")
+    assert FinetuneConfig.load(tmp_path / "saved.yaml") == config

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -11,8 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors import SafetensorError
 
+from mmctr import files
 from mmctr.files import (
+    cache_folder,
     claimed,
     fingerprint,
     locked,
@@ -73,6 +77,72 @@ def test_a_full_disk_leaves_the_old_one_and_names_the_remedy(tmp_path, kind):
     assert file.read_text() == "before"
     assert os.listdir(target.parent) == ["target"]  # nothing half-written is left behind
     assert kind != "folder" or os.listdir(target) == ["old"]
+
+
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "Free some space"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "Free some space"),
+        (PermissionError(errno.EACCES, "Permission denied"), "Make the folder writable"),
+        (OSError(errno.EROFS, "Read-only file system"), "Make the folder writable"),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory"), "Mend the cause"),
+        (IsADirectoryError(errno.EISDIR, "Is a directory"), "Mend the cause"),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), "Free some space"),
+        (SafetensorError("I/O error: Permission denied (os error 13)"), "Make the folder writable"),
+    ],
+)
+def test_the_advice_fits_the_cause(tmp_path, error, remedy):
+    """Also where an error in a file of a folder is explained twice."""
+
+    def fail(path: Path) -> None:
+        raise error
+
+    for replace in (replace_file, lambda path, write: replace_folder(path, lambda to: replace_file(to / "x", write))):
+        with pytest.raises(OSError, match=rf"cannot write .*\. {remedy} or choose another folder, then"):
+            replace(tmp_path / "target", fail)
+
+
+def test_the_cache_of_a_user_without_a_home_is_private(tmp_path, monkeypatch, caplog):
+    monkeypatch.delenv("MMCTR_CACHE", raising=False)
+    monkeypatch.setattr(files.tempfile, "gettempdir", lambda: str(tmp_path))
+
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    folder = cache_folder()
+    assert folder.parent == tmp_path and folder.stat().st_mode & 0o077 == 0
+    assert cache_folder() == folder and len(caplog.records) == 1  # told once
+    files._private_folder.cache_clear()
+    assert cache_folder() == folder  # found again at the next start
+
+
+@pytest.mark.parametrize("planted", ["open", "link", "file"])
+def test_a_folder_that_someone_else_prepared_is_not_used(tmp_path, monkeypatch, planted):
+    monkeypatch.delenv("MMCTR_CACHE", raising=False)
+    temporary = tmp_path / planted
+    temporary.mkdir()
+    monkeypatch.setattr(files.tempfile, "tempdir", str(temporary))
+    monkeypatch.setenv("HOME", str(tmp_path / "file" / "below"))
+    (tmp_path / "file").mkdir(exist_ok=True)
+    monkeypatch.setattr(files, "is_writable", lambda folder: False)
+    trap = temporary / f"mmctr-{os.getuid()}"
+    if planted == "open":
+        trap.mkdir(mode=0o777)
+        trap.chmod(0o777)
+    elif planted == "link":
+        (tmp_path / "other").mkdir(mode=0o700)
+        trap.symlink_to(tmp_path / "other")
+    else:
+        trap.write_text("")
+    assert cache_folder() != trap and cache_folder().parent == temporary
+
+
+def test_a_tilde_in_the_name_of_the_cache_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("MMCTR_CACHE", "~/cached")
+    assert cache_folder() == tmp_path / "cached"
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path):

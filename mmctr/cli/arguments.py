@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from typing import Any
 
 
@@ -16,6 +17,11 @@ class QueryPart(argparse.Action):
         """Append a part, as argparse asks."""
         parts = getattr(namespace, self.dest) or []
         namespace.parts = [*parts, (self.KINDS[str(option_string)], values)]
+
+
+def path(text: str) -> str:
+    """A path with the home folder in place of `~`, which shells leave in `--out=~/x`."""
+    return os.path.expanduser(text)
 
 
 def parse_size(text: str) -> int:

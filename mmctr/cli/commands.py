@@ -41,6 +41,10 @@ def embed(arguments: argparse.Namespace) -> None:
 
     if arguments.index and not arguments.append:
         raise ValueError("--index goes with --append; `mmctr index` makes a new one")
+    if arguments.index:
+        from mmctr.cli.retrieval import check_columns
+
+        check_columns(arguments.index, arguments.run_dir, arguments.data)
     how = (arguments.modality, arguments.shard_size, arguments.precision, arguments.append)
     new = embed_run(arguments.run_dir, arguments.out, arguments.data, *how)
     if new is not None and arguments.index:

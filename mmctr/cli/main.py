@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mmctr.cli.parser import make_parser
+from mmctr.errors import exit_on_error, show_progress, write_any_character
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -13,9 +14,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     Args:
         argv: arguments; None: those of the process.
     """
-    arguments = make_parser().parse_args(argv)
-    from mmctr.errors import exit_on_error, show_progress
-
-    show_progress()
+    write_any_character()
     with exit_on_error():
+        arguments = make_parser().parse_args(argv)
+        show_progress()
         arguments.run(arguments)

@@ -19,6 +19,7 @@ from mmctr.retrieval.merging import merge
 from mmctr.retrieval.storage import columns_of, is_index
 from mmctr.retrieval.tuning import Wanted
 from mmctr.run_folder import RunFolder
+from mmctr.runs.folder import data_config
 from mmctr.serving.search import Part, Searcher
 
 
@@ -50,6 +51,8 @@ def index_command(arguments: argparse.Namespace) -> str:
         if arguments.columns is not None:
             columns = _columns(table, arguments.data, arguments.columns or None)
         index = ItemIndex.build(table, wanted, columns)
+        if arguments.data:
+            index.take_titles(open_dataset(arguments.data).catalog.table)
     elif len(sources) == 1:
         index = ItemIndex.load(sources[0])
         if arguments.remove:
@@ -87,6 +90,33 @@ def append_to_index(table: EmbeddingTable, out: str, data: str | None) -> str:
     added = index.add(new, _columns(new, data, names) if names else None) if len(new) else 0
     index.save(out)
     return f"{out}: {added} items added; {described(index)}"
+
+
+def check_columns(out: str, run: str, data: str | None) -> None:
+    """Check, before anything is encoded, that the items of a dataset have the filter columns of an index.
+
+    Args:
+        out: the index folder.
+        run: the pretraining run.
+        data: dataset folder; None: the dataset of the run.
+
+    Raises:
+        ValueError: the folder holds no index, or a column is missing or has another type.
+    """
+    if not is_index(Path(out)):
+        raise ValueError(f"{out}: no index to append to; build it without --append")
+    schema = ItemIndex.load(out, mmap=True).items.schema
+    names = [name for name in schema.names if name not in ("item_id", "title")]
+    if not names:
+        return
+    catalog = open_dataset(data or data_config(run, None).path).catalog
+    columns = columns_of(catalog.table, catalog.item_ids, catalog.item_ids, names)
+    try:
+        columns.cast(pa.schema([schema.field(name) for name in columns.column_names]))
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise ValueError(
+            f"{out}: the columns of the dataset are of other types than those of the index: {error}"
+        ) from None
 
 
 def _columns(table: EmbeddingTable, data: str | None, names: list[str] | None) -> pa.Table:
@@ -130,6 +160,8 @@ def search_command(arguments: argparse.Namespace) -> str:
     """
     index = ItemIndex.load(arguments.index, arguments.mmap)
     searcher = Searcher(index, arguments.pretrain_run, arguments.data)
+    if arguments.data:
+        index.take_titles(searcher.dataset.catalog.table)
     shift = _shift(arguments, index)
     if arguments.queries:
         if arguments.parts or shift is not None:
@@ -145,7 +177,7 @@ def search_command(arguments: argparse.Namespace) -> str:
     if arguments.json:
         return json.dumps([vars(neighbour) for neighbour in neighbours], ensure_ascii=False)
     lines = (f"{rank:3}  {n.score:7.4f}  {n.item_id}  {n.title or ''}" for rank, n in enumerate(neighbours, 1))
-    return "\n".join(lines) or "no item fulfils the conditions"
+    return "\n".join(lines) or ("no item fulfils the conditions" if len(index) else "the index holds no items")
 
 
 def _shift(arguments: argparse.Namespace, index: ItemIndex) -> np.ndarray | None:

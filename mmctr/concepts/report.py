@@ -99,7 +99,7 @@ def write_concepts(
     names = name_dimensions(latents.mu, attributes, [texts[row] for row in latents.rows], similarity, seed)
     report = ConceptsReport(
         run=str(runs[best]),
-        data=config.path,
+        data=data or RunFolder(Path(runs[best])).read_config()["data"]["path"],  # as given: no path of this machine
         weights=RunFolder(Path(runs[best])).weights_fingerprint(),
         description=describe_latents(latents, catalog, names, attributes, seed),
         refused_columns=refused,

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import torch
-from numpy.lib.format import open_memmap
 from torch import Tensor
 
 from mmctr.data.arrow import pc
-from mmctr.data.images import PictureError, decode_picture, read_picture
-from mmctr.data.picture_cache import CACHE_FORMAT, Pictures, reserve
+from mmctr.data.images import Resize
+from mmctr.data.picture_building import PictureSources, build_pictures, look_again
+from mmctr.data.picture_cache import CACHE_FORMAT, Pictures
+from mmctr.data.plain_tables import plain_table
 from mmctr.data.tables import (
     as_ids,
     as_text,
@@ -28,12 +26,10 @@ from mmctr.data.tables import (
     rows_of,
 )
 from mmctr.errors import UnknownId
-from mmctr.files import fingerprint, locked, read_json, replace_file, write_json
+from mmctr.files import cache_folder, fingerprint, is_writable, locked, read_json, replace_file
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-Resize = Literal["shortest", "longest", "squash"]
 
 
 class Catalog:
@@ -120,7 +116,7 @@ class Catalog:
             (N, T) int32 token ids and the (N,) bool mask of items with a text.
         """
         texts = self.texts(columns)
-        path = self.folder / f"tokens-{fingerprint(key, chr(0).join(texts).encode())}.npy"
+        path = self.cache_path(f"tokens-{fingerprint(key, chr(0).join(texts).encode())}.npy")
         if not path.is_file():
             ids = tokenized(texts, tokenize).numpy()
 
@@ -137,7 +133,8 @@ class Catalog:
     ) -> Pictures:
         """The cache of decoded pictures of one size; a missing cache is built, an interrupted build is continued.
 
-        A cache that was built for other items or other picture cells is built anew.
+        A cache that was built for other items or other picture cells is built anew. Pictures that were refused are
+        looked at again once their files have appeared or changed.
 
         Args:
             size: side of a picture in pixels.
@@ -150,13 +147,39 @@ class Catalog:
             OSError: the disk has no room for the cache.
         """
         name = "pictures" if column == "image" else f"pictures-{fingerprint(column)[:8]}"
-        folder = self.folder / f"{name}-{size}-{resize}{f'-{position}' if position else ''}"
-        sources = self._sources(column, position)
-        key = self._pictures_key(sources)
+        name = f"{name}-{size}-{resize}{f'-{position}' if position else ''}"
+        folder = self.cache_path(name, "report.json")
+        cells = self._sources(column, position)
+        sources = PictureSources(cells, self.item_ids, self.root, size, resize, threads, self._pictures_key(cells))
         with locked(folder):
-            if not (folder / "report.json").is_file() or read_json(folder / "report.json").get("key") != key:
-                self._build_pictures(folder, size, resize, threads, key, sources)
+            if not (folder / "report.json").is_file() or read_json(folder / "report.json").get("key") != sources.key:
+                build_pictures(folder, sources)
+            elif is_writable(folder):
+                look_again(folder, sources)
         return Pictures(folder)
+
+    def cache_path(self, name: str, last: str = "") -> Path:
+        """The place of a cache: in the folder of the catalog, or, where that is read-only and lacks the whole cache, in
+        the cache folder of the user.
+
+        Args:
+            name: name of the file or folder.
+            last: the file that is written last into a folder.
+        """
+        path = self.folder / name
+        if (path / last if last else path).is_file() or is_writable(self.folder):
+            return path
+        return cache_folder() / f"{self.folder.name}-{fingerprint(str(self.folder.resolve()))}" / name
+
+    def part(self, rows: np.ndarray) -> Catalog:
+        """A catalog of some items, whose caches are in a folder of their own within the folder of this catalog.
+
+        Args:
+            rows: (n,) catalog rows.
+        """
+        table = self.table.take(pa.array(rows))
+        ids = one_array(table.column("item_id"))
+        return Catalog(table, self.cache_path(f"features-of-part-{fingerprint(ids.to_pylist())}"), self.root)
 
     def picture_cell(self, row: int) -> str | bytes | None:
         """The first picture of the item in a catalog row.
@@ -201,66 +224,6 @@ class Catalog:
             cells = pc.binary_length(cells)
         digests = [fingerprint(str(part.to_pylist()).encode()) for part in (*cells.chunks, self.item_ids)]
         return fingerprint(CACHE_FORMAT, digests)
-
-    def _build_pictures(
-        self, folder: Path, size: int, resize: Resize, threads: int, key: str, sources: pa.ChunkedArray
-    ) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "report.json").unlink(missing_ok=True)
-        wanted = np.flatnonzero(np.asarray(sources.is_valid()))
-        values_path, progress_path = folder / "values.npy", folder / "progress.json"
-        progress = read_json(progress_path) if progress_path.is_file() else {}
-        shape = (len(wanted), 3, size, size)
-        hashes_path = folder / "hashes.npy"
-        if progress.get("key") == key and values_path.is_file() and hashes_path.is_file():
-            values, hashes = open_memmap(values_path, mode="r+"), open_memmap(hashes_path, mode="r+")
-        else:
-            progress_path.unlink(missing_ok=True)
-            progress = {"key": key, "done": 0, "rejected": []}
-            values, hashes = reserve(values_path, shape), reserve(hashes_path, shape[:1], np.int64)
-
-        def decode(position: int) -> str | None:
-            source = sources[int(wanted[position])].as_py()
-            try:
-                pixels = decode_picture(read_picture(source, self.root), size, resize).numpy()
-                values[position] = pixels
-                hashes[position] = int.from_bytes(blake2b(pixels.tobytes(), digest_size=8).digest(), signed=True)
-            except PictureError as error:
-                return error.reason
-            return None
-
-        chunk = 512
-        with ThreadPoolExecutor(threads) as pool:
-            for start in range(progress["done"], len(wanted), chunk):
-                positions = range(start, min(start + chunk, len(wanted)))
-                reasons = pool.map(decode, positions)
-                progress["rejected"] += [
-                    [int(p), reason] for p, reason in zip(positions, reasons, strict=True) if reason
-                ]
-                for mapped in (values, hashes):
-                    if isinstance(mapped, np.memmap):
-                        mapped.flush()
-                progress["done"] = positions.stop
-                write_json(progress_path, progress)
-        index = np.full(len(self), -1, np.int32)
-        index[wanted] = np.arange(len(wanted))
-        rejected = [int(wanted[position]) for position, _ in progress["rejected"]]
-        index[rejected] = -1
-        np.save(folder / "index.npy", index, allow_pickle=False)
-        counts = Counter(reason for _, reason in progress["rejected"])
-        examples: dict[str, list[Any]] = {}
-        for (_, reason), row in zip(progress["rejected"], rejected, strict=True):
-            if len(examples.setdefault(reason, [])) < 3:
-                examples[reason].append(self.item_ids[row].as_py())
-        report = {
-            "key": key,
-            "items": len(self),
-            "pictures": int((index >= 0).sum()),
-            "items without a picture": len(self) - len(wanted),
-            "rejected": {reason: {"count": n, "examples": examples[reason]} for reason, n in counts.items()},
-        }
-        write_json(folder / "report.json", report)
-        progress_path.unlink(missing_ok=True)
 
     @classmethod
     def from_dataset(cls, dataset: Dataset, folder: Path, root: Path | None = None) -> Catalog:
@@ -345,6 +308,7 @@ def clean_items(table: pa.Table, name: str) -> tuple[pa.Table, dict[str, Any]]:
         ValueError: no row is left, the column `item_id` is missing, or the ids are not integers or strings.
     """
     require_columns(table, ("item_id",), name)
+    table = plain_table(table)
     ids = as_ids(table.column("item_id"), "item_id", name)
     valid = np.asarray(ids.is_valid())
     order = np.flatnonzero(valid)
@@ -360,7 +324,9 @@ def clean_items(table: pa.Table, name: str) -> tuple[pa.Table, dict[str, Any]]:
         if column_name == "item_id":
             continue
         column = unique.column(column_name)
-        columns[column_name] = picture_sources(column, name) if column_name == "image" else column
+        if column_name == "image" and not _is_list(column.type):
+            column = picture_sources(column, name)
+        columns[column_name] = column
     report: dict[str, Any] = {
         "rows": len(ids),
         "kept": int(first.sum()),

@@ -154,8 +154,7 @@ def _write_further(
             f"{folder}: its vectors are of {key} {getattr(old, key)!r}, not {getattr(identity, key)!r}; append with "
             f"the run and the options they were made with"
         )
-    known_ids = as_ids(known.column("item_id"), "item_id", folder)
-    rows = np.flatnonzero((rows_of(item_ids, known_ids, "catalog") < 0) & np.asarray(item_ids.is_valid()))
+    rows = new_rows(folder, item_ids)
     done = list(manifest["shards"])
     names = [_shard(len(done) + start // shard_size) for start in range(0, len(rows), shard_size)]
     begun = folder / "appending.json"
@@ -189,6 +188,20 @@ def _write_further(
         new.column("title").to_pylist() if "title" in new.column_names else None,
         read_manifest(folder / "manifest.json", AGAIN).values,
     )
+
+
+def new_rows(folder: Path, item_ids: pa.Array) -> np.ndarray:
+    """The catalog rows (n,) of the items without a vector in a finished embedding folder.
+
+    Args:
+        folder: the embedding folder.
+        item_ids: (N,) raw ids of the catalog, null for a row without an id.
+
+    Raises:
+        ValueError: the folder holds no finished embeddings, or the ids are of another type.
+    """
+    known = as_ids(read_items(folder)[1].column("item_id"), "item_id", folder)
+    return np.flatnonzero((rows_of(item_ids, known, "catalog") < 0) & np.asarray(item_ids.is_valid()))
 
 
 def _shard(number: int) -> str:

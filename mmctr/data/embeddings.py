@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 from mmctr.data.arrow import pc
 from mmctr.data.embedding_identity import EmbeddingIdentity
 from mmctr.data.tables import as_ids, read_table, require_columns, rows_of
-from mmctr.files import replace_file
+from mmctr.files import replace_file, user_path
 from mmctr.manifests import read_manifest, require_types
 
 FORMAT = 1
@@ -123,7 +123,7 @@ class EmbeddingTable:
             print(len(table), table.dim, table.ids[0].as_py(), table.vectors[0])
             ```
         """
-        path = Path(path)
+        path = user_path(path)
         if path.is_dir():
             return _read_folder(path)
         if not path.is_file():
@@ -183,8 +183,10 @@ def read_items(folder: Path) -> tuple[dict[str, Any], pa.Table]:
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such embedding folder or file")
     if not (folder / "manifest.json").is_file():
+        begun = (folder / "begun.json").is_file()
         raise ValueError(
-            f"{folder}: not a finished embedding folder (no manifest.json); run `mmctr embed` again, it goes on"
+            f"{folder}: not a finished embedding folder (no manifest.json); "
+            + ("run `mmctr embed` again, it goes on" if begun else "give a folder that `mmctr embed` has written")
         )
     manifest = read_manifest(folder / "manifest.json", AGAIN)
     values = manifest.values

@@ -6,6 +6,8 @@ Damaged input of any kind raises `PictureError`, with a short `reason` by which 
 from __future__ import annotations
 
 import io
+import os
+import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -42,7 +44,7 @@ class PictureError(ValueError):
     """A picture that cannot be used.
 
     Args:
-        reason: one of "missing", "empty", "not_a_picture", "truncated", "too_large", "escapes_folder", "unreadable".
+        reason: a key of `REMEDIES`.
         detail: the file, the problem, and the remedy.
     """
 
@@ -54,6 +56,30 @@ class PictureError(ValueError):
 
     def __str__(self) -> str:
         return f"{self.reason}: {self.detail}" if self.detail else self.reason
+
+
+REMEDIES = {
+    "missing": "put the file there, or correct the path; the picture is looked up again at the next start",
+    "empty": "write the picture again, or set the cell to null",
+    "not_a_picture": "convert the file to JPEG, PNG or WebP",
+    "truncated": "copy or download the file again",
+    "too_large": "shrink the picture",
+    "escapes_folder": "write paths relative to the dataset folder, and copy or link the pictures into the folder",
+    "unreadable": "open the file in an image program and save it again; mind the permissions",
+    "url": "download the picture into the dataset folder, and write the relative path or the bytes into the cell",
+    "data_uri": "decode the base64 text, and write the bytes into the cell",
+    "windows_path": "write the path relative to the dataset folder, with / instead of \\",
+}
+"""what to do, by the reason for which a picture cannot be used"""
+
+
+def _unusual_form(source: str) -> str | None:
+    """The reason to refuse a text that is no relative path with slashes: "url", "data_uri" or "windows_path"."""
+    if source[:5].lower() == "data:":
+        return "data_uri"
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", source):
+        return "url"
+    return "windows_path" if "\\" in source or re.match(r"[A-Za-z]:", source) else None
 
 
 def read_picture(source: str | bytes | None, root: Path | None = None, max_pixels: int = MAX_PIXELS) -> bytes:
@@ -84,6 +110,10 @@ def _read_file(source: str, root: Path | None, max_bytes: int) -> bytes:
         raise PictureError("missing", f"{source!r} is a path, and no dataset folder was given to resolve it under")
     try:
         folder = Path(root).resolve()
+        form = _unusual_form(source)
+        if form is not None and not os.path.lexists(folder / source):
+            shown = source if len(source) <= 80 else f"{source[:77]}..."
+            raise PictureError(form, f"{shown!r}; {REMEDIES[form]}")
         path = (folder / source).resolve()
         if Path(source).is_absolute() or not path.is_relative_to(folder):
             remedy = "image paths are relative to the folder and stay inside it"
@@ -129,18 +159,38 @@ def decode_picture(data: bytes, size: int, resize: Resize = "shortest", max_pixe
     if not data:
         raise PictureError("empty", "zero bytes")
     try:
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as picture:
-            _check_size(*picture.size, max_pixels)
-            pixels = None
-            if picture.format in ("JPEG", "MPO") and picture.mode in ("RGB", "L"):
-                pixels = _decode_fast(data)
-            if pixels is None:
-                pixels = _decode_pil(picture)
+        try:
+            pixels = _pixels(data, max_pixels)
+        except ValueError as error:
+            if "MAX_TEXT" not in str(error):
+                raise
+            pixels = _pixels(_without_metadata(data), max_pixels)  # PIL refuses sound pictures with much text
         return _resize(pixels, size, resize)
     except PictureError:
         raise
     except Exception as error:  # decoders of damaged files raise anything: struct.error, SyntaxError, KeyError, ...
         raise _classified(error, data) from None
+
+
+def _pixels(data: bytes, max_pixels: int) -> torch.Tensor:
+    """(3, H, W) uint8 of an encoded picture."""
+    with Image.open(io.BytesIO(data), formats=_FORMATS) as picture:
+        _check_size(*picture.size, max_pixels)
+        pixels = None
+        if picture.format in ("JPEG", "MPO") and picture.mode in ("RGB", "L"):
+            pixels = _decode_fast(data)
+        return _decode_pil(picture) if pixels is None else pixels
+
+
+def _without_metadata(png: bytes) -> bytes:
+    """A PNG file without texts and colour profiles, which do not change the pixels read here."""
+    parts, start = [png[:8]], 8
+    while start + 8 <= len(png):
+        end = start + 12 + int.from_bytes(png[start : start + 4], "big")
+        if png[start + 4 : start + 8] not in (b"tEXt", b"zTXt", b"iTXt", b"iCCP"):
+            parts.append(png[start:end])
+        start = end
+    return b"".join(parts)
 
 
 def _check_size(width: int, height: int, max_pixels: int) -> None:

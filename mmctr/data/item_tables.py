@@ -18,7 +18,7 @@ import pyarrow.parquet
 from mmctr.data.arrow import pc
 from mmctr.data.catalog import Catalog
 from mmctr.data.prepare import Dataset
-from mmctr.data.tables import SUFFIXES, as_ids, examples, read_table, rows_of, same_kind
+from mmctr.data.tables import SUFFIXES, as_ids, examples, read_table, rows_of, same_kind, table_format
 from mmctr.files import replace_file
 from mmctr.run_folder import RunFolder
 
@@ -41,7 +41,7 @@ def join_item_tables(dataset: Dataset, paths: list[str]) -> Dataset:
     report: dict[str, Any] = {}
     for name in paths:
         path = Path(name)
-        if not path.is_file() or path.suffix not in SUFFIXES:
+        if not path.exists() or table_format(path) is None:
             raise ValueError(f"data.item_tables: {path}: no such file; give files that end in {', '.join(SUFFIXES)}")
         other = same_kind(read_table(path, ("item_id",)), path, "item_id", catalog.item_ids.type)
         taken = [column for column in other.column_names if column != "item_id" and column in table.column_names]

@@ -11,9 +11,9 @@ import torch
 from numpy.lib.format import open_memmap
 from torch import Tensor
 
-from mmctr.files import read_json
+from mmctr.files import read_json, remedy_of
 
-CACHE_FORMAT = 2
+CACHE_FORMAT = 3
 
 
 class Pictures:
@@ -80,6 +80,6 @@ def reserve(path: Path, shape: tuple[int, ...], dtype: type[np.integer] = np.uin
         path.unlink(missing_ok=True)
         num_bytes = np.prod(shape, dtype=np.int64) * np.dtype(dtype).itemsize
         raise OSError(
-            f"cannot write {path} of {num_bytes:,} bytes: {error}. Free some space, keep the "
-            f"dataset elsewhere ($MMCTR_CACHE, or `mmctr prepare --out`), or take smaller pictures"
+            f"cannot write {path} of {num_bytes:,} bytes: {error}. {remedy_of(error)} for the dataset ($MMCTR_CACHE "
+            f"or `mmctr prepare --out`), or take smaller pictures"
         ) from error

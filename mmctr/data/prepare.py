@@ -30,9 +30,11 @@ from mmctr.data.tables import (
     read_table,
     rows_of,
     same_kind,
+    table_format,
 )
+from mmctr.data.times import read_times, scaled_time
 from mmctr.errors import UnknownId
-from mmctr.files import cache_folder, fingerprint, locked, read_json, replace_folder, write_json
+from mmctr.files import cache_folder, fingerprint, locked, read_json, replace_folder, user_path, write_json
 from mmctr.manifests import read_manifest, require_replaceable, require_types, write_manifest
 
 FORMAT = 2
@@ -85,6 +87,14 @@ class Dataset:
             ValueError: the dataset has no click log.
         """
         return self._log_table("users.parquet")
+
+    def time(self, at: float | None) -> int | None:
+        """A time in the unit of the column `timestamp` as an integer of `interactions.time`; None stays None.
+
+        Raises:
+            ValueError: the time is not finite or too large.
+        """
+        return None if at is None else scaled_time(at, self.report["interactions"]["time scale"])
 
     def user_row(self, user_id: Any) -> int:
         """The row of a user in `users`.
@@ -149,7 +159,7 @@ def open_dataset(path: str | Path, items: str | None = None) -> Dataset:
         print(dataset.report["interactions"]["set aside"])
         ```
     """
-    path = Path(path)
+    path = user_path(path)
     if (path / MANIFEST).is_file():
         return _load(path)
     if not path.is_dir() and items is None:
@@ -172,7 +182,7 @@ def prepare(path: str | Path, out: str | Path, items: str | None = None) -> Data
         ValueError: a table is missing or malformed, or `out` holds other files; the message names the file, the column
             and the remedy.
     """
-    path, out = Path(path), Path(out)
+    path, out = user_path(path), user_path(out)
     if (path / MANIFEST).is_file():
         raise ValueError(f"{path}: is a prepared folder already; use it as it is, or name the dataset it was made from")
     with locked(out):
@@ -257,7 +267,8 @@ def _source_key(path: Path, items: str | None) -> str:
     tables = [find_table(path, stem) for stem in ("items", "interactions", "users")] if path.is_dir() else []
     if items is not None and Path(_name_and_split(items)[0]).is_dir():
         tables += sorted(file for file in Path(_name_and_split(items)[0]).rglob("*") if file.is_file())
-    stats = [(str(t.resolve()), t.stat().st_size, t.stat().st_mtime_ns) for t in tables if t]
+    files = [file for table in tables if table for file in (sorted(table.rglob("*")) if table.is_dir() else [table])]
+    stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
     return fingerprint(FORMAT, str(path.resolve()), items, stats)
 
 
@@ -293,7 +304,8 @@ def _write_log(log: pa.Table, log_path: Path, users_path: Path | None, items: pa
     users = as_ids(log.column("user_id"), "user_id", log_path)
     item_ids = as_ids(log.column("item_id"), "item_id", log_path)
     item = rows_of(item_ids, one_array(items.column("item_id")), f"{log_path} and the items table")
-    time, time_ok = _times(log.column("timestamp"), log_path)
+    times = read_times(log.column("timestamp"), log_path)
+    time, time_ok = times.values, times.valid
     label, label_ok = _labels(log.column("label"), log_path)
 
     reasons = {
@@ -331,17 +343,25 @@ def _write_log(log: pa.Table, log_path: Path, users_path: Path | None, items: pa
     interactions.save(folder / "interactions")
     extra = log.drop_columns(["user_id", "item_id", "timestamp", "label"]).take(pa.array(rows[sorting]))
     pyarrow.parquet.write_table(extra, folder / "context.parquet")
-    users_table = _users_table(users_path, known_users, log_path.suffix == ".csv")
+    users_table, strangers = _users_table(users_path, known_users, table_format(log_path) == "csv")
     pyarrow.parquet.write_table(users_table, folder / "users.parquet")
     positives = int(interactions.label.sum())
+    notes = list(times.notes)
+    if len(strangers) == len(known_users):
+        notes.append(
+            f"no user of the log is in {users_path}: all columns of users are empty; ids of the log look like "
+            f"{known_users[0].as_py()!r}"
+        )
     return {
         "rows": len(log),
         "kept": len(interactions),
         "positives": positives,
         "users": len(known_users),
+        **({} if users_path is None else {"users without a row in the users table": _counted(strangers)}),
+        "time scale": times.scale,
         "items with interactions": len(np.unique(interactions.item)),
         "set aside": aside,
-        "notes": log_notes(interactions),
+        "notes": notes + log_notes(interactions),
     }
 
 
@@ -349,9 +369,14 @@ def _counts(aside: dict[str, Any]) -> str:
     return ", ".join(f"{reason}: {entry['count']}" for reason, entry in aside.items() if entry["count"]) or "nothing"
 
 
-def _users_table(users_path: Path | None, known_users: pa.Array, log_is_csv: bool) -> pa.Table:
+def _counted(ids: pa.Array) -> dict[str, Any]:
+    return {"count": len(ids), "examples": examples(ids)}
+
+
+def _users_table(users_path: Path | None, known_users: pa.Array, log_is_csv: bool) -> tuple[pa.Table, pa.Array]:
+    """The columns of the users of the log, and the ids of users that the users table lacks."""
     if users_path is None:
-        return pa.table({"user_id": known_users})
+        return pa.table({"user_id": known_users}), known_users[:0]
     table = read_table(users_path, ("user_id",))
     table = same_kind(table, users_path, "user_id", known_users.type)
     ids = as_ids(table.column("user_id"), "user_id", users_path)
@@ -361,35 +386,7 @@ def _users_table(users_path: Path | None, known_users: pa.Array, log_is_csv: boo
     rows = rows_of(known_users, ids, f"{users_path} and the interactions table")
     index = pa.array(np.where(rows < 0, 0, rows), mask=rows < 0)
     columns = {name: table.column(name).take(index) for name in table.column_names if name != "user_id"}
-    return pa.table({"user_id": known_users, **columns})
-
-
-def _times(column: pa.ChunkedArray, path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """(n,) int64 times, 0 where missing, and the (n,) bool mask of rows with a time.
-
-    Integers and timestamps keep the unit of the column. Floats with fractions become millionths, so that the order of
-    the rows is preserved.
-    """
-    kind = column.type
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        raise ValueError(f"{path}: column 'timestamp' holds text; store seconds as integers, or a timestamp type")
-    valid = np.asarray(column.is_valid())
-    try:
-        if not pa.types.is_floating(kind):
-            if pa.types.is_date(kind):
-                column = column.cast(pa.timestamp("ms"))
-            # gaps are filled first: NumPy would turn integers with gaps into floats, inexact beyond 2^53
-            return column.cast(pa.int64()).fill_null(0).to_numpy(), valid
-        values = column.cast(pa.float64()).to_numpy()
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-        raise ValueError(
-            f"{path}: column 'timestamp' has type {kind}; store seconds as integers, or a timestamp type"
-        ) from None
-    valid = valid & (np.abs(values) < 2.0**62)
-    values = np.where(valid, values, 0.0)
-    if (values != np.floor(values)).any() and np.abs(values).max() < 2.0**42:
-        values = values * 1e6
-    return np.floor(values).astype(np.int64), valid
+    return pa.table({"user_id": known_users, **columns}), known_users.filter(pa.array(rows < 0))
 
 
 def _labels(column: pa.ChunkedArray, path: Path) -> tuple[np.ndarray, np.ndarray]:

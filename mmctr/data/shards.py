@@ -14,6 +14,7 @@ from pyarrow.parquet import ParquetFile, write_table
 from pyarrow.parquet import read_table as read_parquet
 
 from mmctr.data.catalog import picture_sources
+from mmctr.data.plain_tables import plain_table
 from mmctr.data.tables import as_ids, as_text, require_columns
 from mmctr.files import fingerprint, locked, replace_file
 
@@ -122,6 +123,7 @@ class ShardedItems:
         return path if path.suffix == ".parquet" else self.cache_folder / index
 
     def _plain(self, table: pa.Table, path: Path) -> pa.Table:
+        table = plain_table(table)
         ids, image = as_ids(table["item_id"], "item_id", path), picture_sources(table["image"], path)
         texts = {name: as_text(table[name]) for name in self.columns}
         problem = table[PROBLEM] if PROBLEM in table.column_names else pa.nulls(len(table), pa.string())

@@ -58,7 +58,8 @@ def log_notes(log: Interactions) -> list[str]:
     first = np.flatnonzero(position == 0)
     several = size[first] > 1
     one_moment = several & (log.time[first] == log.time[first + size[first] - 1])
-    if several.any() and one_moment.sum() * 10 >= several.sum():
+    all_equal = log.time.min() == log.time.max()  # then the notes on the times say so
+    if several.any() and not all_equal and one_moment.sum() * 10 >= several.sum():
         notes.append(
             f"all rows of a user have one time for {int(one_moment.sum())} of the {int(several.sum())} users with "
             f"several rows: these users have no history, and splits cut their rows at random; give exact times "

@@ -3,23 +3,39 @@
 from __future__ import annotations
 
 import difflib
+import gzip
+import logging
+import re
+import zlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 from pyarrow import csv, json, parquet
 
 from mmctr.data.arrow import pc
+from mmctr.data.plain_tables import plain_table
+from mmctr.errors import UnknownId
+
+logger = logging.getLogger(__name__)
 
 ID_COLUMNS = ("item_id", "user_id")
 TEXT_COLUMNS = ("title", "description", "category", "brand", "shop", "image")
 """columns of a CSV file that are read as text, not as numbers: a title may be "1984", a brand "007" """
-SUFFIXES = (".parquet", ".csv", ".jsonl")
+SUFFIXES = (".parquet", ".csv", ".csv.gz", ".jsonl", ".jsonl.gz")
+"""endings of the files that are read as tables, in lower or upper case"""
+_OTHERS = re.compile(
+    r"\.(tsv|txt|json|ndjson|xlsx?|ods|feather|arrow|ipc|orc|avro|pq|pkl|pickle|npz|h5|db|sqlite|sql"
+    r"|zip|tar|gz|tgz|bz2|xz|zst|7z)$"
+)
+"""endings of tables in formats that are not read"""
 
 
 def find_table(folder: Path, stem: str) -> Path | None:
-    """The file of one table of a dataset folder: `stem.parquet`, `stem.csv` or `stem.jsonl`.
+    """The file of one table of a dataset folder: `stem` with an ending of `SUFFIXES`, or a folder `stem.parquet` of
+    Parquet files, as Spark writes it.
 
     Args:
         folder: the dataset folder.
@@ -29,48 +45,107 @@ def find_table(folder: Path, stem: str) -> Path | None:
         None when the folder has none of these files.
 
     Raises:
-        ValueError: the folder has several of these files.
+        ValueError: the folder has several of these files, or only a file of that name in another format: a table that
+            is there must not be taken for absent.
     """
-    files = [folder / (stem + suffix) for suffix in SUFFIXES if (folder / (stem + suffix)).is_file()]
-    if len(files) > 1:
-        raise ValueError(f"{folder}: both {files[0].name} and {files[1].name} are there; keep one")
-    return files[0] if files else None
+    names = sorted(path for path in folder.iterdir() if path.name.lower().startswith(stem))
+    files = [path for path in names if path.name.lower() in [stem + suffix for suffix in SUFFIXES]]
+    # CSV and JSON lines are single files
+    found = [path for path in files if path.is_file() or (path.is_dir() and table_format(path) == "parquet")]
+    if len(found) > 1:
+        raise ValueError(f"{folder}: both {found[0].name} and {found[1].name} are there; keep one")
+    if found:
+        return found[0]
+    other = [path for path in names if path in files or _is_other_table(path, stem)]
+    if other:
+        raise ValueError(
+            f"{other[0]}: a table in a form that is not read; write it as {stem}.parquet (a file, or a folder of "
+            f"Parquet files), {stem}.csv or {stem}.jsonl, the last two plain or as .gz, or rename it"
+        )
+    return None
+
+
+def _is_other_table(path: Path, stem: str) -> bool:
+    """Whether a file is a table of another format: `interactions.xlsx`, or a folder `interactions` of table files."""
+    name = path.name.lower()
+    if path.is_dir():
+        return name == stem and any(table_format(part) is not None for part in path.iterdir())
+    return name.startswith(f"{stem}.") and _OTHERS.search(name) is not None
+
+
+def table_format(path: Path) -> Literal["parquet", "csv", "jsonl"] | None:
+    """The format of a table by the ending of the name; None for a name with another ending."""
+    name = path.name.lower().removesuffix(".gz")
+    if name.endswith(".parquet"):
+        return "parquet"
+    return "csv" if name.endswith(".csv") else "jsonl" if name.endswith(".jsonl") else None
 
 
 def read_table(path: Path, required: tuple[str, ...] = ()) -> pa.Table:
-    """Read one table.
+    """Read one table, with plain types (`mmctr.data.plain_tables`).
 
     Args:
-        path: a .parquet, .csv or .jsonl file.
+        path: a file with an ending of `SUFFIXES`, or a folder of Parquet files.
         required: columns that the table must have.
 
     Raises:
         ValueError: the file cannot be read, a column name repeats, or a required column is missing; the message names
             the file and the column name most similar to the missing one.
     """
+    form = table_format(path)
+    if form is None:
+        raise ValueError(f"{path}: a table is a file that ends in {', '.join(SUFFIXES)}")
     try:
-        if path.suffix == ".parquet":
+        if form == "parquet":
             table = parquet.read_table(path)
         else:
-            read = _read_csv if path.suffix == ".csv" else _read_json
-            try:
-                table = read(path, 1 << 20)
-            except pa.ArrowInvalid:
-                # a row longer than a block, or a column that changes its type later on: the whole file as one block
-                table = read(path, min(max(path.stat().st_size + 1, 1 << 20), 2**31 - 1))
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: cannot be read as {path.suffix[1:]}: {error}") from None
+            table = _read_text(path, _read_csv if form == "csv" else _read_json)
+    except UnicodeDecodeError as error:  # of the column names
+        raise ValueError(f"{path}: the column names are not UTF-8 ({error}); {_TO_UTF8}") from None
+    except (pa.ArrowException, OSError, EOFError, zlib.error) as error:
+        remedy = f"; {_TO_UTF8}" if "UTF8" in str(error) else ""
+        raise ValueError(f"{path}: cannot be read as {form}: {error}{remedy}") from None
     repeated = [name for name in table.column_names if table.column_names.count(name) > 1]
     if repeated:
         raise ValueError(f"{path}: column {repeated[0]!r} is there {repeated.count(repeated[0])} times; keep one")
+    if form == "csv":
+        binary = [field.name for field in table.schema if pa.types.is_binary(field.type)]
+        if binary:  # what pyarrow makes of text that is not UTF-8
+            raise ValueError(f"{path}: column {binary[0]!r} holds text that is not UTF-8; {_TO_UTF8}")
     require_columns(table, required, path)
-    return table
+    return plain_table(table)
 
 
-def _read_csv(path: Path, block_size: int) -> pa.Table:
+_TO_UTF8 = "save the file as UTF-8 (iconv -f latin1 -t utf-8 OLD > NEW, for example)"
+
+
+def _read_text(path: Path, read: Callable[[Any, int], pa.Table]) -> pa.Table:
+    """Read a CSV or JSON lines file, compressed or not, in blocks; as one block where rows need that."""
+    with open(path, "rb") as file:
+        head = file.read(2)
+    if head in (b"\xff\xfe", b"\xfe\xff"):
+        raise ValueError(f"{path}: the text is UTF-16; save the file as UTF-8")
+    # the first bytes say whether the file is compressed: programs unpack files and keep the name, or the reverse
+    compressed = head == b"\x1f\x8b"
+    if compressed and not path.name.lower().endswith(".gz"):
+        logger.warning("%s: the file is compressed by gzip, though the name does not end in .gz; read so", path)
+    try:
+        with pa.input_stream(str(path), compression="gzip" if compressed else None) as stream:
+            return read(stream, 1 << 20)
+    except pa.ArrowInvalid:
+        # a row longer than a block, or a column that changes its type later on: the whole file as one block
+        if compressed:
+            with gzip.open(path) as unpacked:
+                data = unpacked.read()
+            return read(pa.BufferReader(data), min(max(len(data) + 1, 1 << 20), 2**31 - 1))
+        with pa.input_stream(str(path), compression=None) as stream:
+            return read(stream, min(max(path.stat().st_size + 1, 1 << 20), 2**31 - 1))
+
+
+def _read_csv(file: Any, block_size: int) -> pa.Table:
     # ids are read as text first: type inference would turn "007" into 7
     table = csv.read_csv(
-        path,
+        file,
         read_options=csv.ReadOptions(block_size=block_size),
         convert_options=csv.ConvertOptions(
             column_types=dict.fromkeys((*ID_COLUMNS, *TEXT_COLUMNS), pa.string()),
@@ -85,8 +160,27 @@ def _read_csv(path: Path, block_size: int) -> pa.Table:
     return table
 
 
-def _read_json(path: Path, block_size: int) -> pa.Table:
-    return json.read_json(path, read_options=json.ReadOptions(block_size=block_size))
+def _read_json(file: Any, block_size: int) -> pa.Table:
+    return json.read_json(file, read_options=json.ReadOptions(block_size=block_size))
+
+
+def typed_id(item_id: Any, ids: pa.Array) -> Any:
+    """An id with the type of some ids: text is converted where the ids are integers.
+
+    Args:
+        item_id: a raw id, maybe written as text, as in a command or in JSON.
+        ids: the ids.
+
+    Raises:
+        UnknownId: the ids are integers, and the text is not an integer.
+    """
+    if not pa.types.is_integer(ids.type) or not isinstance(item_id, str):
+        return item_id
+    try:
+        return int(item_id)
+    except ValueError:
+        like = f", like {ids[0].as_py()}" if len(ids) else ""
+        raise UnknownId(f"item {item_id!r}: ids here are integers{like}") from None
 
 
 def same_kind(table: pa.Table, path: Path | None, name: str, kind: pa.DataType) -> pa.Table:
@@ -101,7 +195,7 @@ def same_kind(table: pa.Table, path: Path | None, name: str, kind: pa.DataType) 
         kind: type of the ids of the other table.
     """
     index = table.column_names.index(name)
-    if path is None or path.suffix != ".csv" or not _is_text(kind) or _is_text(table.schema.field(index).type):
+    if path is None or table_format(path) != "csv" or not _is_text(kind) or _is_text(table.schema.field(index).type):
         return table
     return table.set_column(index, name, table.column(index).cast(pa.string()))
 
@@ -131,7 +225,10 @@ def require_columns(table: pa.Table, required: tuple[str, ...] | list[str], path
 
 
 def _integers_if_exact(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Text ids as int64 when every id is written exactly as the integer would be written, else unchanged."""
+    """Text ids as int64 when every id is written exactly as the integer would be written, or every id as the float
+    `7.0`, which pandas makes of integers in a column with gaps; else unchanged."""
+    if pc.all(pc.match_substring_regex(column, r"^(-?[1-9][0-9]{0,15}|0)\.0$")).as_py():
+        column = pc.utf8_slice_codeunits(column, 0, -2)
     try:
         numbers = column.cast(pa.int64())
     except pa.ArrowInvalid:

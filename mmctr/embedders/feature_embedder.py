@@ -11,6 +11,7 @@ from mmctr.data.batches import Features, Jagged
 from mmctr.features.columns import FeatureConfig, MultiValuedFeature, Vocabulary, table_rows
 from mmctr.features.crosses import CrossFeature
 from mmctr.features.trees import LEAVES
+from mmctr.layers.named_modules import NamedModules
 from mmctr.layers.row_table import RowTable
 
 
@@ -36,7 +37,7 @@ class FeatureEmbedder(nn.Module):
     ):
         super().__init__()
         assert weights or not leaves, "only linear rankers read leaves"
-        self.tables, self.numbers = nn.ModuleDict(), nn.ModuleDict()
+        self.tables, self.numbers = NamedModules(), NamedModules()
         self.dim, self.weights = 0, weights
         self.embedded: list[bool] = []
         """for each dimension, whether the dimension belongs to an embedding (True) or to a number (False)"""

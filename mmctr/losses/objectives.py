@@ -162,7 +162,7 @@ class BehaviorConfig(ObjectiveConfig):
     window: int = Field(default=5, ge=1)
     """largest distance of the two clicks, in clicks of the user"""
     max_gap: int | None = Field(default=None, ge=0)
-    """longest time between the two clicks, in the unit of the log; null: any time"""
+    """longest time between the two clicks, in the unit of the column `timestamp`; null: any time"""
     log_q: bool = True
     """whether the loss corrects for popular items being drawn more often"""
     hard_negatives: bool = False

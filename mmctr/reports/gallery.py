@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mmctr.data.catalog import Catalog, Resize
+from mmctr.data.catalog import Catalog
 from mmctr.data.embeddings import EmbeddingTable
+from mmctr.data.images import Resize
 from mmctr.data.prepare import open_dataset
 from mmctr.reports.page import ItemCard, NeighbourRow
 from mmctr.retrieval.index import ItemIndex
@@ -55,7 +56,7 @@ def _embedding_folder(runs: list[Path]) -> str | None:
     for run in runs:
         config = RunFolder(run).read_config()
         path = config.get("task", {}).get("embedder", {}).get("content", {}).get("path")
-        for candidate in [path] if isinstance(path, str) else path or []:
+        for candidate in map(RunFolder(run).located, [path] if isinstance(path, str) else path or []):
             if (Path(candidate) / "manifest.json").is_file():
                 return candidate
     return None

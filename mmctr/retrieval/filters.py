@@ -67,26 +67,26 @@ def _one(items: pa.Table, condition: str) -> np.ndarray:
     if sign in _ORDER:
         if not _is_number(column.type):
             raise ValueError(f"condition {condition!r}: {name!r} holds {column.type}, and {sign} needs numbers")
-        return _plain(_ORDER[sign](column.cast(pa.float64()), _number(value, condition)))
+        return _plain(_ORDER[sign](column.cast(pa.float64()), _number(value, name, condition)))
     values = value.split("|")
-    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
-        inside = _among(pc.list_flatten(column), values, condition)
+    if pa.types.is_list(column.type) or pa.types.is_fixed_size_list(column.type):
+        inside = _among(pc.list_flatten(column), values, name, condition)
         rows = pc.list_parent_indices(column).to_numpy()
         hits = np.zeros(len(column), bool)
         hits[rows[inside]] = True
     else:
-        hits = _among(column, values, condition)
+        hits = _among(column, values, name, condition)
     return hits if sign == "=" else ~hits & np.asarray(column.is_valid())
 
 
-def _among(column: pa.Array, values: list[str], condition: str) -> np.ndarray:
+def _among(column: pa.Array, values: list[str], name: str, condition: str) -> np.ndarray:
     if _is_number(column.type):
-        wanted = pa.array([_number(value, condition) for value in values], pa.float64())
+        wanted = pa.array([_number(value, name, condition) for value in values], pa.float64())
         return _plain(pc.is_in(column.cast(pa.float64()), wanted, skip_nulls=True))
     if pa.types.is_boolean(column.type):
         words = {"true": True, "false": False}
         if any(value.lower() not in words for value in values):
-            raise ValueError(f"condition {condition!r}: the column holds true and false")
+            raise ValueError(f"condition {condition!r}: {name!r} holds true and false")
         return _plain(pc.is_in(column, pa.array([words[value.lower()] for value in values])))
     return _plain(pc.is_in(column.cast(pa.string()), pa.array(values, pa.string()), skip_nulls=True))
 
@@ -95,11 +95,11 @@ def _is_number(kind: pa.DataType) -> bool:
     return pa.types.is_integer(kind) or pa.types.is_floating(kind)
 
 
-def _number(value: str, condition: str) -> float:
+def _number(value: str, name: str, condition: str) -> float:
     try:
         return float(value)
     except ValueError:
-        raise ValueError(f"condition {condition!r}: the column holds numbers and {value!r} is none") from None
+        raise ValueError(f"condition {condition!r}: {name!r} holds numbers and {value!r} is none") from None
 
 
 def _plain(mask: Any) -> np.ndarray:

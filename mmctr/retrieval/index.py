@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -16,10 +17,13 @@ import pyarrow as pa
 from mmctr.data.embedding_identity import EmbeddingIdentity
 from mmctr.data.embeddings import EmbeddingTable, identity_of
 from mmctr.data.tables import examples
+from mmctr.files import user_path
 from mmctr.retrieval import storage as index_files
 from mmctr.retrieval import tuning as index_tuning
 from mmctr.retrieval.indexed_items import IndexedItems, Neighbour
 from mmctr.retrieval.tuning import Wanted
+
+logger = logging.getLogger(__name__)
 
 FEW = 5_000
 """largest number of vectors that pass a filter for which the search is exact, whatever the index"""
@@ -90,7 +94,7 @@ class ItemIndex(IndexedItems):
     def build(
         cls, table: EmbeddingTable, wanted: Wanted | None = None, columns: pa.Table | None = None, seed: int = 0
     ) -> ItemIndex:
-        """Choose, train and fill an index, and measure the recall.
+        """Choose, train and fill an index, and measure the recall. Items with a vector of zeros are left out.
 
         Args:
             table: n item vectors.
@@ -99,7 +103,7 @@ class ItemIndex(IndexedItems):
             seed: seed of the sample on which the index is trained and measured.
 
         Raises:
-            ValueError: no index satisfies the requirements, or the vector of an item is zero.
+            ValueError: no index satisfies the requirements.
 
         Example:
             ```python
@@ -110,11 +114,12 @@ class ItemIndex(IndexedItems):
                 print(neighbour.score, neighbour.item_id, neighbour.title)
             ```
         """
+        table, columns = _with_direction(table, columns)
         vectors, norms = _unit(table)
         if wanted is None:
             index = index_tuning.build(vectors, "Flat")
             return cls(index, index_files.items_of(table, columns), table.manifest, norms)
-        factory = index_tuning.choose_factory(len(vectors), table.dim, wanted)
+        factory = index_tuning.choose_factory(len(vectors), table.dim, wanted, index_tuning.most_equal(vectors))
         index, order, measured = index_tuning.build_and_tune(vectors, factory, wanted.recall, seed)
         items = index_files.items_of(table, columns).take(pa.array(order))
         norms = None if norms is None else norms[order]
@@ -211,7 +216,7 @@ class ItemIndex(IndexedItems):
         excluded = set(exclude) if isinstance(exclude, list | tuple | set) else set() if exclude is None else {exclude}
         if k < 1:
             raise ValueError(f"k={k}: ask for at least one neighbour")
-        k = min(k, len(self.items))
+        k = min(k, max(len(self.items), 1))
         scores, rows = self.nearest(np.asarray(vector).reshape(1, -1), k + len(excluded), self.rows_where(where))
         return self.neighbours(scores[0], rows[0], k, excluded)
 
@@ -292,6 +297,7 @@ class ItemIndex(IndexedItems):
                 is in the index already, or the index is memory-mapped.
         """
         self._check_writable()
+        table, columns = _with_direction(table, columns)
         if table.dim != self.dim:
             raise ValueError(f"vectors of {table.dim} dimensions cannot be added to an index of {self.dim}")
         is_known = np.array([item in self for item in table.ids.to_pylist()], bool)
@@ -409,7 +415,7 @@ class ItemIndex(IndexedItems):
             "measured": self.measured,
             "embeddings": self.manifest,
         }
-        index_files.save(Path(folder), self.index, self.items, rows, facts)
+        index_files.save(user_path(folder), self.index, self.items, rows, facts)
 
     @classmethod
     def load(cls, folder: str | Path, mmap: bool = False) -> ItemIndex:
@@ -428,7 +434,7 @@ class ItemIndex(IndexedItems):
             print(len(index), "items of", index.dim, "dimensions, of the run", index.identity.run)
             ```
         """
-        folder = Path(folder)
+        folder = user_path(folder)
         if not index_files.is_index(folder):
             return cls.build(EmbeddingTable.read(folder))
         index, items, rows, facts = index_files.load(folder, mmap)
@@ -436,11 +442,24 @@ class ItemIndex(IndexedItems):
         return cls(index, items, manifest, rows.get("norms"), rows["removed"], measured, factory, mmap)
 
 
+def _with_direction(table: EmbeddingTable, columns: pa.Table | None) -> tuple[EmbeddingTable, pa.Table | None]:
+    """The rows of a table and of the columns whose vector is not zero; the others are set aside with a warning."""
+    zero = ~table.vectors.any(1)
+    if not zero.any():
+        return table, columns
+    without = table.ids.filter(pa.array(zero))
+    logger.warning(
+        "%d of %d items have a vector of zeros, which is near to nothing, and are left out of the index, like %s",
+        len(without),
+        len(table),
+        examples(without),
+    )
+    return table.without(without), None if columns is None else columns.filter(pa.array(~zero))
+
+
 def _unit(table: EmbeddingTable) -> tuple[np.ndarray, np.ndarray | None]:
     """(n, D) unit vectors, and the (n,) norms before scaling, None where all norms were 1."""
     norms = np.linalg.norm(table.vectors, axis=1)
-    if len(norms) and not norms.min():
-        raise ValueError(f"the vector of item {table.ids[int(norms.argmin())].as_py()!r} is zero: it has no direction")
     vectors = table.vectors.copy()
     faiss.normalize_L2(vectors)
     return vectors, None if np.abs(norms - 1).max(initial=0.0) < 1e-3 else norms.astype(np.float32)

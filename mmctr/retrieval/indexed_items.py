@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from mmctr.data.tables import one_array
+from mmctr.data.tables import as_text, one_array, rows_of, typed_id
 from mmctr.errors import UnknownId
 from mmctr.retrieval.filters import matching
 
@@ -53,12 +53,7 @@ class IndexedItems:
         Raises:
             UnknownId: the ids are integers, and the text is not an integer.
         """
-        if pa.types.is_integer(self.ids.type) and isinstance(item_id, str):
-            try:
-                return int(item_id)
-            except ValueError:
-                raise UnknownId(f"item {item_id!r}: ids here are integers, like {self.ids[0].as_py()}") from None
-        return item_id
+        return typed_id(item_id, self.ids)
 
     @cached_property
     def _row_by_id(self) -> dict[Any, int]:
@@ -73,6 +68,8 @@ class IndexedItems:
         """
         row = self._row_by_id.get(item_id) if isinstance(item_id, int | str) else None
         if row is None or isinstance(item_id, bool):
+            if not len(self):
+                raise UnknownId(f"item {item_id!r}: the index holds no items; add some with `mmctr index --append`")
             raise UnknownId(f"item {item_id!r} has no vector here; ids look like {self.ids[0].as_py()!r}")
         return row
 
@@ -95,6 +92,21 @@ class IndexedItems:
             ValueError: a condition is malformed or names an unknown column.
         """
         return matching(self.items, where) if where else None
+
+    def take_titles(self, catalog: pa.Table) -> None:
+        """Take the titles of a catalog where the vectors came without titles, as from an .npz file.
+
+        Args:
+            catalog: an items table; without a column `title` nothing is done.
+
+        Raises:
+            ValueError: one side has integer ids and the other side strings.
+        """
+        if "title" in self.items.column_names or "title" not in catalog.column_names:
+            return
+        rows = rows_of(self.ids, one_array(catalog.column("item_id")), "the vectors and the catalog")
+        titles = one_array(as_text(catalog.column("title"))).take(pa.array(rows, mask=rows < 0))
+        self.items = self.items.append_column("title", titles)
 
     def neighbours(self, scores: np.ndarray, rows: np.ndarray, k: int, exclude: Iterable[Any] = ()) -> list[Neighbour]:
         """The result of `nearest` for one query, as items.

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,12 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from mmctr.data.embeddings import EmbeddingTable, identity_of
+from mmctr.data.plain_tables import plain_table
 from mmctr.data.tables import as_ids, one_array, read_table, rows_of
 from mmctr.files import replace_folder
 from mmctr.manifests import read_manifest, require_replaceable, require_types, write_manifest
+
+logger = logging.getLogger(__name__)
 
 FORMAT = 2
 FILES = ("index.faiss", "items.parquet", "rows.npz")
@@ -129,29 +133,47 @@ def columns_of(catalog: pa.Table, catalog_ids: pa.Array, ids: pa.Array, names: S
         catalog_ids: (N,) raw ids of the catalog.
         ids: (n,) raw ids that give the order of the rows.
         names: names of the columns; None: every column of numbers, booleans or texts, or lists of numbers, booleans or
-            texts, except for ids, titles, descriptions and pictures.
+            texts, except for ids, titles, descriptions and pictures. Columns of other types are left out with a
+            warning.
 
     Raises:
-        ValueError: the catalog lacks a column.
+        ValueError: the catalog lacks a column, or the values of a column are structures.
     """
+    catalog = plain_table(catalog)
     if names is None:
-        taken = [field.name for field in catalog.schema if _can_filter(field)]
+        fields = [field for field in catalog.schema if field.name not in _NO_CONDITIONS]
+        taken = [field.name for field in fields if _can_filter(field.type)]
+        others = [f"{field.name!r} ({field.type})" for field in fields if field.name not in taken]
+        if others:
+            logger.warning(
+                "columns of other types are left out of the index: %s; name those you need", ", ".join(others)
+            )
     else:
         taken = list(names)
         for name in taken:
             if name not in catalog.column_names:
                 raise ValueError(f"items table: no column {name!r}; there are {', '.join(catalog.column_names)}")
+            kind = catalog.schema.field(name).type
+            if pa.types.is_nested(_inner(kind)) or pa.types.is_large_binary(_inner(kind)):
+                raise ValueError(
+                    f"items table: no condition can be written on column {name!r} of type {kind}; store numbers, "
+                    f"booleans, texts or lists of these"
+                )
     rows = rows_of(ids, catalog_ids, "the embeddings and the catalog")
     positions = pa.array(rows, mask=rows < 0)
     return pa.table({name: one_array(catalog.column(name)).take(positions) for name in taken if name != "title"})
 
 
-def _can_filter(field: pa.Field) -> bool:
-    kind = field.type.value_type if pa.types.is_list(field.type) else field.type
-    plain = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
-    return (plain or pa.types.is_string(kind) or pa.types.is_large_string(kind)) and field.name not in (
-        "item_id",
-        "title",
-        "description",
-        "image",
-    )
+_NO_CONDITIONS = ("item_id", "title", "description", "image")
+
+
+def _can_filter(kind: pa.DataType) -> bool:
+    """Whether a column of this plain type is taken where no columns are named."""
+    inner = _inner(kind)
+    is_number = pa.types.is_integer(inner) or pa.types.is_floating(inner)
+    return is_number or pa.types.is_boolean(inner) or pa.types.is_string(inner)
+
+
+def _inner(kind: pa.DataType) -> pa.DataType:
+    """The type of the values of a list type; another type itself."""
+    return kind.value_type if pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind) else kind

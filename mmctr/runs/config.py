@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from mmctr.config import Config
-from mmctr.data.catalog import Resize
+from mmctr.data.images import Resize
 from mmctr.data.splits import ColdItemsSplit, SplitConfig, StagedSplit
 from mmctr.tasks import PretrainTaskConfig, RankingTaskConfig
 from mmctr.training.fit import FitConfig

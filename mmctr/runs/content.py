@@ -12,6 +12,7 @@ from torch import Tensor
 from mmctr.data.content import ItemContent, PictureField, TextField
 from mmctr.data.embeddings import read_tables
 from mmctr.data.item_tables import described, join_item_tables, keep_item_tables
+from mmctr.data.picture_cache import Pictures
 from mmctr.data.prepare import Dataset, open_dataset
 from mmctr.data.tables import require_columns
 from mmctr.embedders.item_embedder import ContentConfig, ContentEncoder, ContentTable
@@ -160,11 +161,24 @@ def item_content(dataset: Dataset, config: DataConfig, task: PretrainTask, accel
             for number in range(count):
                 cached = catalog.pictures(size, config.image_resize, column=name, position=number)
                 pictures.append(PictureField(cached, config.images[name]))
+                if accelerator.is_main_process:
+                    _warn_of_refused(name, cached)
         texts = []
         for columns, weight in ((config.text, 1.0), *(([name], weight) for name, weight in config.text_fields.items())):
             input_ids, has_text = catalog.tokens(columns, encoder.tokenize, encoder.tokenizer_key)
             texts.append(TextField(input_ids, has_text, weight))
     return with_frozen_features(task.encoder, ItemContent(tuple(pictures), tuple(texts)), catalog, accelerator)
+
+
+def _warn_of_refused(name: str, pictures: Pictures) -> None:
+    """Log a warning for each reason for which pictures of a column are refused."""
+    report = pictures.report
+    given = report["items"] - report["items without a picture"]
+    for reason, entry in report["rejected"].items():
+        logger.warning(
+            f"{name}: {entry['count']} of {given} pictures refused as {reason}, like those of items "
+            f"{entry['examples']}: {entry['remedy']}"
+        )
 
 
 def pair_rows(content: ItemContent, validation: float, source: str) -> tuple[np.ndarray, np.ndarray]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,9 +14,11 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from mmctr.data.content import ItemContent
-from mmctr.data.embedding_export import begun_identity, write_embeddings
+from mmctr.data.embedding_export import begun_identity, new_rows, write_embeddings
 from mmctr.data.embedding_identity import EmbeddingIdentity
 from mmctr.data.embeddings import EmbeddingTable, read_items
+from mmctr.data.images import REMEDIES
+from mmctr.data.stream import StreamContent
 from mmctr.data.tables import as_text
 from mmctr.evaluation.predict import Modality, embed_batch, embed_items
 from mmctr.files import fingerprint
@@ -68,18 +72,29 @@ def embed_run(
     if precision != "fp32":  # stored features of frozen towers are in fp32
         task.encoder.modes = dict.fromkeys(task.encoder.modes, "full")
     config = data_config(folder, data)
-    titles = None
+    titles = part = None
     if config.stream is not None:
         content = stream_content(config, task)
         item_ids = content.items.item_ids()
+        position = np.arange(len(item_ids))
     else:
         dataset = open_data(config, accelerator)
-        content, item_ids = item_content(dataset, config, task, accelerator), dataset.catalog.item_ids
+        item_ids = dataset.catalog.item_ids
         if "title" in dataset.catalog.table.column_names:
             titles = as_text(dataset.catalog.table.column("title")).to_pylist()
+        position = np.arange(len(item_ids))
+        if append:  # pictures and texts of the other items are not even looked at
+            rows = new_rows(Path(out), item_ids)
+            part = dataset.catalog.part(rows)
+            dataset = replace(dataset, catalog=part)
+            position[rows] = np.arange(len(rows))
+        content = None
+        if part is None or len(part):
+            content = item_content(dataset, config, task, accelerator)
     facts = None
     if precision == "auto":
-        precision, facts = _chosen_precision(task, content, len(item_ids), modality, Path(out), accelerator)
+        num_items = len(item_ids) if part is None else len(part)
+        precision, facts = _chosen_precision(task, content, num_items, modality, Path(out), accelerator)
     lower(task, precision)
     identity = EmbeddingIdentity(
         run=str(folder.resolve()),
@@ -95,7 +110,8 @@ def embed_run(
 
     def encode(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         logger.info(f"items {rows[0]}-{rows[-1]} of {len(item_ids)}")
-        vectors, has = embed_items(task, content, rows, accelerator.device, modality)
+        assert content is not None, "without new items nothing is encoded"
+        vectors, has = embed_items(task, content, position[rows], accelerator.device, modality)
         return vectors, has & has_id[rows]
 
     new = write_embeddings(
@@ -111,7 +127,15 @@ def embed_run(
         world_size=accelerator.num_processes,
         wait=accelerator.wait_for_everyone,
     )
+    if isinstance(content, StreamContent):  # pictures of shards are read on the way, by each process some
+        for reason, entry in content.report.items():
+            logger.warning(
+                f"{entry['count']} items with the problem {reason!r}, like {entry['examples']}"
+                + (f": {REMEDIES[reason]}" if reason in REMEDIES else "")
+            )
     if accelerator.is_main_process:
+        if part is not None:
+            shutil.rmtree(part.folder, ignore_errors=True)
         manifest, _ = read_items(Path(out))
         logger.info(f"{out}: {manifest['vectors']} vectors, {manifest['without content']} items without content")
     return new

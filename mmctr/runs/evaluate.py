@@ -59,6 +59,11 @@ def evaluate_run(
 def _evaluate_pretraining(folder: Path, data: str | None, accelerator: Accelerator) -> dict[str, float]:
     """The validation metrics of a pretraining run, or retrieval on all items of another dataset."""
     task = load_encoder(folder).to(accelerator.device)
+    if data is not None and not task.shares_space:
+        raise ValueError(
+            f"{folder}: pictures and texts of this encoder are not in one space, and cannot be compared; leave --data "
+            f"out for the metrics of the run"
+        )
     config = data_config(folder, data)
     values = RunFolder(folder).read_config()
     given = {"validation": values["validation"], "attributes": values["attributes"], "seed": values["seed"]}

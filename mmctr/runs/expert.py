@@ -38,7 +38,7 @@ def load_expert(
         ("path", values["data"]["path"], data.path),
         ("items", values["data"].get("items"), data.items),
     ):
-        if _resolved(old) != _resolved(new):
+        if _resolved(None if old is None else run.located(old)) != _resolved(new):
             raise ValueError(f"{source} was trained on data.{key} {old!r}, this run on {new!r}; give both the same")
     new_split, old_split = split.model_dump(mode="json"), values["split"]
     differing = [key for key in {**old_split, **new_split} if new_split.get(key) != old_split.get(key)]

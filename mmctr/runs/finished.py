@@ -17,6 +17,7 @@ from mmctr.embedders.item_embedder import ContentTable
 from mmctr.evaluation.predict import embed_catalog
 from mmctr.features.behavior_collator import BehaviorCollator
 from mmctr.features.ranking_data import RankingData
+from mmctr.run_folder import RunFolder
 from mmctr.runs.config import DataConfig
 from mmctr.runs.content import item_content, joined_dataset
 from mmctr.runs.folder import data_config, split_config
@@ -50,12 +51,17 @@ def open_ranker(
     dataset = joined_dataset(config)
     item_ids = dataset.catalog.item_ids
     if data is not None or embeddings or (task.catalog_ids is not None and not task.catalog_ids.equals(item_ids)):
-        bind_content(task, dataset, config, accelerator, embeddings)
+        bind_content(task, dataset, config, accelerator, embeddings, RunFolder(run).located)
     return task, dataset, task.vocabulary.item_rows(item_ids)
 
 
 def bind_content(
-    task: RankingTask, dataset: Dataset, config: DataConfig, accelerator: Accelerator, embeddings: Sequence[str] = ()
+    task: RankingTask,
+    dataset: Dataset,
+    config: DataConfig,
+    accelerator: Accelerator,
+    embeddings: Sequence[str] = (),
+    located: Callable[[str], str] = str,
 ) -> None:
     """Give a ranker the content of another catalog, so that new items are scored as cold items.
 
@@ -69,6 +75,7 @@ def bind_content(
         config: the section `data`.
         accelerator: processes and device.
         embeddings: folders with vectors.
+        located: maps a path of the config of the run to a path that can be opened here (`RunFolder.located`).
 
     Raises:
         ValueError: the vectors of known items in `embeddings` differ from the vectors of the training, or the ranker
@@ -78,7 +85,7 @@ def bind_content(
     task.bind(item_ids)
     if task.expert is not None:
         assert isinstance(task.expert.task, RankingTask)
-        bind_content(task.expert.task, dataset, config, accelerator, embeddings)
+        bind_content(task.expert.task, dataset, config, accelerator, embeddings, located)
     content = task.config.embedder.content
     if task.embedder.encoder is not None:
         pretrained = task.embedder.encoder
@@ -86,7 +93,7 @@ def bind_content(
         items = item_content(dataset, config, pretrained, accelerator)
         task.embedder.refresh(*embed_catalog(pretrained, items, len(item_ids), accelerator))
     elif isinstance(content, ContentTable):
-        paths = list(embeddings or content.paths)
+        paths = list(embeddings or map(located, content.paths))
         if not embeddings and not all(Path(path).exists() for path in paths):
             return
         old_vectors, has_old = task.embedder.content_table.cpu(), task.embedder.has_content.cpu()

@@ -49,7 +49,9 @@ def _with_features(
 ) -> Any:
     """A field with the features (N, D) of a tower, which are computed where the folder lacks them."""
     if isinstance(field, PictureField):
-        source = [field.pictures.folder.name, field.pictures.report["key"]]
+        # refused pictures that could be read later change the features, not the key
+        report = field.pictures.report
+        source = [field.pictures.folder.name, report["key"], *([report["revision"]] if report["revision"] else [])]
     else:
         source = [fingerprint(field.input_ids.numpy().tobytes())]
     identity = EmbeddingIdentity(
@@ -58,7 +60,7 @@ def _with_features(
         modality=tower,
         source=fingerprint(source),
     )
-    folder = catalog.folder / f"features-{tower}-{fingerprint(identity.to_json())}"
+    folder = catalog.cache_path(f"features-{tower}-{fingerprint(identity.to_json())}", "manifest.json")
     has = field.has
 
     @torch.inference_mode()

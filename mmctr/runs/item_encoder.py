@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from mmctr.data.batches import ItemBatch
-from mmctr.data.catalog import Resize
-from mmctr.data.images import PictureError, decode_picture
+from mmctr.data.images import PictureError, Resize, decode_picture
+from mmctr.files import user_path
 from mmctr.runs.finished import load_encoder
 from mmctr.runs.folder import data_config
 
@@ -45,9 +45,9 @@ class ItemEncoder:
     """
 
     def __init__(self, run: str | Path):
-        self.run = Path(run)
+        self.run = user_path(run)
         self.task = load_encoder(self.run)
-        self._resize: Resize = data_config(self.run, None).image_resize
+        self._resize: Resize = data_config(self.run, None, is_read=False).image_resize
         self._lock = threading.Lock()
 
     @property

@@ -17,7 +17,7 @@ from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
 from mmctr.config import Config
 from mmctr.config_reference import compact_text, reference
-from mmctr.errors import exit_on_error, show_progress
+from mmctr.errors import exit_on_error, show_progress, write_any_character
 from mmctr.run_folder import RunFolder
 from mmctr.runs.config import FinetuneConfig, PretrainConfig
 from mmctr.runs.folder import begin_folder
@@ -122,9 +122,10 @@ def run_recipe(main: Callable[[ConfigT], Any], config_class: type[ConfigT], argv
         argv: arguments; None: those of the process.
     """
     arguments = sys.argv[1:] if argv is None else argv
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(recipe_help(sys.modules[main.__module__], config_class))
-        sys.exit(0 if arguments else 2)
-    show_progress()
+    write_any_character()
     with exit_on_error():
+        if not arguments or arguments[0] in ("-h", "--help"):
+            print(recipe_help(sys.modules[main.__module__], config_class))
+            sys.exit(0 if arguments else 2)
+        show_progress()
         main(config_class.load(arguments[0], arguments[1:]))

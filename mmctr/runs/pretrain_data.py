@@ -67,7 +67,13 @@ class PartnerSources:
         if objectives.behavior is not None and splits is not None:
             behavior = objectives.behavior
             clicked = CoClicks(
-                splits.train, dataset.interactions, num_items, behavior.window, behavior.max_gap, seed, allowed
+                splits.train,
+                dataset.interactions,
+                num_items,
+                behavior.window,
+                dataset.time(behavior.max_gap),
+                seed,
+                allowed,
             )
             if not clicked.num_pairs:
                 raise ValueError(

@@ -4,14 +4,25 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, StrictInt, StrictStr
 
 MAX_BODY, MAX_PICTURE = 1_000_000, 16_000_000
 """largest number of bytes of a JSON body, and of an upload"""
 MAX_K, MAX_ITEMS = 1000, 5000
 """largest number of results, and of items to score"""
 Id = StrictInt | StrictStr
+"""a raw id of a request; an integer may be written as text"""
+EXACT = 2**53 - 1
+"""largest integer that JavaScript, and any reader of JSON that knows floats alone, reads exactly"""
 
+
+def written_id(raw_id: int | str) -> int | str:
+    """An id as JSON carries it: an integer beyond 2^53 as text, since readers would round the number."""
+    return str(raw_id) if isinstance(raw_id, int) and abs(raw_id) > EXACT else raw_id
+
+
+WrittenId = Annotated[int | str, PlainSerializer(written_id)]
+"""a raw id of an answer"""
 
 Text = Annotated[str, Field(min_length=1, max_length=2000)]
 
@@ -59,7 +70,9 @@ class Moment(Body):
     history: list[Id] | None = Field(
         default=None, max_length=1000, description="items clicked, oldest first, instead of those in the log"
     )
-    at: int | None = Field(default=None, description="a time in the unit of the log: only earlier clicks count")
+    at: int | float | None = Field(
+        default=None, description="a time in the unit of the column timestamp of the log: only earlier clicks count"
+    )
     context: dict[str, Any] = Field(default={}, description="values of context columns")
     ranker: RankerName = "ranker"
 
@@ -87,7 +100,7 @@ class ExplainRequest(Moment):
 class Found(BaseModel):
     """An item of a search result."""
 
-    item_id: int | str
+    item_id: WrittenId
     score: float
     title: str | None = None
 
@@ -121,7 +134,7 @@ class Vectors(BaseModel):
 class Reason(BaseModel):
     """The effect of one behaviour on a score."""
 
-    item_id: int | str
+    item_id: WrittenId
     title: str | None
     effect: float
     """log-odds of a click with the whole history, minus the log-odds without this behaviour"""

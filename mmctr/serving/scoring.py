@@ -14,6 +14,7 @@ from accelerate import Accelerator
 
 from mmctr.data.interactions import Impressions
 from mmctr.features.columns import FeatureColumns, encode_table
+from mmctr.files import user_path
 from mmctr.runs.finished import open_ranker, ranking_data
 
 BATCH = 4096
@@ -33,7 +34,7 @@ class Scorer:
     """
 
     def __init__(self, run: str | Path, data: str | None = None, embeddings: Sequence[str] = ()):
-        self.run = Path(run)
+        self.run = user_path(run)
         accelerator = Accelerator()
         self.task, self.dataset, _ = open_ranker(self.run, data, accelerator, embeddings=embeddings)
         self.task.to(accelerator.device).eval()
@@ -54,16 +55,16 @@ class Scorer:
         """(N,) bool, the items of the catalog that occur in no training row."""
         return self.ranking.id_rows == 0
 
-    def history(self, user: int, at: int | None = None) -> np.ndarray:
+    def history(self, user: int, at: float | None = None) -> np.ndarray:
         """The catalog rows (h,) of the items that a user has clicked, oldest first; empty for an unknown user.
 
         Args:
             user: row of the users of the dataset, or `stranger`.
-            at: only clicks before this time; None: all clicks.
+            at: only clicks before this time, in the unit of the column `timestamp`; None: all clicks.
         """
         if user == self.stranger:
             return np.zeros(0, np.int32)
-        return self.dataset.interactions.clicked_before(user, at)
+        return self.dataset.interactions.clicked_before(user, self.dataset.time(at))
 
     @torch.inference_mode()
     def score(
@@ -72,7 +73,7 @@ class Scorer:
         items: np.ndarray,
         history: np.ndarray,
         context: dict[str, Any] | None = None,
-        at: int | None = None,
+        at: float | None = None,
     ) -> np.ndarray:
         """Click probabilities (n,) of items.
 
@@ -106,7 +107,7 @@ class Scorer:
         item: int,
         history: np.ndarray,
         context: dict[str, Any] | None = None,
-        at: int | None = None,
+        at: float | None = None,
     ) -> dict[str, Any]:
         """The effect of each behaviour on the score of one item.
 
@@ -163,7 +164,7 @@ class Scorer:
             return np.concatenate(scores), None
         return np.concatenate(scores), torch.cat(weights).float().cpu().numpy()
 
-    def _context(self, user: int, given: dict[str, Any] | None, at: int | None) -> FeatureColumns:
+    def _context(self, user: int, given: dict[str, Any] | None, at: float | None) -> FeatureColumns:
         """One row of context columns; ValueError for a column the ranker does not read, or a value of another type."""
         features, given = self.task.config.features.context, given or {}
         for name in given:
@@ -175,8 +176,8 @@ class Scorer:
         if user != self.stranger:
             log = self.dataset.interactions
             first, after = np.searchsorted(log.user, [user, user + 1])
-            if at is not None:
-                after = first + int(np.searchsorted(log.time[first:after], at, side="right"))
+            if (moment := self.dataset.time(at)) is not None:
+                after = first + int(np.searchsorted(log.time[first:after], moment, side="right"))
             latest = int(after) - 1 if after > first else None
         columns = {}
         for name in features:

@@ -193,7 +193,7 @@ class Searcher:
         vectors, part_ids = self.vectors(queries)
         allowed = self.index.rows_where(where)
         most = max((len(ids) for ids in part_ids), default=0)
-        scores, rows = self.index.nearest(vectors, min(k, len(self.index.items)) + most, allowed)
+        scores, rows = self.index.nearest(vectors, min(k, max(len(self.index.items), 1)) + most, allowed)
         keep = rows >= 0
         for number, ids in enumerate(part_ids):
             if ids:

@@ -27,7 +27,6 @@ from mmctr.serving.schemas import (
     ExplainRequest,
     Explanation,
     Found,
-    Id,
     K,
     Ranking,
     RankRequest,
@@ -35,6 +34,7 @@ from mmctr.serving.schemas import (
     SearchRequest,
     Text,
     Vectors,
+    WrittenId,
 )
 from mmctr.serving.scoring import Scorer
 from mmctr.serving.search import Searcher
@@ -61,6 +61,7 @@ def create_app(service: Service, hosts: tuple[str, ...] = ("localhost", "127.0.0
         redoc_url=None,
     )
     app.add_middleware(BodyLimit)
+    app.add_middleware(HeadAsGet)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
 
     @app.exception_handler(ValueError)
@@ -104,7 +105,7 @@ def create_app(service: Service, hosts: tuple[str, ...] = ("localhost", "127.0.0
     @app.get("/api/users", tags=["rank"], summary="Users whose id begins so")
     def users(
         starts: Annotated[str, Query(max_length=100)] = "", count: Annotated[int, Query(ge=1, le=100)] = 20
-    ) -> list[Id]:
+    ) -> list[WrittenId]:
         return service.users(starts, count)
 
     @app.get("/api/picture", tags=["about"], summary="The picture of an item")
@@ -143,6 +144,23 @@ def _page(path: Path) -> Callable[[], FileResponse]:
         return FileResponse(path, headers={"Content-Security-Policy": POLICY, **NO_SNIFF})
 
     return page
+
+
+class HeadAsGet:
+    """ASGI middleware that answers HEAD as GET; the server sends no body to HEAD. Monitors ask so whether it is up.
+
+    Args:
+        app: the application.
+    """
+
+    def __init__(self, app: Any):
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Handle a request of ASGI. The scope is copied: the server looks at the method in its own."""
+        if scope["type"] == "http" and scope["method"] == "HEAD":
+            scope = scope | {"method": "GET"}
+        await self.app(scope, receive, send)
 
 
 class BodyLimit:

@@ -6,6 +6,7 @@ import base64
 import binascii
 import os
 import threading
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ import numpy as np
 import pyarrow as pa
 
 from mmctr.data.arrow import pc
+from mmctr.data.catalog import Catalog
 from mmctr.data.images import read_picture
-from mmctr.data.tables import rows_of
+from mmctr.data.tables import rows_of, typed_id
 from mmctr.errors import UnknownId
 from mmctr.retrieval.indexed_items import Neighbour
 from mmctr.serving.schemas import (
@@ -29,6 +31,7 @@ from mmctr.serving.schemas import (
     Scored,
     ScoreRequest,
     SearchRequest,
+    written_id,
 )
 from mmctr.serving.scoring import Scorer
 from mmctr.serving.search import KINDS, Kind, Part, Searcher
@@ -57,6 +60,7 @@ class Service:
         self._catalog_rows: np.ndarray | None = None
         """(n,) catalog row of each row of the index, -1 for none"""
         if self.catalog is not None:
+            self.index.take_titles(self.catalog.table)
             self._catalog_rows = rows_of(self.index.ids, self.catalog.item_ids, "the index and the catalog")
 
     def title(self, item_id: Any) -> str | None:
@@ -104,13 +108,13 @@ class Service:
         scorer = self.scorer(request.ranker)
         user = scorer.stranger if request.user_id is None else scorer.dataset.user_row(request.user_id)
         if request.history is not None:
-            return scorer, user, scorer.dataset.catalog.rows(request.history)
+            return scorer, user, rows_of_items(scorer.dataset.catalog, request.history)
         return scorer, user, scorer.history(user, request.at)
 
     def score(self, request: ScoreRequest) -> Ranking:
         """The click probabilities of the items of a request, in the order of the request."""
         scorer, user, history = self.moment(request)
-        rows = scorer.dataset.catalog.rows(request.items)
+        rows = rows_of_items(scorer.dataset.catalog, request.items)
         with self.busy:
             scores = scorer.score(user, rows, history, request.context, request.at)
         return self._ranking(scorer, rows, scores, len(history))
@@ -149,7 +153,7 @@ class Service:
     def explain(self, request: ExplainRequest) -> Explanation:
         """The click probability of an item, and the effect of each behaviour."""
         scorer, user, history = self.moment(request)
-        row = int(scorer.dataset.catalog.rows([request.item_id])[0])
+        row = int(rows_of_items(scorer.dataset.catalog, [request.item_id])[0])
         with self.busy:
             result = scorer.explain(user, row, history, request.context, request.at)
         ids = scorer.dataset.catalog.item_ids.take(pa.array(result["history"])).to_pylist()
@@ -174,7 +178,7 @@ class Service:
         """The encoded picture of an item."""
         if self.catalog is None or "image" not in self.catalog.table.column_names:
             raise UnknownId("the catalog has no pictures")
-        row = int(self.catalog.rows([self.index.typed(item_id)])[0])
+        row = int(rows_of_items(self.catalog, [item_id])[0])
         return read_picture(self.catalog.picture_cell(row), self.catalog.root)
 
     def users(self, starts: str, count: int) -> list[Any]:
@@ -194,7 +198,7 @@ class Service:
                 continue
             values = self.index.items[name].combine_chunks()
             kind = values.type
-            flat = pc.list_flatten(values) if pa.types.is_list(kind) else values
+            flat = pc.list_flatten(values) if pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind) else values
             distinct = flat.unique().drop_null()
             choice = len(distinct) <= (12 if pa.types.is_integer(kind) else 40) and not pa.types.is_floating(kind)
             columns[name] = {"type": str(kind), "values": sorted(map(str, distinct.to_pylist())) if choice else None}
@@ -205,5 +209,14 @@ class Service:
             "rankers": {name: scorer.run.name for name, scorer in self.rankers.items()},
             "encoder": self.searcher.has_encoder,
             "run": Path(run).name if run is not None else None,
-            "sample": [{"item_id": item, "title": self.title(item)} for item in self.index.sample(24)],
+            "sample": [{"item_id": written_id(item), "title": self.title(item)} for item in self.index.sample(24)],
         }
+
+
+def rows_of_items(catalog: Catalog, item_ids: Sequence[int | str]) -> np.ndarray:
+    """The catalog rows (n,) of the ids of a request, in which integers may be written as text.
+
+    Raises:
+        UnknownId: an item is not in the catalog.
+    """
+    return catalog.rows([typed_id(item_id, catalog.item_ids) for item_id in item_ids])

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mmctr.distributed import spread_like
-from mmctr.files import replace_folder
+from mmctr.files import remedy_of, replace_folder
 from mmctr.manifests import read_manifest, write_manifest
 from mmctr.tasks.folder import save_weights
 from mmctr.training.optimizers import load_optimizer_tensors, optimizer_tensors
@@ -46,8 +46,12 @@ def load_weights_folder(folder: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: a file is missing or damaged.
     """
-    read_manifest(folder / STATE, f"delete {folder.parent} to start the run anew").check(*CHECKPOINT[:1])
+    read_manifest(folder / STATE, _remedy(folder.parent)).check(*CHECKPOINT[:1])
     return load_file(folder / CHECKPOINT[0])
+
+
+def _remedy(folder: Path) -> str:
+    return f"copy the run folder again, or delete {folder} to train from the beginning"
 
 
 class Checkpoints:
@@ -93,7 +97,7 @@ class Checkpoints:
             replace_folder(path, write)
         except Exception as error:
             raise OSError(
-                f"cannot save the checkpoint {path}: {error}. Free some space, then start the same command again: "
+                f"cannot save the checkpoint {path}: {error}. {remedy_of(error)}, then start the same command again: "
                 f"it goes on from the checkpoint before"
             ) from error
         # older checkpoints, and unfinished folders of a killed process
@@ -116,7 +120,7 @@ class Checkpoints:
         finished = self._finished()
         if not finished:
             return None
-        manifest = read_manifest(finished[-1] / STATE, f"delete {self.folder} to start the run anew")
+        manifest = read_manifest(finished[-1] / STATE, _remedy(self.folder))
         manifest.check(*CHECKPOINT)
         state = manifest.values
         if state.pop("identity", None) != self.identity:

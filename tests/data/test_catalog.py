@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import multiprocessing
+import os
 import pickle
 import resource
 import struct
@@ -17,9 +18,9 @@ import pytest
 import torch
 from PIL import Image
 
-from mmctr.data import catalog as module
+from mmctr.data import picture_building as module
 from mmctr.data.catalog import Catalog
-from mmctr.data.images import decode_picture
+from mmctr.data.images import REMEDIES, decode_picture
 from mmctr.data.picture_cache import Pictures, reserve
 from mmctr.data.prepare import open_dataset, prepare
 from mmctr.files import locked
@@ -103,7 +104,7 @@ def test_bad_pictures_are_counted_by_reason_and_shift_nothing(tmp_path):
     expected = {}
     for row, path in enumerate(paths):
         if path in bad:
-            entry = expected.setdefault(bad[path], {"count": 0, "examples": []})
+            entry = expected.setdefault(bad[path], {"count": 0, "examples": [], "remedy": REMEDIES[bad[path]]})
             entry["count"] += 1
             entry["examples"] = [*entry["examples"], ids[row]][:3]
     assert report["rejected"] == expected
@@ -294,6 +295,76 @@ def test_tokens_are_made_once_and_anew_for_other_texts(tmp_path):
     assert other.tokens(["title"], tokenize, "key")[0].equal(expected.flip(0).int())
 
 
+def test_pictures_that_appear_later_are_looked_up_again(tmp_path):
+    """A picture that was absent or cut off at the first look is decoded once its file has changed, and no other one."""
+    folder = write_dataset(tmp_path / "d", {"item_id": list("abcd"), "image": ["a.png", "b.png", "c.png", "d.png"]})
+    (folder / "a.png").write_bytes(picture(COLOURS[0]))
+    (folder / "c.png").write_bytes(picture(COLOURS[2])[:60])
+    catalog = prepare(folder, tmp_path / "out").catalog
+    first = catalog.pictures(8, "squash")
+    assert first.take(torch.arange(4))[1].tolist() == [True, False, False, False]
+    assert {reason: entry["count"] for reason, entry in first.report["rejected"].items()} == {
+        "missing": 2,
+        "truncated": 1,
+    }
+    again = catalog.pictures(8, "squash")
+    assert again.report == first.report  # nothing has changed
+    for name, rgb in (("b.png", COLOURS[1]), ("c.png", COLOURS[2])):
+        (folder / name).write_bytes(picture(rgb))
+    later = open_dataset(tmp_path / "out").catalog.pictures(8, "squash")  # as another run does
+    images, there = later.take(torch.arange(4))
+    assert there.tolist() == [True, True, True, False]
+    assert [colour(image) for image in images[:3]] == COLOURS[:3]
+    assert later.report["pictures"] == 3 and list(later.report["rejected"]) == ["missing"]
+    assert len(np.unique(later.hashes[:3])) == 3 and later.report["revision"] == 1
+
+
+def test_every_reason_has_a_remedy_in_the_report(tmp_path):
+    cells = ["https://shop.example/a.png", "data:image/png;base64," + "A" * 5000, "images\\a.png", "C:/a.png", "a.png"]
+    folder = write_dataset(tmp_path / "d", {"item_id": list(range(5)), "image": cells})
+    rejected = prepare(folder, tmp_path / "out").catalog.pictures(8, "squash").report["rejected"]
+    assert {reason: entry["count"] for reason, entry in rejected.items()} == {
+        "url": 1,
+        "data_uri": 1,
+        "windows_path": 2,
+        "missing": 1,
+    }
+    assert all(entry["remedy"] == REMEDIES[reason] for reason, entry in rejected.items())
+
+
+def test_lists_of_pictures_in_the_column_image(tmp_path):
+    cells = [[picture(COLOURS[0]), picture(COLOURS[1])], [], None, [picture(COLOURS[2])]]
+    items = {"item_id": [1, 2, 3, 4], "image": pa.array(cells, pa.large_list(pa.binary()))}
+    catalog = prepare(write_dataset(tmp_path / "d", items), tmp_path / "out").catalog
+    assert catalog.pictures_per_item("image") == 2
+    for position, expected in ((0, [COLOURS[0], None, None, COLOURS[2]]), (1, [COLOURS[1], None, None, None])):
+        images, there = catalog.pictures(8, "squash", position=position).take(torch.arange(4))
+        assert [colour(image) if has else None for image, has in zip(images, there, strict=True)] == expected
+    assert catalog.picture_cell(0) == cells[0][0] and catalog.picture_cell(1) is None
+
+
+def test_caches_of_a_read_only_folder_go_to_the_cache_of_the_user(tmp_path, monkeypatch):
+    monkeypatch.setenv("MMCTR_CACHE", str(tmp_path / "cache"))
+    folder = write_dataset(
+        tmp_path / "d", {"item_id": [1, 2], "title": ["a", "b"], "image": [picture(), "x.png"][:1] * 2}
+    )
+    catalog = prepare(folder, tmp_path / "out").catalog
+    catalog.pictures(8, "squash")
+    before = sorted(path.name for path in (tmp_path / "out").rglob("*"))
+    writable = os.access
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: not str(path).startswith(str(tmp_path / "out")) and writable(path, mode)
+    )
+    catalog = open_dataset(tmp_path / "out").catalog
+    for size in (8, 16):  # the first is there, the second is not
+        assert catalog.pictures(size, "squash").take(torch.arange(2))[1].all()
+    ids, _ = catalog.tokens(["title"], lambda texts: torch.ones(len(texts), 3), "ones")
+    assert ids.tolist() == [[1, 1, 1]] * 2
+    assert sorted(path.name for path in (tmp_path / "out").rglob("*")) == before
+    names = {path.name for path in (tmp_path / "cache").glob("out-*/*")}
+    assert "pictures-16-squash" in names and "pictures-8-squash" not in names and len(names) == 2
+
+
 # Catalogs from `datasets` -------------------------------------------------------------------------
 
 
@@ -308,7 +379,8 @@ def test_from_dataset(tmp_path):
     assert catalog.items.column_names == ["item_id", "title"]
     pictures = catalog.pictures(8, "shortest")
     assert pictures.take(torch.arange(3))[1].tolist() == [True, False, False]
-    assert pictures.report["rejected"] == {"escapes_folder": {"count": 1, "examples": ["z"]}}
+    remedy = REMEDIES["escapes_folder"]
+    assert pictures.report["rejected"] == {"escapes_folder": {"count": 1, "examples": ["z"], "remedy": remedy}}
 
 
 def test_an_image_column_with_bytes_file_names_and_gaps(tmp_path):

@@ -7,7 +7,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from mmctr.data import images
 from mmctr.data.images import PictureError, decode_picture, read_picture
@@ -280,6 +280,12 @@ def test_read_picture(tmp_path):
         str(root / "images" / "a.png"): "escapes_folder",
         "link.png": "escapes_folder",
         "images/none.png": "missing",
+        "https://shop.example/a.png": "url",
+        "s3://bucket/a.png": "url",
+        "data:image/png;base64," + "A" * 5000: "data_uri",
+        "images\\a.png": "windows_path",
+        "C:\\images\\a.png": "windows_path",
+        "c:a.png": "windows_path",
         "": "missing",
         "images/empty.png": "empty",
         "images": "unreadable",
@@ -302,3 +308,21 @@ def test_the_error_survives_pickling():
     error = pickle.loads(pickle.dumps(PictureError("missing", "a.png")))
     assert (error.reason, error.detail, str(error)) == ("missing", "a.png", "missing: a.png")
     assert str(PictureError("empty")) == "empty"
+
+
+@pytest.mark.parametrize("kind", ["text", "compressed text", "many texts", "colour profile"])
+def test_a_sound_png_with_much_metadata(kind):
+    """PIL refuses more than 1 MB of one text, and 64 MB of all texts, to be safe from bombs."""
+    image = Image.new("RGB", (20, 10), (200, 30, 40))
+    texts, options = PngImagePlugin.PngInfo(), {}
+    if kind == "colour profile":
+        options["icc_profile"] = bytes(3_000_000)
+    else:
+        for number in range(70 if kind == "many texts" else 1):
+            size = 1_000_000 if kind == "many texts" else 3_000_000
+            texts.add_text(f"Comment{number}", "x" * size, zip=kind != "text")
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", pnginfo=texts, **options)
+    plain = io.BytesIO()
+    image.save(plain, "PNG")
+    assert decode_picture(buffer.getvalue(), 8).equal(decode_picture(plain.getvalue(), 8))

@@ -358,6 +358,23 @@ def test_users_have_one_row_each(tmp_path):
     assert prepare(tmp_path / "f", tmp_path / "out3").users.to_pydict() == {"user_id": [1, 2]}
 
 
+def test_users_of_the_log_without_a_row_are_counted(tmp_path):
+    """Ids written another way make every user column empty: the report says so."""
+    users = {"user_id": ["1.5", "2.5"], "age": [1, 2]}
+    report = prepare(write_dataset(tmp_path / "d", ITEMS, LOG, users, "csv"), tmp_path / "out").report["interactions"]
+    assert report["users without a row in the users table"] == {"count": 2, "examples": ["1", "2"]}
+    assert any("no user of the log is in" in note for note in report["notes"])
+    users = {"user_id": [1], "age": [1]}
+    report = prepare(write_dataset(tmp_path / "e", ITEMS, LOG, users), tmp_path / "out2").report["interactions"]
+    assert report["users without a row in the users table"] == {"count": 1, "examples": [2]} and not report["notes"]
+
+
+def test_users_written_as_floats_because_of_gaps(tmp_path):
+    users = {"user_id": ["1.0", None, "2.0"], "age": [10, 20, 30]}
+    dataset = prepare(write_dataset(tmp_path / "d", ITEMS, LOG, users, "csv"), tmp_path / "out")
+    assert dataset.users.to_pydict() == {"user_id": [1, 2], "age": [10, 30]}
+
+
 # Items from `datasets` ----------------------------------------------------------------------------
 
 

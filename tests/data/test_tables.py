@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import datetime
 import decimal
+import gzip
 
 import numpy as np
 import pyarrow as pa
@@ -36,6 +37,79 @@ def test_ids_are_kept_exactly(tmp_path, format, name):
 )
 def test_csv_ids_are_integers_only_if_written_just_so(tmp_path, ids):
     assert ids_of(write_table(tmp_path / "t.csv", {"item_id": ids})).to_pylist() == ids
+
+
+def test_csv_ids_as_pandas_writes_a_column_with_gaps(tmp_path):
+    path = write_table(tmp_path / "t.csv", {"item_id": ["1.0", None, "-3.0", "9007199254740991.0"]})
+    assert ids_of(path).to_pylist() == [1, None, -3, 2**53 - 1]
+
+
+@pytest.mark.parametrize("ids", [["1.0", "02.0"], ["1.0", "2.5"], ["1.0", "a.0"], ["12345678901234567.0"]])
+def test_csv_ids_that_are_not_all_such_floats_stay_text(tmp_path, ids):
+    assert ids_of(write_table(tmp_path / "t.csv", {"item_id": ids})).to_pylist() == ids
+
+
+@pytest.mark.parametrize("name", ["t.csv.gz", "t.CSV", "t.Csv.GZ", "t.csv", "t.jsonl.gz", "t.JSONL"])
+def test_compressed_files_and_endings_in_capitals(tmp_path, name):
+    """The second row changes the type of a column after the first block of 1 MiB; t.csv is compressed too."""
+    long = "x" * (1 << 20)
+    text = f"item_id,n,note\n1,1,{long}\n2,a,b\n"
+    if "json" in name.lower():
+        text = f'{{"item_id": 1, "note": "{long}"}}\n{{"item_id": 2, "note": "b"}}\n'
+    packed = name.lower().endswith(".gz") or name == "t.csv"
+    (tmp_path / name).write_bytes(gzip.compress(text.encode()) if packed else text.encode())
+    table = read_table(tmp_path / name, ("item_id",))
+    assert table["item_id"].to_pylist() == [1, 2] and table["note"].to_pylist() == [long, "b"]
+    assert find_table(tmp_path, "t") == tmp_path / name
+
+
+def test_a_folder_of_parquet_files_as_spark_writes_it(tmp_path):
+    folder = tmp_path / "items.parquet"
+    folder.mkdir()
+    write_table(folder / "part-00001.parquet", {"item_id": [3]})
+    write_table(folder / "part-00000.parquet", {"item_id": [1, 2]})
+    (folder / "_SUCCESS").write_bytes(b"")
+    assert find_table(tmp_path, "items") == folder
+    assert read_table(folder, ("item_id",))["item_id"].to_pylist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("name", ["items.tsv", "items.xlsx", "items.json", "ITEMS.csv.zip", "items.csv/", "items/"])
+def test_a_table_in_another_form_is_named_and_not_taken_for_absent(tmp_path, name):
+    if name.endswith("/"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "part-0.csv").write_text("item_id\n1\n")
+    else:
+        (tmp_path / name).write_text("item_id\n1\n")
+    with pytest.raises(ValueError, match=rf"{name.rstrip('/')}: a table in a form that is not read"):
+        find_table(tmp_path, "items")
+
+
+def test_other_files_are_not_taken_for_tables(tmp_path):
+    (tmp_path / "items.md").write_text("about the items")
+    (tmp_path / "items_of_2020.txt").write_text("1")
+    (tmp_path / "items").mkdir()
+    assert find_table(tmp_path, "items") is None
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        "item_id,catégorie\n1,a\n".encode("latin-1"),
+        "item_id,title\n1,é\n".encode("latin-1"),
+        "item_id,colour\n1,é\n".encode("latin-1"),
+        "item_id,title\n1,a\n".encode("utf-16"),
+    ],
+)
+def test_text_that_is_not_utf_8_is_named_with_the_remedy(tmp_path, data):
+    (tmp_path / "items.csv").write_bytes(data)
+    with pytest.raises(ValueError, match=r"items\.csv: .*(UTF-8|UTF8|UTF-16).*save the file as UTF-8"):
+        read_table(tmp_path / "items.csv")
+
+
+def test_a_compressed_file_that_was_cut_off(tmp_path):
+    (tmp_path / "t.csv.gz").write_bytes(gzip.compress(b"item_id\n" + b"123456\n" * 1000)[:-20])
+    with pytest.raises(ValueError, match=r"t\.csv\.gz: cannot be read as csv"):
+        read_table(tmp_path / "t.csv.gz")
 
 
 def test_csv_text_is_not_read_as_numbers(tmp_path):

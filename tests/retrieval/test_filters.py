@@ -51,9 +51,9 @@ def test_conditions(conditions, rows):
         ("=red", "write COLUMN=VALUE"),
         ("size=3", "no column 'size' here; there are colour, price"),
         ("colour<3", "'colour' holds string, and < needs numbers"),
-        ("price<cheap", "'cheap' is none"),
-        ("price=cheap", "'cheap' is none"),
-        ("new=yes", "true and false"),
+        ("price<cheap", "'price' holds numbers and 'cheap' is none"),
+        ("price=cheap", "'price' holds numbers and 'cheap' is none"),
+        ("new=yes", "'new' holds true and false"),
     ],
 )
 def test_mistakes(condition, message):

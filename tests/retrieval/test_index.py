@@ -8,11 +8,15 @@ import pyarrow as pa
 import pytest
 
 from mmctr.data.embeddings import EmbeddingTable
+from mmctr.errors import UnknownId
+from mmctr.retrieval.filters import matching
 from mmctr.retrieval.index import ItemIndex
 from mmctr.retrieval.merging import merge
 from mmctr.retrieval.storage import columns_of
-from mmctr.retrieval.tuning import Wanted, choose_factory, num_lists
+from mmctr.retrieval.tuning import Wanted, build, choose_factory, num_lists, tune
+from mmctr.serving.search import Searcher
 from tests.helpers.damage import rewrite
+from tests.helpers.worlds import write_table
 
 N, D = 60, 8
 MANY = 24_000
@@ -308,8 +312,79 @@ def test_changes_that_cannot_be_made(tmp_path):
         one.manifest = {"identity": {"weights": other}}
     with pytest.raises(ValueError, match="another run's vectors"):
         merge(parts)
-    with pytest.raises(ValueError, match="the vector of item 3 is zero"):
-        ItemIndex.build(EmbeddingTable(pa.array([0, 3]), np.array([[1, 0], [0, 0]], np.float32)))
+
+
+def test_a_vector_of_zeros_is_left_out_and_named(caplog):
+    """One item without a direction must not keep the others out of an index, nor out of one that grows."""
+    vectors = np.array([[1, 0], [0, 0], [0, 1], [0, 0]], np.float32)
+    source = EmbeddingTable(pa.array([5, 6, 7, 8]), vectors, ["a", "b", "c", "d"])
+    for wanted in (None, Wanted(factory="Flat")):
+        index = ItemIndex.build(source, wanted, pa.table({"price": [1, 2, 3, 4]}))
+        assert index.items.sort_by("item_id").to_pydict() == {
+            "item_id": [5, 7],
+            "title": ["a", "c"],
+            "price": [1, 3],
+        }
+        assert "2 of 4 items have a vector of zeros" in caplog.text and "[6, 8]" in caplog.text
+        caplog.clear()
+    new = EmbeddingTable(pa.array([9, 10]), np.array([[0, 0], [1, 1]], np.float32), ["e", "f"])
+    assert index.add(new, pa.table({"price": [5, 6]})) == 1 and "like [9]" in caplog.text
+    assert index.search_item(10, k=1, where=["price<3"])[0].item_id == 5
+    assert len(ItemIndex.build(EmbeddingTable(pa.array([1]), np.zeros((1, 2), np.float32)))) == 0
+
+
+def emptied_index(how: str) -> ItemIndex:
+    if how == "built":
+        return ItemIndex.build(EmbeddingTable(pa.array([], pa.int64()), np.zeros((0, 3), np.float32)), Wanted())
+    index = ItemIndex.build(EmbeddingTable(pa.array([1, 2]), np.eye(3, dtype=np.float32)[:2]))
+    index.remove([1, 2])
+    return index.compact() if how == "compacted" else index
+
+
+@pytest.mark.parametrize("how", ["removed", "compacted", "built"])
+def test_an_index_without_items(tmp_path, how):
+    emptied_index(how).save(tmp_path / "i")
+    index = ItemIndex.load(tmp_path / "i")
+    assert len(index) == 0 and index.search(np.ones(3), 5) == [] and index.sample(3) == []
+    for ask in (index.search_item, index.vector):
+        with pytest.raises(UnknownId, match="item 1: the index holds no items"):
+            ask(1)
+    with pytest.raises(UnknownId, match="item 'x': ids here are integers"):
+        index.search_item("x")
+    write_table(tmp_path / "q.csv", {"item_id": [1]})
+    with pytest.raises(UnknownId, match="the index holds no items"):
+        Searcher(index).answer_file(tmp_path / "q.csv")
+    other = ItemIndex.build(EmbeddingTable(pa.array([7]), np.ones((1, 3), np.float32)))
+    assert len(merge([index, other])) == len(merge([other, index])) == 1
+    assert index.compact().tune()["reached"]
+    assert index.add(EmbeddingTable(pa.array([7]), np.ones((1, 3), np.float32))) == 1 and 7 in index
+
+
+def many_equal() -> EmbeddingTable:
+    vectors = np.random.default_rng(0).normal(size=(4000, 32)).astype(np.float32)
+    vectors[1:2000] = vectors[0] + 1e-7  # as of one picture in several batches
+    return EmbeddingTable(pa.array(range(4000)), vectors)
+
+
+def test_many_equal_vectors_are_not_put_into_a_graph(caplog):
+    """Searches in a graph end among equal vectors: HNSW finds half of the nearest of other items."""
+    wanted = Wanted(0.95, latency_ms=1e-6)  # exact search is too slow for this
+    assert ItemIndex.build(table(), wanted).factory.startswith("HNSW")
+    source = many_equal()
+    index = ItemIndex.build(source, wanted)
+    assert index.factory.startswith("IVF") and index.measured is not None and index.measured["reached"]
+    queries = source.vectors[3600:]
+    exact = ItemIndex.build(source).nearest(queries, 10)[0]
+    assert (index.nearest(queries, 10)[0] >= exact[:, -1:] - 1e-5).mean() > 0.9
+    ItemIndex.build(source, Wanted(factory="HNSW32"))
+    assert "2000 items have one and the same vector" in caplog.text
+
+
+def test_the_recall_counts_any_of_equally_near_vectors():
+    vectors = np.repeat(np.eye(4, dtype=np.float32), 200, axis=0)
+    index = ItemIndex.build(EmbeddingTable(pa.array(range(800)), vectors), Wanted(factory="Flat"))
+    assert index.measured is not None and index.measured["recall"] == 1
+    assert tune(build(vectors, "IVF4,Flat"), vectors, 0.99)["recall"] == 1
 
 
 def test_foreign_files_are_refused(tmp_path, indexes):
@@ -377,6 +452,30 @@ def test_the_choice_of_an_index():
             ItemIndex.build(clustered(500), Wanted(factory=factory))
     for count in (1, 2, 5):
         assert len(ItemIndex.build(clustered(count), Wanted()).search_item(0, 3)) == min(3, count - 1)
+
+
+def test_columns_of_a_catalog_of_polars_and_pandas(caplog):
+    """Lists of 64-bit offsets and categories are columns to filter by; what cannot be filtered by is named."""
+    catalog = pa.table(
+        {
+            "item_id": [1, 2, 3],
+            "tags": pa.array([["a"], ["a", "b"], []], pa.large_list(pa.large_string())),
+            "colour": pa.array(["red", "blue", None]).dictionary_encode(),
+            "brand": pa.array(["x", "y", "y"], pa.string_view()),
+            "size": pa.array([[1, 2], [3, 4], None], pa.list_(pa.int64(), 2)),
+            "made": pa.array([1, 2, 3], pa.timestamp("s")),
+            "parts": pa.array([{"a": 1}] * 3),
+        }
+    )
+    ids = pa.array([1, 2, 3])
+    found = columns_of(catalog, ids, ids, None)
+    assert found.column_names == ["tags", "colour", "brand", "size"]
+    assert "'made' (timestamp[s]), 'parts' (struct" in caplog.text
+    for where, rows in (("tags=b", [1]), ("colour=red", [0]), ("brand!=x", [1, 2]), ("size=3|1", [0, 1])):
+        assert matching(found, [where]).nonzero()[0].tolist() == rows
+    assert columns_of(catalog, ids, ids, ["made"]).column_names == ["made"]
+    with pytest.raises(ValueError, match=r"no condition can be written on column 'parts' of type struct"):
+        columns_of(catalog, ids, ids, ["parts"])
 
 
 def test_columns_of_a_catalog():
