@@ -47,7 +47,7 @@ def main(config: FinetuneConfig) -> dict[str, Any]:
     logger.info(f"{config.data.path}: {splits.report}")
 
     # content: nothing, a frozen table, or an encoder; trees of GBDT+LR; the expert of MAKE
-    content = open_content(task_config.embedder.content, dataset, config.data, run)
+    content = open_content(task_config.embedder.content, dataset, config.data, splits, run)
     vocabulary, train_rows = grow_trees(config, dataset, splits.train, vocabulary, content, run)
 
     def data_of(known: RankingVocabulary) -> RankingData:

@@ -23,6 +23,8 @@ class EmbeddingIdentity:
         shard_size: number of items per shard.
         precision: floating-point precision of the towers; None: fp32.
         source: fingerprint of the pixels or tokens, for features computed by frozen towers.
+        behavior_splits: the splits of logs whose training rows pretraining on behaviour has read, as
+            [{"data": dataset folder, "split": the section `split`}, ...]; None without such pretraining.
         appended: whether items were added after the first export.
     """
 
@@ -35,6 +37,7 @@ class EmbeddingIdentity:
     shard_size: int | None = None
     precision: str | None = None
     source: str | None = None
+    behavior_splits: list[dict[str, Any]] | None = None
     appended: bool = False
 
     @classmethod
@@ -66,7 +69,7 @@ class EmbeddingIdentity:
         Returns:
             None when the vectors of both identities may be stored in one table.
         """
-        may_differ = ("catalog", "data", "run", "shard_size", "appended")
+        may_differ = ("catalog", "data", "run", "shard_size", "behavior_splits", "appended")
         names = [field.name for field in fields(self) if field.name not in may_differ]
         return next((name for name in names if getattr(self, name) != getattr(other, name)), None)
 

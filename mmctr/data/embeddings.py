@@ -290,6 +290,13 @@ def identity_of(manifest: dict[str, Any], source: str = "manifest.json") -> Embe
     return EmbeddingIdentity.from_json(manifest.get("identity", {}), source)
 
 
+def read_identity(path: str | Path) -> EmbeddingIdentity:
+    """The identity of an embedding folder, without reading the vectors; all facts are unknown for a file of another
+    program."""
+    manifest = Path(path) / "manifest.json"
+    return identity_of(read_json(manifest)) if manifest.is_file() else EmbeddingIdentity()
+
+
 def items_file(manifest: dict[str, Any]) -> str:
     """The name of the items file. Appending writes another file, so that readers get the old state of the folder until
     the manifest names the new file."""

@@ -14,9 +14,11 @@ from mmctr.data.embeddings import read_tables
 from mmctr.data.item_tables import described, join_item_tables, keep_item_tables
 from mmctr.data.picture_cache import Pictures
 from mmctr.data.prepare import Dataset, open_dataset
+from mmctr.data.splits import Splits
 from mmctr.data.tables import require_columns
 from mmctr.embedders.item_embedder import ContentConfig, ContentEncoder, ContentTable
 from mmctr.evaluation.predict import embed_catalog
+from mmctr.runs.behavior_splits import check_content
 from mmctr.runs.config import DataConfig
 from mmctr.runs.frozen_features import with_frozen_features
 from mmctr.tasks import PretrainTask, RankingTask
@@ -104,24 +106,31 @@ class RankingContent:
         return task.embedder.refresh(*embed_catalog(self.encoder.eval(), self.items, num_items, accelerator))
 
 
-def open_content(config: ContentConfig, dataset: Dataset, data: DataConfig, context: RunContext) -> RankingContent:
+def open_content(
+    config: ContentConfig, dataset: Dataset, data: DataConfig, splits: Splits, context: RunContext
+) -> RankingContent:
     """Read the table of vectors, or load the encoder and encode the catalog.
 
     Args:
         config: the section `task.embedder.content`.
         dataset: the dataset of the run.
         data: the section `data`.
+        splits: the split of the log.
         context: processes of the run.
 
     Raises:
-        ValueError: the table or the pretraining run is missing or damaged.
+        ValueError: the table or the pretraining run is missing or damaged, or pretraining on behaviour has read test
+            rows of `splits`.
     """
     accelerator, num_items = context.accelerator, len(dataset.catalog)
     content = RankingContent(config)
     if isinstance(config, ContentTable):
         content = RankingContent(config, read_tables(config.path, dataset.catalog.item_ids))
+        paths = [config.path] if isinstance(config.path, str) else config.path
+        check_content(paths, None, dataset, splits)
     elif isinstance(config, ContentEncoder):
         encoder = PretrainTask.load(config.run).to(accelerator.device)
+        check_content([], config.run, dataset, splits)
         items = item_content(dataset, data, encoder, accelerator)
         table = embed_catalog(encoder, items, num_items, accelerator)
         content = RankingContent(config, table, encoder, None if config.frozen else items)

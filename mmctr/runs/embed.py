@@ -23,6 +23,7 @@ from mmctr.data.tables import as_text
 from mmctr.evaluation.predict import Modality, embed_batch, embed_items
 from mmctr.files import fingerprint
 from mmctr.run_folder import RunFolder
+from mmctr.runs.behavior_splits import behavior_splits_of_run
 from mmctr.runs.content import item_content, open_data
 from mmctr.runs.finished import load_encoder
 from mmctr.runs.folder import data_config
@@ -105,6 +106,7 @@ def embed_run(
         item_vector=task.config.item_vector,
         shard_size=shard_size,
         precision=None if precision == "fp32" else precision,
+        behavior_splits=behavior_splits_of_run(folder) or None,
     )
     has_id = np.asarray(item_ids.is_valid())  # a row of a shard may have no id
 

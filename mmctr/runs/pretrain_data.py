@@ -25,6 +25,7 @@ from mmctr.data.stream import StoredItems, StreamBatches, StreamContent, StreamP
 from mmctr.data.tables import as_text, require_columns, value_codes
 from mmctr.evaluation.pretraining import ValidationCoClicks, ValidationItems
 from mmctr.files import cache_folder, fingerprint
+from mmctr.runs.behavior_splits import behavior_splits
 from mmctr.runs.config import DataConfig, PretrainConfig
 from mmctr.runs.content import item_content, open_run_data, pair_rows
 from mmctr.tasks import PretrainTask
@@ -329,7 +330,9 @@ def open_pretrain_data(config: PretrainConfig, task: PretrainTask, context: RunC
         return StreamData.make(config.data, task, **options)
     dataset = open_run_data(config.data, context)
     content = item_content(dataset, config.data, task, context.accelerator)
-    return PretrainData.make(dataset, content, task, config.split, same=config.same, source=config.data.path, **options)
+    made = PretrainData.make(dataset, content, task, config.split, same=config.same, source=config.data.path, **options)
+    log_folder = str(dataset.catalog.root or dataset.report["source"])
+    return replace(made, counts=made.counts | {"behavior_splits": behavior_splits(config, log_folder)})
 
 
 def stream_content(config: DataConfig, task: PretrainTask, attributes: Sequence[str] = ()) -> StreamContent:
