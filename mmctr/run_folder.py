@@ -168,7 +168,7 @@ class RunFolder:
         tells where on the machine both are."""
         try:
             start = os.path.relpath(os.getcwd(), self.path.resolve())
-        except ValueError:  # another drive
+        except (ValueError, OSError):  # another drive; a working folder that was deleted
             return
         write_json(self.place, {"relative paths start from": Path(start).as_posix()})
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from mmctr.evaluation.pretraining import evaluate_pretraining
+from mmctr.evaluation.pretraining import evaluate_pretraining, reported
 from mmctr.runs.config import PretrainConfig
 from mmctr.runs.launch import end_run, run_recipe, start_run
 from mmctr.runs.pretrain_data import open_pretrain_data
@@ -46,14 +46,14 @@ def main(config: PretrainConfig) -> dict[str, Any]:
 
     result = fit(task, batches, config.fit, run, evaluate=evaluate, primary=config.primary_metric, evaluate_first=True)
 
-    metrics = evaluate()
+    metrics, untrained = reported(task, evaluate()), reported(task, result.untrained)
     if run.is_main_process:
         task.save(run.folder.path)
         run.folder.write_metrics(
-            {"validation": metrics, "untrained": result.untrained, "training": result.to_json(), **data.counts}
+            {"validation": metrics, "untrained": untrained, "training": result.to_json(), **data.counts}
         )
         for name, value in metrics.items():
-            logger.info(f"validation {name:28} {value:.4f}   untrained {result.untrained[name]:.4f}")
+            logger.info(f"validation {name:28} {value:.4f}   untrained {untrained[name]:.4f}")
     end_run(run)
     return metrics
 

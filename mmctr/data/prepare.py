@@ -141,7 +141,7 @@ def open_dataset(path: str | Path, items: str | None = None) -> Dataset:
 
     Args:
         path: a folder of `mmctr prepare`, or a dataset folder with `items.parquet` and optionally
-            `interactions.parquet` and `users.parquet` (or .csv or .jsonl files of these names).
+            `interactions.parquet` and `users.parquet` (or the other forms that `mmctr.data.tables.find_table` reads).
         items: a `datasets` dataset to read the items from instead: a Hub name, `NAME:SPLIT`, or a folder written by
             `save_to_disk`.
 

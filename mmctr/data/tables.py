@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import gzip
 import logging
+import os
 import re
 import zlib
 from collections.abc import Callable
@@ -42,13 +43,15 @@ def find_table(folder: Path, stem: str) -> Path | None:
         stem: name of the table, such as "items".
 
     Returns:
-        None when the folder has none of these files.
+        None when there is no such folder, or the folder has none of these files.
 
     Raises:
         ValueError: the folder has several of these files, or only a file of that name in another format: a table that
             is there must not be taken for absent.
     """
-    names = sorted(path for path in folder.iterdir() if path.name.lower().startswith(stem))
+    if not folder.is_dir():
+        return None
+    names = [folder / name for name in sorted(os.listdir(folder)) if name.lower().startswith(stem)]
     files = [path for path in names if path.name.lower() in [stem + suffix for suffix in SUFFIXES]]
     # CSV and JSON lines are single files
     found = [path for path in files if path.is_file() or (path.is_dir() and table_format(path) == "parquet")]

@@ -100,7 +100,8 @@ def evaluate_pretraining(task: PretrainTask, validation: ValidationItems, accele
         `uniformity` and `modality_gap`; with a log, `coclick_recall`, the fraction of pairs whose target is among the
         10 nearest items of the anchor, and `coclick_auc_warm` and `coclick_auc_cold`, the probability that the target
         is nearer to the anchor than another warm or cold item; with a head the metrics of `VariationalHead.numbers`
-        with the prefix `head_`, and neighbours by the direction of the latents.
+        with the prefix `head_`, and neighbours by the direction of the latents. `mean_recall` is 0 where the towers
+        share no space, and has no meaning then (`reported`).
     """
     if not (task.shares_space or task.config.item_vector == "concat" or task.head is not None):
         return {"mean_recall": 0.0}  # features are in two spaces, and items have no common vector
@@ -136,6 +137,17 @@ def evaluate_pretraining(task: PretrainTask, validation: ValidationItems, accele
                 anchors, targets = clicks.anchors[mask], clicks.targets[mask]
                 numbers[f"coclick_auc_{name}"] = coclick_auc(vectors, anchors, targets, candidates)
     return numbers
+
+
+def reported(task: PretrainTask, numbers: dict[str, float]) -> dict[str, float]:
+    """The metrics without `mean_recall` where the towers share no space: `fit` then chooses weights by a constant, not
+    by a measurement.
+
+    Args:
+        task: the task.
+        numbers: the result of `evaluate_pretraining`.
+    """
+    return {name: value for name, value in numbers.items() if name != "mean_recall" or task.shares_space}
 
 
 def unit_rows(vectors: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 
 from mmctr.data.prepare import Dataset
 from mmctr.evaluation.predict import embed_rows, full_report, predict
-from mmctr.evaluation.pretraining import evaluate_pretraining
+from mmctr.evaluation.pretraining import evaluate_pretraining, reported
 from mmctr.evaluation.probes import retrieval_both_ways
 from mmctr.run_folder import RunFolder
 from mmctr.runs.content import item_content, open_data, pair_rows
@@ -68,7 +68,8 @@ def _evaluate_pretraining(folder: Path, data: str | None, accelerator: Accelerat
     values = RunFolder(folder).read_config()
     given = {"validation": values["validation"], "attributes": values["attributes"], "seed": values["seed"]}
     if config.stream is not None and data is None:
-        return evaluate_pretraining(task, StreamData.make(config, task, **given).validation, accelerator)
+        validation = StreamData.make(config, task, **given).validation
+        return reported(task, evaluate_pretraining(task, validation, accelerator))
     dataset: Dataset = open_data(config, accelerator)
     content = item_content(dataset, config, task, accelerator)
     if data is not None:
@@ -78,4 +79,4 @@ def _evaluate_pretraining(folder: Path, data: str | None, accelerator: Accelerat
     validation = PretrainData.make(
         dataset, content, task, split_config(folder), same=[], source=config.path, **given
     ).validation
-    return evaluate_pretraining(task, validation, accelerator)
+    return reported(task, evaluate_pretraining(task, validation, accelerator))

@@ -107,6 +107,7 @@ def data_config(
         values |= {"path": data, "items": None, "stream": None}
     else:
         values |= {name: folder.located(values[name]) for name in ("path", "items") if values.get(name)}
+        values["item_tables"] = [folder.located(path) for path in values.get("item_tables", [])]
         if is_read and not (values.get("items") or values.get("stream") or Path(values["path"]).exists()):
             where = (
                 ""

@@ -165,7 +165,7 @@ def test_a_file_that_is_no_table(tmp_path, format, content):
 
 
 def test_find_table(tmp_path):
-    assert find_table(tmp_path, "items") is None
+    assert find_table(tmp_path, "items") is None and find_table(tmp_path / "nowhere", "items") is None
     write_table(tmp_path / "items.csv", {"item_id": [1]})
     assert find_table(tmp_path, "items") == tmp_path / "items.csv"
     write_table(tmp_path / "items.jsonl", {"item_id": [1]})
