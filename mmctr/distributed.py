@@ -2,11 +2,38 @@
 
 from __future__ import annotations
 
-from typing import Any
+import os
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def start_processes(**options: Any) -> Accelerator:
+    """The Accelerator of the processes that a launcher has started, or of one process.
+
+    Args:
+        options: arguments of `Accelerator`.
+
+    Raises:
+        ValueError: a launcher has started several processes, and each believes to be alone: all of them would write the
+            same files.
+    """
+    from accelerate import Accelerator  # slow to import, and most users of this module get one
+
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    # without a GPU, processes of torchrun find each other only when Accelerate is told to use the CPU
+    accelerator = Accelerator(cpu=processes > 1 and not torch.accelerator.is_available(), **options)
+    if accelerator.num_processes != processes:
+        raise ValueError(
+            f"{processes} processes were started, but each works alone: start them with `accelerate launch`, or set "
+            f"ACCELERATE_USE_CPU=true to use the CPU"
+        )
+    return accelerator
 
 
 def world_size() -> int:

@@ -16,7 +16,6 @@ import socket
 import stat
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -24,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from filelock import FileLock, Timeout
 
 logger = logging.getLogger(__name__)
 _HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:6]
@@ -44,7 +42,7 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
     """
     path = _behind_links(Path(path))
     temporary = _temporary(path)
-    with _explained(path):
+    with explained(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             _remove_left_behind(path)
@@ -109,8 +107,8 @@ def _exchanged(one: Path, other: Path) -> bool:
 
 
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """Add the file and the remedy to the message of an error while writing."""
+def explained(path: Path) -> Iterator[None]:
+    """Within the context, add the file and the remedy to the message of an error while writing."""
     try:
         yield
     except Exception as error:
@@ -276,7 +274,7 @@ def replace_folder(path: Path, write: Callable[[Path], Any]) -> None:
     """
     path = _behind_links(Path(path))
     temporary, old = _temporary(path), _temporary(path)
-    with _explained(path):
+    with explained(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             _remove_left_behind(path)
@@ -300,66 +298,6 @@ def replace_folder(path: Path, write: Callable[[Path], Any]) -> None:
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Keep other processes of this user and machine out of the same block for the same `path`; they wait.
-
-    So several runs may be started at once on a dataset that is not prepared yet. A process that waits for more than a
-    second logs a warning, again and again but ever more rarely. The lock file stays in a folder of the cache that no
-    other user can write to: removing a file that others wait for would let two of them in.
-
-    Raises OSError where that folder cannot be made.
-    """
-    folder = cache_folder() / (f"locks-{os.getuid()}" if hasattr(os, "getuid") else "locks")
-    with _explained(folder):
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    lock = FileLock(folder / f"{fingerprint(str(Path(path).resolve()))}.lock")
-    begun, pause = time.monotonic(), 1.0
-    while True:
-        try:
-            lock.acquire(timeout=pause)
-            break
-        except Timeout:
-            waited = time.monotonic() - begun
-            logger.warning(
-                "%s: another process works on it; waiting for %.0f s for the lock file %s", path, waited, lock.lock_file
-            )
-            pause = min(2 * pause, 60.0)
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-@contextmanager
-def claimed(folder: Path) -> Iterator[tuple[int, ...]]:
-    """Refuse a folder that another process of this machine has claimed and works in.
-
-    Yields the file descriptors that child processes take over (`pass_fds`): the folder stays claimed for as long as
-    one of them lives, though its parent was killed. Raises ValueError where it is claimed already, which without POSIX
-    locks it never is, and OSError where it cannot be written to.
-    """
-    # Not a FileLock as in `locked`: filelock has no public way to the file descriptor that a child would inherit, and
-    # releasing a FileLock unlocks (LOCK_UN) for all processes that have the file open, so for the children too.
-    try:
-        import fcntl
-    except ImportError:
-        yield ()
-        return
-    with _explained(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = open(folder / ".lock", "a")  # noqa: SIM115
-    with handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"{folder}: another process works in this folder, or one that it has started and left behind still "
-                f"goes on; wait until it has ended, or end it"
-            ) from None
-        yield (handle.fileno(),)  # closing gives it up; unlocking would for the children too
 
 
 def fingerprint(*parts: Any) -> str:

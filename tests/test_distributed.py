@@ -162,10 +162,10 @@ def one_and_two(folder: Path, recipe: str, config: Path) -> None:
     all_ok([start(folder, recipe, config, f"run_dir={folder / str(n)}", processes=n) for n in (1, 2)])
 
 
-def torchrun(*arguments: object) -> None:
-    """Two processes, started as a user starts them."""
+def torchrun(*arguments: object, **environ: str) -> None:
+    """Two processes, started as a user starts them, with further variables of the environment."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(CLONE)}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(CLONE)} | environ
     done = subprocess.run(
         [str(part) for part in (*command, *arguments)], cwd=CLONE, env=environment, capture_output=True, text=True
     )
@@ -199,7 +199,7 @@ def test_losses_and_dice_on_two_processes_equal_one(tmp_path):
     given["queue"] = torch.randn(3, 4, generator=generator)
     torch.save(given, tmp_path / "given")
     (tmp_path / "worker.py").write_text(WORKER)
-    torchrun(tmp_path / "worker.py", tmp_path / "given", tmp_path / "result")
+    torchrun(tmp_path / "worker.py", tmp_path / "given", tmp_path / "result", ACCELERATE_USE_CPU="1")
     result = torch.load(tmp_path / "result", weights_only=True)
     assert result["gathered"].tolist() == given["ids"].tolist()
     writers, times = torch.tensor([0, 10, 0, 0, 10, 0, 10, 10, 0, 0]), torch.tensor([1, 2, 1, 1, 1, 2, 2, 2, 0, 0])
@@ -233,7 +233,9 @@ def test_losses_and_dice_on_two_processes_equal_one(tmp_path):
 def test_finetuning_under_torchrun_equals_one_process(toy_folder, tmp_path):
     config = write_config(tmp_path / "f.yaml", finetune_values(toy_folder))
     start(tmp_path, "finetune.train", config, f"run_dir={tmp_path / 'one'}").ok()
-    torchrun("-m", "finetune.train", config, f"run_dir={tmp_path / 'two'}")
+    # on a machine without a GPU nobody needs to say that the processes are to use the CPU
+    cpu = {"ACCELERATE_USE_CPU": "1"} if torch.cuda.is_available() else {}
+    torchrun("-m", "finetune.train", config, f"run_dir={tmp_path / 'two'}", **cpu)
     check_same_run(tmp_path / "one", tmp_path / "two", count=22)
 
 

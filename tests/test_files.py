@@ -2,12 +2,10 @@ from __future__ import annotations
 
 import errno
 import json
-import logging
 import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +15,7 @@ from safetensors import SafetensorError
 from mmctr import files
 from mmctr.files import (
     cache_folder,
-    claimed,
     fingerprint,
-    locked,
     read_json,
     read_yaml,
     replace_file,
@@ -27,7 +23,6 @@ from mmctr.files import (
     write_json,
     write_text,
 )
-from tests.helpers.worlds import in_processes
 
 REMEDY = "Free some space or choose another folder, then start the same command again: what was saved before is intact"
 
@@ -220,74 +215,6 @@ def test_fingerprint():
     assert len({fingerprint(*part) for part in parts}) == len(parts)
     assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
     assert len(fingerprint()) == 16
-
-
-def _hold(path: Path, log: Path) -> None:
-    with locked(path):
-        for word in ("in", "out"):
-            with open(log, "a") as handle:
-                handle.write(word + "\n")
-            time.sleep(0.1)
-
-
-def test_locked_lets_one_process_in_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setenv("MMCTR_CACHE", str(tmp_path / "cache"))
-    in_processes(4, _hold, tmp_path / "x", tmp_path / "log")
-    with pytest.raises(KeyError), locked(tmp_path / "x"):  # an error lets go too
-        raise KeyError
-    _hold(tmp_path / "x", tmp_path / "log")
-    assert (tmp_path / "log").read_text().split() == ["in", "out"] * 5
-    (folder,) = (tmp_path / "cache").iterdir()
-    assert folder.stat().st_mode & 0o077 == 0  # nobody else can put a file or a link there
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("MMCTR_CACHE", str(tmp_path / "file"))
-    with pytest.raises(OSError, match=r"cannot write .*file/locks"), locked(tmp_path / "x"):
-        pass
-
-
-def test_waiting_for_a_lock_is_told(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("mmctr"), "propagate", True)  # a command run by another test stops that
-    code = (
-        "import sys\nfrom pathlib import Path\nfrom mmctr.files import locked\n"
-        "with locked(Path(sys.argv[1])):\n    print('in', flush=True)\n    sys.stdin.read()"
-    )
-    command = [sys.executable, "-c", code, str(tmp_path / "x")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdin is not None and holder.stdout is not None
-        assert holder.stdout.readline() == "in\n"
-
-        def let_go(record: logging.LogRecord) -> bool:
-            holder.stdin.close()  # the other process ends at the first warning
-            return True
-
-        monkeypatch.setattr(caplog.handler, "filters", [let_go])
-        with locked(tmp_path / "x"):
-            pass
-    message = caplog.messages[0]
-    assert message.startswith(f"{tmp_path / 'x'}: another process works on it; waiting for 1 s for the lock file ")
-    assert Path(message.split("lock file ")[1]).is_file()
-    caplog.clear()
-    with locked(tmp_path / "x"):
-        pass
-    assert not caplog.messages
-
-
-def test_a_claimed_folder_is_refused_for_as_long_as_a_child_lives(tmp_path):
-    """Though the parent has given it up: what it started may still be writing."""
-    folder = tmp_path / "out"
-    with claimed(folder) as claims:
-        with pytest.raises(ValueError, match="out: another process works in this folder"), claimed(folder):
-            pass
-        code = "import sys; sys.stdin.read()"
-        child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, pass_fds=claims)
-    with pytest.raises(ValueError, match="out: another process"), claimed(folder):
-        pass
-    child.communicate()
-    with claimed(folder), claimed(tmp_path / "other"):
-        pass
-    (tmp_path / "file").touch()
-    with pytest.raises(OSError, match=r"cannot write .*file: .* choose another folder"), claimed(tmp_path / "file"):
-        pass
 
 
 def test_a_planted_link_is_not_followed(tmp_path):

@@ -32,7 +32,7 @@ FLOORS = [
     {"config_reference"},
     {"config"},
     {"run_folder"},
-    {"distributed", "manifests"},
+    {"distributed", "manifests", "locks"},
     {"files", "shipped"},
     {"errors"},
 ]

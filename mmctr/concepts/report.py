@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from accelerate import Accelerator
 
 from mmctr.concepts.click_effects import with_click_effects
 from mmctr.concepts.disentanglement import active_dimensions, all_scores, chance_scores, dci, dependency, mig, udr
@@ -34,6 +33,7 @@ from mmctr.concepts.report_types import (
     Variation,
 )
 from mmctr.data.catalog import Catalog
+from mmctr.distributed import start_processes
 from mmctr.files import write_json
 from mmctr.run_folder import RunFolder
 from mmctr.runs.content import item_content, open_data
@@ -72,7 +72,7 @@ def write_concepts(
     Raises:
         ValueError: a run without a head, runs on different catalogs, or a column that cannot be an attribute.
     """
-    accelerator = Accelerator()
+    accelerator = start_processes()
     config = data_config(Path(runs[0]), data)
     dataset = open_data(config, accelerator)
     catalog = dataset.catalog

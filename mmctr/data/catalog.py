@@ -26,7 +26,8 @@ from mmctr.data.tables import (
     rows_of,
 )
 from mmctr.errors import UnknownId
-from mmctr.files import cache_folder, fingerprint, is_writable, locked, read_json, replace_file
+from mmctr.files import cache_folder, fingerprint, is_writable, read_json, replace_file
+from mmctr.locks import locked
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -294,7 +294,7 @@ def read_identity(path: str | Path) -> EmbeddingIdentity:
     """The identity of an embedding folder, without reading the vectors; all facts are unknown for a file of another
     program."""
     manifest = Path(path) / "manifest.json"
-    return identity_of(read_json(manifest)) if manifest.is_file() else EmbeddingIdentity()
+    return identity_of(read_manifest(manifest, AGAIN).values) if manifest.is_file() else EmbeddingIdentity()
 
 
 def items_file(manifest: dict[str, Any]) -> str:

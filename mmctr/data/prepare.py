@@ -34,7 +34,8 @@ from mmctr.data.tables import (
 )
 from mmctr.data.times import read_times, scaled_time
 from mmctr.errors import UnknownId
-from mmctr.files import cache_folder, fingerprint, locked, read_json, replace_folder, user_path, write_json
+from mmctr.files import cache_folder, fingerprint, read_json, replace_folder, user_path, write_json
+from mmctr.locks import locked
 from mmctr.manifests import read_manifest, require_replaceable, require_types, write_manifest
 
 FORMAT = 2

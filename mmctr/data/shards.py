@@ -16,7 +16,8 @@ from pyarrow.parquet import read_table as read_parquet
 from mmctr.data.catalog import picture_sources
 from mmctr.data.plain_tables import plain_table
 from mmctr.data.tables import as_ids, as_text, require_columns
-from mmctr.files import fingerprint, locked, replace_file
+from mmctr.files import fingerprint, replace_file
+from mmctr.locks import locked
 
 SAMPLES = 1024  # samples of a tar per group
 PROBLEM = "__problem"  # column with the reason why a row is damaged, apart from the picture

@@ -14,7 +14,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import torch
-from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -22,6 +21,7 @@ from mmctr.data.batches import ItemBatch, Jagged
 from mmctr.data.hashing import GOLDEN
 from mmctr.data.prepare import Dataset
 from mmctr.data.tables import as_text
+from mmctr.distributed import start_processes
 from mmctr.embedders.item_embedder import ContentNone
 from mmctr.export.onnx_graph import (
     INT8_PROBABILITY,
@@ -183,7 +183,7 @@ def export_ranker(run: Path, out: Path, data: str | None, int8: bool) -> dict[st
     Raises:
         ValueError: the run is not finished, the ranker has no graph, or the graph differs from torch.
     """
-    task, dataset, id_rows = open_ranker(run, data, Accelerator())
+    task, dataset, id_rows = open_ranker(run, data, start_processes())
     if task.vocabulary.trees is not None:
         raise ValueError(
             f"{run}: gbdt_lr has no graph: the trees are LightGBM's and read crosses of raw columns and content, which "

@@ -20,8 +20,10 @@ from mmctr.data.embeddings import EmbeddingTable, read_items
 from mmctr.data.images import REMEDIES
 from mmctr.data.stream import StreamContent
 from mmctr.data.tables import as_text
+from mmctr.distributed import start_processes
 from mmctr.evaluation.predict import Modality, embed_batch, embed_items
 from mmctr.files import fingerprint
+from mmctr.locks import hold, release
 from mmctr.run_folder import RunFolder
 from mmctr.runs.behavior_splits import behavior_splits_of_run
 from mmctr.runs.content import item_content, open_data
@@ -64,9 +66,12 @@ def embed_run(
         With `append`, on the main process, the table of the new items; None otherwise.
 
     Raises:
-        ValueError: the run or the dataset cannot be read, or `out` holds other vectors.
+        ValueError: the run or the dataset cannot be read, `out` holds other vectors, or another process writes
+            into that folder.
     """
-    accelerator = Accelerator()
+    accelerator = start_processes()
+    if accelerator.is_main_process:
+        hold(Path(out))
     keep_heap()
     folder = Path(run)
     task = load_encoder(folder).to(accelerator.device)
@@ -140,6 +145,7 @@ def embed_run(
             shutil.rmtree(part.folder, ignore_errors=True)
         manifest, _ = read_items(Path(out))
         logger.info(f"{out}: {manifest['vectors']} vectors, {manifest['without content']} items without content")
+        release(Path(out))
     return new
 
 

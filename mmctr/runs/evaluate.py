@@ -9,6 +9,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from mmctr.data.prepare import Dataset
+from mmctr.distributed import start_processes
 from mmctr.evaluation.predict import embed_rows, full_report, predict
 from mmctr.evaluation.pretraining import evaluate_pretraining, reported
 from mmctr.evaluation.probes import retrieval_both_ways
@@ -35,7 +36,7 @@ def evaluate_run(
     Raises:
         ValueError: the run or the dataset cannot be read, or an argument does not fit the kind of the run.
     """
-    folder, accelerator = Path(run), Accelerator()
+    folder, accelerator = Path(run), start_processes()
     keep_heap()
     if task_kind(folder) == "pretrain":
         if item_tables is not None:

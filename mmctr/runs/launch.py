@@ -17,7 +17,9 @@ from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
 from mmctr.config import Config
 from mmctr.config_reference import compact_text, reference
+from mmctr.distributed import start_processes
 from mmctr.errors import exit_on_error, show_progress, write_any_character
+from mmctr.locks import hold, release
 from mmctr.run_folder import RunFolder
 from mmctr.runs.config import FinetuneConfig, PretrainConfig
 from mmctr.runs.folder import begin_folder
@@ -31,10 +33,12 @@ def start_run(config: FinetuneConfig | PretrainConfig) -> RunContext:
     """Start the processes of a run, and begin or continue the run folder.
 
     Raises:
-        ValueError: the folder holds a run of another config.
+        ValueError: the folder holds a run of another config, or another process works in the folder.
     """
     folder = RunFolder(Path(config.run_dir))
     accelerator = make_accelerator(config.fit, folder)
+    if accelerator.is_main_process:
+        hold(folder.path)
     return RunContext(folder, accelerator, config.seed, begin_folder(config, folder, accelerator))
 
 
@@ -50,7 +54,7 @@ def make_accelerator(config: FitConfig, folder: RunFolder) -> Accelerator:
     Raises:
         ValueError: an option of the Accelerate config is not supported.
     """
-    accelerator = Accelerator(
+    accelerator = start_processes(
         mixed_precision=config.mixed_precision,
         log_with=config.tracker,
         project_config=ProjectConfiguration(project_dir=str(folder.path), logging_dir=str(folder.tracker)),
@@ -88,6 +92,7 @@ def end_run(context: RunContext) -> None:
     """
     context.accelerator.wait_for_everyone()
     context.accelerator.end_training()
+    release(context.folder.path)
 
 
 def recipe_help(module: ModuleType, config_class: type[Config]) -> str:

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from accelerate import Accelerator
 
 from mmctr.data.interactions import Impressions
+from mmctr.distributed import start_processes
 from mmctr.features.columns import FeatureColumns, encode_table
 from mmctr.files import user_path
 from mmctr.runs.finished import open_ranker, ranking_data
@@ -35,7 +35,7 @@ class Scorer:
 
     def __init__(self, run: str | Path, data: str | None = None, embeddings: Sequence[str] = ()):
         self.run = user_path(run)
-        accelerator = Accelerator()
+        accelerator = start_processes()
         self.task, self.dataset, _ = open_ranker(self.run, data, accelerator, embeddings=embeddings)
         self.task.to(accelerator.device).eval()
         self.device = accelerator.device

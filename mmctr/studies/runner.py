@@ -28,7 +28,7 @@ from mmctr.config import Config
 from mmctr.data.embeddings import EmbeddingTable, read_tables, write_npz
 from mmctr.data.tables import one_array
 from mmctr.embedders.item_embedder import ContentTable
-from mmctr.files import claimed
+from mmctr.locks import claimed
 from mmctr.run_folder import RunFolder
 from mmctr.runs.config import FinetuneConfig
 from mmctr.runs.folder import first_difference

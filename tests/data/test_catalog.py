@@ -23,7 +23,7 @@ from mmctr.data.catalog import Catalog
 from mmctr.data.images import REMEDIES, decode_picture
 from mmctr.data.picture_cache import Pictures, reserve
 from mmctr.data.prepare import open_dataset, prepare
-from mmctr.files import locked
+from mmctr.locks import locked
 from tests.helpers.worlds import in_processes, picture, write_dataset
 
 COLOURS = [(250, 10, 20), (20, 240, 30), (10, 20, 230), (120, 130, 10)]
