@@ -166,8 +166,8 @@ class BehaviorConfig(ObjectiveConfig):
     log_q: bool = True
     """whether the loss corrects for popular items being drawn more often"""
     hard_negatives: bool = False
-    """whether an item that was shown near the click and not clicked is a further negative. The positive itself is none, nor an
-    item that agrees with anchor or positive in text, picture or a column of `same`"""
+    """whether an item that was shown near the click and not clicked is a further negative. The positive itself is none,
+    nor an item that agrees with anchor or positive in text, picture or a column of `same`"""
     shown_window: int = Field(default=10, ge=1)
     """largest distance of a hard negative from the click, in impressions"""
 
