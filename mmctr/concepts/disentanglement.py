@@ -93,19 +93,25 @@ def sap(mu: np.ndarray, codes: np.ndarray, seed: int = 0) -> float:
     """Separated attribute predictability (Kumar et al. 2018).
 
     A linear classifier predicts an attribute from one latent. The gap of an attribute lies between the accuracies of
-    the two best latents on test items; the score is the mean over attributes.
+    the two best latents on test items; the score is the mean over attributes. The second accuracy is at least
+    1 / number of values, the accuracy of a classifier of balanced classes that knows nothing: a single latent that
+    varies is not credited with what guessing gives.
     """
     _check_sklearn()
     from sklearn.linear_model import LogisticRegression
 
-    scores = np.zeros((codes.shape[1], mu.shape[1]))
+    # the last column is that of guessing, and so is a latent that does not vary
+    num_values = np.array([[len(np.unique(column[column >= 0]))] for column in codes.T])
+    scores = np.repeat(1 / num_values.clip(min=1), mu.shape[1] + 1, axis=1)
     standard = (mu - mu.mean(0)) / mu.std(0).clip(min=1e-12)
     for k in range(codes.shape[1]):
         train, test = _split_rows(codes[:, k], seed)
         for j in np.flatnonzero(active_dimensions(mu)):
             model = LogisticRegression(class_weight="balanced").fit(standard[train, j : j + 1], codes[train, k])
             scores[k, j] = (model.predict(standard[test, j : j + 1]) == codes[test, k]).mean()
-    return float(_gap(scores).mean())
+    best = scores.max(1)
+    # a best latent below guessing predicts nothing
+    return float(np.where(best > scores[:, -1], _gap(scores), 0.0).mean())
 
 
 def dci(mu: np.ndarray, codes: np.ndarray, seed: int = 0) -> dict[str, float]:

@@ -196,6 +196,7 @@ def pair_loss(
     log_q: Tensor | None = None,
     negatives: Tensor | None = None,
     has_negative: Tensor | None = None,
+    negative_keys: Tensor | None = None,
     queue: QueuedCandidates | None = None,
     symmetric: bool = True,
 ) -> Tensor:
@@ -217,6 +218,8 @@ def pair_loss(
         negatives: (B, D) unit-norm hard negatives (shown, not clicked): row i is a negative of anchor i alone, without
             correction; None: no hard negatives.
         has_negative: (B,) bool: rows with a hard negative; None: all rows.
+        negative_keys: (B,) or (B, K) int keys of the hard negatives. A hard negative that shares a key with the anchor
+            or the positive of the row, as the positive itself does, does not count. None: all count.
         queue: positives of earlier steps as further candidates.
         symmetric: whether to return the mean of this loss and the loss with anchors and positives exchanged.
 
@@ -237,6 +240,10 @@ def pair_loss(
         hard = scale * (anchors * negatives.float()).sum(1)
         if has_negative is not None:
             hard = hard.masked_fill(~has_negative, -torch.inf)
+        hard_keys = _keys(negative_keys)
+        for keys in (anchor_keys, positive_keys):
+            if hard_keys is not None and keys is not None:
+                hard = hard.masked_fill((hard_keys == keys).any(1), -torch.inf)
         logits = torch.cat([logits, hard[:, None]], dim=1)
     losses = F.cross_entropy(logits, candidates.own, reduction="none")
     if symmetric:

@@ -166,7 +166,8 @@ class BehaviorConfig(ObjectiveConfig):
     log_q: bool = True
     """whether the loss corrects for popular items being drawn more often"""
     hard_negatives: bool = False
-    """whether an item that was shown near the click and not clicked is a further negative"""
+    """whether an item that was shown near the click and not clicked is a further negative. The positive itself is none,
+    nor an item that agrees with anchor or positive in text, picture or a column of `same`"""
     shown_window: int = Field(default=10, ge=1)
     """largest distance of a hard negative from the click, in impressions"""
 
@@ -182,9 +183,10 @@ class Behavior(Objective):
         """The loss of a batch, a scalar; the arguments are documented in `Objective.forward`."""
         clicked = batch.partners["clicked"]
         valid = clicked.has_partner & views.has_item[batch.anchor] & views.has_item[clicked.item]
-        negatives = has_negative = None
+        negatives = has_negative = negative_keys = None
         if self.config.hard_negatives:
             shown = batch.partners["shown"]
+            negative_keys = batch.keys[shown.item]
             negatives, has_negative = views.item[shown.item], shown.has_partner & views.has_item[shown.item]
         return pair_loss(
             views.item[batch.anchor],
@@ -196,6 +198,7 @@ class Behavior(Objective):
             log_q=clicked.log_q if self.config.log_q else None,
             negatives=negatives,
             has_negative=has_negative,
+            negative_keys=negative_keys,
             queue=queue and queue.candidates(queue.views.item, queue.views.has_item),
         )
 

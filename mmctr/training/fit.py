@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -60,6 +60,12 @@ class FitConfig(Config):
     """precision of training; None: the precision given to `accelerate launch`, else full precision"""
     tracker: str | None = None
     """an Accelerate tracker: tensorboard, wandb, trackio, mlflow, ..."""
+
+    @field_validator("mixed_precision", mode="before")
+    @classmethod
+    def _word_no(cls, value: Any) -> Any:
+        """YAML reads the word `no` as false."""
+        return "no" if value is False else value
 
 
 def lr_at(step: int, total: int, config: FitConfig) -> float:

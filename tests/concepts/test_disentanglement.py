@@ -104,6 +104,17 @@ def test_dimensions_that_do_not_vary_count_for_nothing():
     assert found["mig"] == found["mig_sup"] == found["sap"] == found["factor_vae"] == 0
 
 
+@pytest.mark.parametrize("inactive", [0, 1, 5])
+def test_sap_of_one_active_dimension_counts_from_guessing(inactive):
+    """One useless dimension, alone or beside dimensions that do not vary, is worth nothing; a perfect one the rest."""
+    still = np.full((N, inactive), 0.3)
+    useless = np.concatenate([np.random.default_rng(2).normal(size=(N, 1)), still], 1)
+    assert sap(useless, CODES) < 0.03  # .36 = mean of 1/4, 1/3 and 1/2 before
+    binary = CODES[:, 2:]
+    assert sap(np.concatenate([CENTRED[:, 2:], still], 1), binary) == pytest.approx(0.5)
+    assert sap(np.full((N, 1 + inactive), 0.3), CODES) == 0
+
+
 def test_items_without_a_value_are_left_out():
     codes = CODES.copy()
     codes[:1000, 0] = -1

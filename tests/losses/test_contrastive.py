@@ -311,3 +311,18 @@ def test_distillation_equals_the_formula(copies):
         torch.testing.assert_close(fast, simple_one, rtol=1e-5, atol=1e-6)
     same_vectors = similarity_distillation_loss(teacher, teacher, torch.tensor(8.0), 8.0, keys, valid)
     assert same_vectors.item() == pytest.approx(0, abs=1e-6)
+
+
+def test_a_hard_negative_is_never_the_positive_nor_the_anchor():
+    """Rows whose hard negative is, or looks like, the positive or the anchor have none."""
+    anchors, positives, negatives = features(6, count=3)
+    anchor_keys = torch.tensor([[0, 50], [1, 51], [2, 52], [3, 53], [4, 54], [5, 55]])
+    positive_keys = anchor_keys + 10
+    negative_keys = torch.tensor([[10, 60], [91, 61], [2, 52], [93, 53], [94, 90], [95, 91]])
+    keys = {"anchor_keys": anchor_keys, "positive_keys": positive_keys}
+    scale = torch.tensor(9.0)
+    counted = torch.tensor([False, False, False, False, True, True])
+    expected = pair_loss(anchors, positives, scale, negatives=negatives, has_negative=counted, **keys)
+    found = pair_loss(anchors, positives, scale, negatives=negatives, negative_keys=negative_keys, **keys)
+    every = pair_loss(anchors, positives, scale, negatives=negatives, **keys)
+    assert torch.equal(found, expected) and found < every

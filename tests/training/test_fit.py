@@ -25,6 +25,18 @@ def test_learning_rate_by_hand():
     assert lr_at(0, 5, FitConfig(warmup=0.01, decay="linear")) == 1.0
 
 
+def test_the_word_no_is_a_precision(tmp_path):
+    """YAML reads `no` as false, on the command line and in a file."""
+    path = tmp_path / "fit.yaml"
+    path.write_text("mixed_precision: no\n")
+    config = FitConfig.load(path)
+    assert config == FitConfig.load(path, ["mixed_precision=no"]) == FitConfig(mixed_precision="no")
+    config.save(tmp_path / "again.yaml")
+    assert FitConfig.load(tmp_path / "again.yaml") == config
+    with pytest.raises(ValueError, match="mixed_precision"):
+        FitConfig.parse({"mixed_precision": True})
+
+
 def test_the_optimizer_gets_the_rate_of_each_step(tmp_path):
     run_fit(Slope(), tmp_path, lambda task: 0.0, epochs=2, warmup=0.5, decay="linear", optimizer={"lr": 0.1})
     lrs = [line["lr"] for line in read_log(tmp_path) if "lr" in line]
