@@ -102,9 +102,9 @@ def hold(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         handle = open(folder / LOCK, "a+")  # noqa: SIM115
     try:
-        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EAGAIN):  # a file system without locks
+        if error.errno != errno.EWOULDBLOCK:  # a file system without locks
             logger.warning("%s: cannot be locked (%s); start no second run in this folder", folder, error)
             handle.close()
             return
@@ -119,6 +119,17 @@ def hold(folder: Path) -> None:
     handle.write(f"process {os.getpid()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
     handle.flush()
     _held[key] = handle
+
+
+def _let_go_in_child() -> None:
+    """Close the lock files in a forked process. The process that was forked from goes on holding them."""
+    for handle in _held.values():
+        handle.close()
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go_in_child)
 
 
 def release(folder: Path) -> None:
