@@ -118,7 +118,9 @@ def test_a_held_folder_is_refused_to_other_processes(tmp_path):
 
 def test_a_forked_child_does_not_hold_the_folder(tmp_path):
     """Workers that load data outlive a killed run by seconds, and the run may be started again at once."""
-    code = _HOLDER.replace("print(", "import os, time\nif os.fork() == 0:\n    time.sleep(30)\nprint(")
+    code = _HOLDER.replace(
+        "print(", "import os, time\nif os.fork() == 0:\n    print('forked', flush=True)\n    time.sleep(30)\nprint("
+    )
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path)],
         stdin=subprocess.PIPE,
@@ -126,7 +128,8 @@ def test_a_forked_child_does_not_hold_the_folder(tmp_path):
         text=True,
         start_new_session=True,
     )
-    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    assert process.stdout is not None
+    assert {process.stdout.readline() for _ in range(2)} == {"held\n", "forked\n"}
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     try:
