@@ -6,8 +6,10 @@ checked and limited in size: a wrong request gets a status 4xx with a reason.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,9 +21,17 @@ from mmctr.data.images import PictureError
 from mmctr.errors import UnknownId
 from mmctr.retrieval.index import ItemIndex
 from mmctr.retrieval.indexed_items import Neighbour
+from mmctr.serving.guards import (
+    BUDGET,
+    BodyLimit,
+    Connection,
+    HeadAsGet,
+    SameOrigin,
+    TimeBudget,
+    most_connections,
+    quiet_loop,
+)
 from mmctr.serving.schemas import (
-    MAX_BODY,
-    MAX_PICTURE,
     Answer,
     EmbedRequest,
     ExplainRequest,
@@ -38,21 +48,28 @@ from mmctr.serving.schemas import (
 )
 from mmctr.serving.scoring import Scorer
 from mmctr.serving.search import Searcher
-from mmctr.serving.service import Service
+from mmctr.serving.service import Busy, Service
 
 logger = logging.getLogger(__name__)
 
+GRACE = 5
+"""seconds that requests have to end after the server is told to"""
 STATIC = Path(__file__).parent / "static"
 """folder of the page"""
 
 
-def create_app(service: Service, hosts: tuple[str, ...] = ("localhost", "127.0.0.1", "[::1]", "testserver")) -> FastAPI:
+def create_app(
+    service: Service,
+    hosts: tuple[str, ...] = ("localhost", "127.0.0.1", "[::1]", "testserver"),
+    budget: float = BUDGET,
+) -> FastAPI:
     """The HTTP application of a service.
 
     Args:
         service: answers the requests.
         hosts: accepted host names of requests, so that a page of another site cannot reach the server by a name that
             resolves to this machine.
+        budget: seconds for one request.
     """
     app = FastAPI(
         title="mmctr",
@@ -61,8 +78,14 @@ def create_app(service: Service, hosts: tuple[str, ...] = ("localhost", "127.0.0
         redoc_url=None,
     )
     app.add_middleware(BodyLimit)
+    app.add_middleware(TimeBudget, seconds=budget)
+    app.add_middleware(SameOrigin)
     app.add_middleware(HeadAsGet)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
+
+    @app.exception_handler(Busy)
+    def busy(_: Request, error: Busy) -> JSONResponse:
+        return JSONResponse({"detail": str(error)}, 503, {"Retry-After": "5"})
 
     @app.exception_handler(ValueError)
     def refuse(_: Request, error: ValueError) -> JSONResponse:
@@ -87,7 +110,7 @@ def create_app(service: Service, hosts: tuple[str, ...] = ("localhost", "127.0.0
 
     @app.post("/api/embed", tags=["search"], summary="Vectors of texts")
     def embed(request: EmbedRequest) -> Vectors:
-        with service.busy:
+        with service.computing():
             return Vectors(vectors=service.searcher.encoder.embed(texts=request.texts).tolist())
 
     @app.post("/api/score", tags=["rank"], summary="Click probabilities of given items for a user")
@@ -146,64 +169,6 @@ def _page(path: Path) -> Callable[[], FileResponse]:
     return page
 
 
-class HeadAsGet:
-    """ASGI middleware that answers HEAD as GET; the server sends no body to HEAD. Monitors ask so whether it is up.
-
-    Args:
-        app: the application.
-    """
-
-    def __init__(self, app: Any):
-        self.app = app
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Handle a request of ASGI. The scope is copied: the server looks at the method in its own."""
-        if scope["type"] == "http" and scope["method"] == "HEAD":
-            scope = scope | {"method": "GET"}
-        await self.app(scope, receive, send)
-
-
-class BodyLimit:
-    """ASGI middleware that refuses bodies above the allowed size, by the declared length or while they are received.
-
-    Args:
-        app: the application.
-    """
-
-    def __init__(self, app: Any):
-        self.app = app
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Handle a request of ASGI; a body that is too large gets the status 413."""
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        headers = dict(scope["headers"])
-        upload = headers.get(b"content-type", b"").startswith(b"multipart/form-data")
-        limit = MAX_PICTURE if upload else MAX_BODY
-        declared = headers.get(b"content-length", b"0")
-        response = JSONResponse({"detail": f"the body is larger than {limit:,} bytes"}, 413, {"Connection": "close"})
-        if not declared.isdigit() or int(declared) > limit:
-            return await response(scope, receive, send)
-        size, refused = 0, False
-
-        async def bounded() -> Any:
-            nonlocal size, refused
-            message = await receive()
-            size += len(message.get("body", b""))
-            if size > limit:
-                refused = True
-                return {"type": "http.request", "body": b"", "more_body": False}
-            return message
-
-        async def answered(message: Any) -> None:
-            if not refused:
-                await send(message)
-
-        await self.app(scope, bounded, answered)
-        if refused:
-            await response(scope, receive, send)
-
-
 def serve(
     index: str,
     ranker: str | None,
@@ -246,4 +211,21 @@ def serve(
         searcher.encoder  # noqa: B018  (loaded now rather than at the first query)
     hosts = ("*",) if host in ("0.0.0.0", "::") else (host, "localhost", "127.0.0.1", "[::1]")
     logger.info(f"http://{host}:{port}   (API: http://{host}:{port}/docs; Ctrl-C stops)")
-    uvicorn.run(create_app(service, hosts), host=host, port=port, log_level="warning")
+    Connection.most = most_connections()
+    config = uvicorn.Config(
+        create_app(service, hosts),
+        host=host,
+        port=port,
+        log_level="warning",
+        loop="asyncio",
+        http=Connection,
+        backlog=128,
+        timeout_graceful_shutdown=GRACE,
+    )
+
+    async def answer() -> None:
+        quiet_loop(asyncio.get_running_loop())
+        await uvicorn.Server(config).serve()
+
+    with suppress(KeyboardInterrupt):
+        asyncio.run(answer())

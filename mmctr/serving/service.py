@@ -6,7 +6,8 @@ import base64
 import binascii
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -36,11 +37,19 @@ from mmctr.serving.schemas import (
 from mmctr.serving.scoring import Scorer
 from mmctr.serving.search import KINDS, Kind, Part, Searcher
 
+WAIT = 10.0
+"""seconds that a request waits for a free core"""
+
+
+class Busy(Exception):
+    """More requests are being computed than cores can answer in time."""
+
 
 class Service:
     """Answers the requests of the endpoints.
 
-    Methods raise UnknownId for an item or user that does not exist, and ValueError for other wrong requests.
+    Methods raise UnknownId for an item or user that does not exist, ValueError for other wrong requests, and Busy where
+    no core becomes free in time.
 
     Args:
         searcher: answers searches.
@@ -55,13 +64,27 @@ class Service:
         else:
             self.catalog = (next(iter(rankers.values())) if rankers else searcher).dataset.catalog
         # more concurrent computations than cores would only compete for the cores
-        self.busy = threading.Semaphore(os.cpu_count() or 1)
+        self._slots = threading.Semaphore(os.cpu_count() or 1)
         self._text_vector = lru_cache(maxsize=4096)(lambda text: searcher.encoder.embed(texts=text))
         self._catalog_rows: np.ndarray | None = None
         """(n,) catalog row of each row of the index, -1 for none"""
         if self.catalog is not None:
             self.index.take_titles(self.catalog.table)
             self._catalog_rows = rows_of(self.index.ids, self.catalog.item_ids, "the index and the catalog")
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Within the context one of the cores is taken.
+
+        Raises:
+            Busy: no core became free within `WAIT` seconds.
+        """
+        if not self._slots.acquire(timeout=WAIT):
+            raise Busy(f"no core became free within {WAIT:g} seconds; ask again later")
+        try:
+            yield
+        finally:
+            self._slots.release()
 
     def title(self, item_id: Any) -> str | None:
         """The title of an item of the index; None without a title."""
@@ -72,14 +95,14 @@ class Service:
     def search(self, request: SearchRequest) -> list[Neighbour]:
         """The items nearest to a query."""
         parts = [self._part(part) for part in request.parts]
-        with self.busy:
+        with self.computing():
             if len(parts) == 1 and parts[0].kind == "text":
                 return self.index.search(self._text_vector(parts[0].value), request.k, where=request.where)
             return self.searcher.answer(parts, request.k, request.where)
 
     def search_picture(self, picture: bytes, k: int, where: list[str]) -> list[Neighbour]:
         """The k items nearest to an encoded picture that fulfil the conditions."""
-        with self.busy:
+        with self.computing():
             return self.searcher.answer([Part("image", picture)], k, where)
 
     @staticmethod
@@ -115,7 +138,7 @@ class Service:
         """The click probabilities of the items of a request, in the order of the request."""
         scorer, user, history = self.moment(request)
         rows = rows_of_items(scorer.dataset.catalog, request.items)
-        with self.busy:
+        with self.computing():
             scores = scorer.score(user, rows, history, request.context, request.at)
         return self._ranking(scorer, rows, scores, len(history))
 
@@ -123,7 +146,7 @@ class Service:
         """The items with the largest click probabilities among the `candidates`, best first."""
         scorer, user, history = self.moment(request)
         rows = self.candidates(scorer, history, request.candidates, request.among)
-        with self.busy:
+        with self.computing():
             scores = scorer.score(user, rows, history, request.context, request.at)
         best = np.argsort(-scores, kind="stable")[: request.k]
         return self._ranking(scorer, rows[best], scores[best], len(history))
@@ -146,7 +169,7 @@ class Service:
         if not len(clicked):
             rows = self._catalog_rows[allowed & ~self.index.removed]
             return rows[:: max(1, len(rows) // count)][:count]
-        with self.busy:
+        with self.computing():
             mean = self.index.vectors(clicked).mean(0)
             return self._catalog_rows[self.index.nearest(mean[None], count, allowed)[1][0]]
 
@@ -154,7 +177,7 @@ class Service:
         """The click probability of an item, and the effect of each behaviour."""
         scorer, user, history = self.moment(request)
         row = int(rows_of_items(scorer.dataset.catalog, [request.item_id])[0])
-        with self.busy:
+        with self.computing():
             result = scorer.explain(user, row, history, request.context, request.at)
         ids = scorer.dataset.catalog.item_ids.take(pa.array(result["history"])).to_pylist()
         weights = [None] * len(ids) if result["weights"] is None else result["weights"].tolist()

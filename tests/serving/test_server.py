@@ -385,7 +385,7 @@ def test_what_cannot_be_served(runs, tmp_path, capsys):
     file = tmp_path / "cut" / "index.faiss"
     file.write_bytes(file.read_bytes()[:-10])
     for arguments, message in (
-        ((tmp_path / "cut",), "not a readable FAISS index"),
+        ((tmp_path / "cut",), "index.faiss: damaged"),
         ((tmp_path / "none",), "no such embedding folder"),
         ((runs / "index", "--ranker", tmp_path / "none"), "none"),
         ((runs / "index", "--ranker", runs / "pretrain"), "pretrain"),
