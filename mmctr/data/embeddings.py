@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from safetensors.numpy import load_file
 
 from mmctr.data.arrow import pc
 from mmctr.data.embedding_identity import EmbeddingIdentity
+from mmctr.data.npz import read_npz
 from mmctr.data.tables import as_ids, read_table, require_columns, rows_of
 from mmctr.files import replace_file, user_path
 from mmctr.manifests import read_manifest, require_types
@@ -229,10 +229,12 @@ def _read_folder(folder: Path) -> EmbeddingTable:
 
 def _read_npz(path: Path) -> EmbeddingTable:
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            ids, vectors = arrays["item_id"], arrays["vectors"]
-    except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: needs the arrays `item_id` and `vectors` ({error})") from None
+        arrays = read_npz(path, "item_id", "vectors")
+    except ValueError as error:
+        raise ValueError(f"{error}; an embedding table needs the arrays `item_id` and `vectors`") from None
+    ids, vectors = arrays["item_id"], arrays["vectors"]
+    if ids.ndim != 1 or ids.dtype.kind not in "iuUS" or vectors.dtype.kind not in "fiu":
+        raise ValueError(f"{path}: `item_id` holds {ids.dtype} of shape {ids.shape}, `vectors` {vectors.dtype}")
     return _checked(as_ids(pa.chunked_array([pa.array(ids)]), "item_id", path), vectors, path)
 
 

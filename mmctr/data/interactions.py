@@ -18,6 +18,9 @@ import numpy as np
 
 from mmctr.data.hashing import tie_hashes
 
+AGAIN = "run `mmctr prepare` again"
+"""what to do about a damaged file, for messages"""
+
 
 @dataclass(frozen=True)
 class Interactions:
@@ -66,8 +69,24 @@ class Interactions:
 
     @classmethod
     def load(cls, folder: Path) -> Interactions:
-        """Open the files of `save` as memory-mapped arrays."""
-        return cls(*(np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in cls.NAMES))
+        """Open the files of `save` as memory-mapped arrays.
+
+        Raises:
+            ValueError: a file is damaged, or the files do not fit each other.
+        """
+        columns = []
+        for name, kind in zip(cls.NAMES, (np.int32, np.int32, np.int64, np.uint8), strict=True):
+            path = folder / f"{name}.npy"
+            try:
+                column = np.load(path, mmap_mode="r", allow_pickle=False)
+            except (OSError, ValueError, EOFError) as error:
+                raise ValueError(f"{path}: cannot be read ({' '.join(str(error).split())}); {AGAIN}") from None
+            if column.dtype != kind or column.ndim != 1 or (columns and len(column) != len(columns[0])):
+                raise ValueError(
+                    f"{path}: holds {column.dtype} of shape {column.shape}, not a column of the log; {AGAIN}"
+                )
+            columns.append(column)
+        return cls(*columns)
 
     def user_position(self) -> tuple[np.ndarray, np.ndarray]:
         """Position (0, 1, ...) of every row among the rows of the same user.

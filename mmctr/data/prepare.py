@@ -20,7 +20,7 @@ import pyarrow.parquet
 
 from mmctr.data.arrow import pc
 from mmctr.data.catalog import Catalog, clean_items, dataset_table
-from mmctr.data.interactions import Interactions
+from mmctr.data.interactions import AGAIN, Interactions
 from mmctr.data.split_checks import log_notes
 from mmctr.data.tables import (
     as_ids,
@@ -40,7 +40,6 @@ from mmctr.manifests import read_manifest, require_replaceable, require_types, w
 
 FORMAT = 2
 MANIFEST = "prepared.json"
-AGAIN = "run `mmctr prepare` again"
 _WRITTEN = ("report.json", "items.parquet", "interactions", "context.parquet", "users.parquet")
 _CACHES = ("pictures-", "tokens-", "features-")
 
@@ -68,7 +67,12 @@ class Dataset:
         """
         folder = self._log_path("interactions")
         self._check(*(f"{folder.name}/{name}.npy" for name in Interactions.NAMES))
-        return Interactions.load(folder)
+        log = Interactions.load(folder)
+        for column, number in (("user", len(self.users)), ("item", len(self.catalog))):
+            rows = getattr(log, column)
+            if len(rows) and not (rows.min() >= 0 and rows.max() < number):
+                raise ValueError(f"{folder / f'{column}.npy'}: names rows beyond the {number} there are; {AGAIN}")
+        return log
 
     @cached_property
     def context(self) -> pa.Table:

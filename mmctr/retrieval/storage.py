@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from mmctr.data.embeddings import EmbeddingTable, identity_of
+from mmctr.data.npz import read_npz
 from mmctr.data.plain_tables import plain_table
 from mmctr.data.tables import as_ids, one_array, read_table, rows_of
 from mmctr.files import replace_folder
@@ -84,10 +85,9 @@ def load(folder: Path, mmap: bool) -> tuple[Any, pa.Table, dict[str, np.ndarray]
     position = items.column_names.index("item_id")
     items = items.set_column(position, "item_id", as_ids(items.column("item_id"), "item_id", folder))
     try:
-        with np.load(folder / "rows.npz", allow_pickle=False) as arrays:
-            rows = {name: arrays[name] for name in arrays.files}
-    except Exception as error:
-        raise ValueError(f"{folder / 'rows.npz'}: cannot be read ({error}); {AGAIN}") from None
+        rows = read_npz(folder / "rows.npz")
+    except ValueError as error:
+        raise ValueError(f"{error}; {AGAIN}") from None
     if "removed" not in rows or any(len(values) != len(items) for values in rows.values()):
         raise ValueError(f"{folder / 'rows.npz'}: not of these {len(items)} items; {AGAIN}")
     return index, items, rows, facts
