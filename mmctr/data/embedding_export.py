@@ -35,7 +35,7 @@ def begun_identity(folder: Path) -> tuple[EmbeddingIdentity | None, dict[str, An
         return None, None
     values = read_manifest(path, AGAIN).values
     require_types(values, path, identity=dict)
-    return EmbeddingIdentity.from_json(values["identity"], str(path)), values.get(_FACTS)
+    return EmbeddingIdentity.from_json(values["identity"], str(path), folder), values.get(_FACTS)
 
 
 def write_embeddings(
@@ -126,7 +126,7 @@ def _write_all(
             for name in names:
                 if name in finished.digests and finished.problem(name) is not None:
                     (folder / name).unlink(missing_ok=True)
-        write_manifest(begun, {"identity": identity.to_json()} | ({_FACTS: facts} if facts else {}), [])
+        write_manifest(begun, {"identity": identity.to_json(folder)} | ({_FACTS: facts} if facts else {}), [])
     write_shards(names, np.arange(len(item_ids)))
     if is_main:
         has = np.concatenate([np.zeros(0, bool), *(read_shard(folder / name)[1] for name in names)])
@@ -159,7 +159,7 @@ def _write_further(
     names = [_shard(len(done) + start // shard_size) for start in range(0, len(rows), shard_size)]
     begun = folder / "appending.json"
     if is_main:
-        mark = replace(identity, shard_size=shard_size).to_json()
+        mark = replace(identity, shard_size=shard_size).to_json(folder)
         if not begun.is_file() or read_json(begun) != mark:
             # shards of a call that was killed, for another state of the catalog
             for path in folder.glob("vectors-*.safetensors"):
@@ -224,7 +224,7 @@ def _write_manifest(
     vectors: int,
     facts: dict[str, Any] | None,
 ) -> None:
-    manifest: dict[str, Any] = {"format": FORMAT, "identity": identity.to_json(), "shards": shards}
+    manifest: dict[str, Any] = {"format": FORMAT, "identity": identity.to_json(folder), "shards": shards}
     if file != ITEMS:
         manifest["items_file"] = file
     counts = {"items": items, "vectors": vectors, "without content": items - vectors}

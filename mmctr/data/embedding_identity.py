@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any
+
+PATHS = ("run", "data")
+"""fields that hold a folder"""
 
 
 @dataclass(frozen=True)
@@ -14,8 +20,8 @@ class EmbeddingIdentity:
     identity.
 
     Args:
-        run: folder of the run whose encoder computed the vectors.
-        data: the dataset folder.
+        run: folder of the run whose encoder computed the vectors, kept as an absolute path.
+        data: the dataset folder, kept as an absolute path.
         weights: fingerprint of the weights, as `RunFolder.weights_fingerprint` returns it.
         catalog: fingerprint of the item ids in catalog order.
         modality: `both`, `image` or `text`.
@@ -40,26 +46,50 @@ class EmbeddingIdentity:
     behavior_splits: list[dict[str, Any]] | None = None
     appended: bool = False
 
+    def __post_init__(self) -> None:
+        for name in PATHS:  # identities made in different working folders can be compared
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, os.path.abspath(getattr(self, name)))
+
     @classmethod
-    def from_json(cls, values: Any, source: str = "manifest.json") -> EmbeddingIdentity:
+    def from_json(cls, values: Any, source: str = "manifest.json", folder: Path | None = None) -> EmbeddingIdentity:
         """The identity whose `to_json` gave `values`.
 
         Args:
             values: a mapping of field names to values.
             source: name of the file, for the error message.
+            folder: the folder from which relative paths of `run` and `data` start; None: paths stay as they are.
 
         Raises:
-            ValueError: `values` is not a mapping, or has an unknown key.
+            ValueError: `values` is not a mapping, or has an unknown key or a value of another type.
         """
         known = {field.name for field in fields(cls)}
         if not isinstance(values, dict) or not set(values) <= known:
             unknown = sorted(set(values) - known) if isinstance(values, dict) else values
             raise ValueError(f"{source}: `identity` is none of `mmctr embed` ({unknown!r}); make the vectors again")
+        for name in PATHS:
+            if not isinstance(values.get(name), str | None):
+                raise ValueError(f"{source}: `identity`: {name} is {values[name]!r}, but must be a path")
+        if folder is not None:
+            values = values | {
+                name: os.path.normpath(folder.resolve() / values[name]) for name in PATHS if values.get(name)
+            }
         return cls(**values)
 
-    def to_json(self) -> dict[str, Any]:
-        """The known facts by field name."""
-        return {name: value for name, value in asdict(self).items() if value not in (None, False)}
+    def to_json(self, folder: Path | None = None) -> dict[str, Any]:
+        """The known facts by field name.
+
+        Args:
+            folder: the folder that gets the facts: `run` and `data` become paths that start there, so that folders can
+                be moved together and shared without the paths of this machine; None: paths stay as they are.
+        """
+        facts = {name: value for name, value in asdict(self).items() if value not in (None, False)}
+        if folder is not None:
+            for name in PATHS:
+                if name in facts:
+                    with suppress(ValueError):  # another drive
+                        facts[name] = Path(os.path.relpath(facts[name], folder.resolve())).as_posix()
+        return facts
 
     def change_of_encoder(self, other: EmbeddingIdentity) -> str | None:
         """The name of the first field that shows that `other` has another encoder or other encoder options.

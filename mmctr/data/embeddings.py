@@ -195,7 +195,7 @@ def read_items(folder: Path) -> tuple[dict[str, Any], pa.Table]:
     for name in names:
         if not isinstance(name, str) or not NAMES.fullmatch(name):
             raise ValueError(f"{manifest.path}: names the file {name!r}, which is none of an embedding folder; {AGAIN}")
-    identity_of(values, str(manifest.path))
+    values["identity"] = EmbeddingIdentity.from_json(values["identity"], str(manifest.path), folder).to_json()
     manifest.check(*names)
     return values, read_table(folder / items_file(values), ("item_id",))
 
@@ -279,6 +279,16 @@ def _read_parquet(path: Path) -> EmbeddingTable:
     return _checked(as_ids(table.column("item_id"), "item_id", path), values.reshape(len(table), -1), path)
 
 
+def located_identity(manifest: Path) -> EmbeddingIdentity:
+    """The identity in `manifest.json` of an embedding folder, with the paths as seen from here.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    values = read_manifest(manifest, AGAIN).values
+    return EmbeddingIdentity.from_json(values.get("identity", {}), str(manifest), manifest.parent)
+
+
 def identity_of(manifest: dict[str, Any], source: str = "manifest.json") -> EmbeddingIdentity:
     """The identity of the vectors that a manifest describes; all facts are unknown for vectors of another program.
 
@@ -296,7 +306,7 @@ def read_identity(path: str | Path) -> EmbeddingIdentity:
     """The identity of an embedding folder, without reading the vectors; all facts are unknown for a file of another
     program."""
     manifest = Path(path) / "manifest.json"
-    return identity_of(read_manifest(manifest, AGAIN).values) if manifest.is_file() else EmbeddingIdentity()
+    return located_identity(manifest) if manifest.is_file() else EmbeddingIdentity()
 
 
 def items_file(manifest: dict[str, Any]) -> str:

@@ -120,6 +120,7 @@ def _export(graph: Graph, path: Path) -> None:
                 verbose=False,
             )
         assert program is not None
+        _forget_sources(program.model)
         weights = sum(x.numel() * x.element_size() for x in graph.module.state_dict().values())
         program.save(str(path), external_data=weights > LARGEST_FILE)
     except torch.onnx.errors.OnnxExporterError as error:
@@ -128,6 +129,15 @@ def _export(graph: Graph, path: Path) -> None:
     finally:
         for p in trained:
             p.requires_grad_(True)
+
+
+def _forget_sources(model: Any) -> None:
+    """Remove the source lines from an `onnx_ir.Model`, which name files and folders of this machine."""
+    for graph in (model.graph, *model.functions.values()):
+        graph.metadata_props.clear()
+        for node in graph.all_nodes():
+            node.metadata_props.clear()
+            node.doc_string = None
 
 
 def _worst_difference(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import yaml
@@ -11,6 +12,7 @@ import yaml
 from mmctr.reports.page import NeighbourRow, number_text, render_page
 from mmctr.reports.plots import Plot, Series, line_offset, line_plot, nice_ticks, short_number
 from mmctr.reports.run import Estimate, Run
+from mmctr.tasks.sharing import without_paths
 
 METRIC_NAMES = {"auc": "AUC", "gauc": "gAUC"}
 SPLIT_NAMES = {"all": "All items", "warm": "Warm items (seen in training)", "cold": "Cold items (not in training)"}
@@ -79,8 +81,15 @@ def render_comparison(runs: Sequence[Run], neighbours: Sequence[NeighbourRow], s
         bucket_metrics=bucket_metrics,
         training_plots=[_training_plots(run, style, runs) for style, run in enumerate(runs)],
         neighbours=neighbours,
-        configs=[(run.name, yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True)) for run in runs],
+        configs=[
+            (run.name, yaml.safe_dump(without_paths(run.config), sort_keys=False, allow_unicode=True)) for run in runs
+        ],
     )
+
+
+def _config_text(config: dict[str, Any]) -> str:
+    """A config as YAML, without the paths of this machine: pages are sent to others."""
+    return yaml.safe_dump(without_paths(config), sort_keys=False, allow_unicode=True)
 
 
 def _metrics_table(runs: Sequence[Run], split: str) -> MetricsTable:

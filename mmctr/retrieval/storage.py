@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
+from mmctr.data.embedding_identity import EmbeddingIdentity
 from mmctr.data.embeddings import EmbeddingTable, identity_of
 from mmctr.data.npz import read_npz
 from mmctr.data.plain_tables import plain_table
@@ -53,7 +54,10 @@ def save(folder: Path, index: Any, items: pa.Table, rows: dict[str, np.ndarray],
         faiss.write_index(index, str(temporary / "index.faiss"))
         pyarrow.parquet.write_table(items, temporary / "items.parquet")
         np.savez(temporary / "rows.npz", **arrays)
-        write_manifest(temporary / "index.json", {"format": FORMAT, **facts}, FILES)
+        embeddings = dict(facts["embeddings"])
+        if "identity" in embeddings:
+            embeddings["identity"] = identity_of(embeddings).to_json(folder)
+        write_manifest(temporary / "index.json", {"format": FORMAT, **facts, "embeddings": embeddings}, FILES)
 
     require_replaceable(folder, "index.json", FILES, "index")
     replace_folder(folder, write)
@@ -77,7 +81,9 @@ def load(folder: Path, mmap: bool) -> tuple[Any, pa.Table, dict[str, np.ndarray]
     if facts.get("format") != FORMAT:
         raise ValueError(f"{manifest.path}: not an index of this version; {AGAIN}")
     require_types(facts, manifest.path, factory=str, dim=int, count=int, removed=int, embeddings=dict)
-    identity_of(facts["embeddings"], str(manifest.path))
+    if "identity" in facts["embeddings"]:
+        identity = EmbeddingIdentity.from_json(facts["embeddings"]["identity"], str(manifest.path), folder)
+        facts["embeddings"]["identity"] = identity.to_json()
     # a memory-mapped index is left on disk: reading all of it for the digest would be what mapping avoids
     manifest.check(*(name for name in FILES if not (mmap and name == "index.faiss")))
     index = _read(folder / "index.faiss", facts, mmap)
