@@ -26,8 +26,10 @@ def start_processes(**options: Any) -> Accelerator:
     from accelerate import Accelerator  # slow to import, and most users of this module get one
 
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    # without a GPU, processes of torchrun find each other only when Accelerate is told to use the CPU
-    accelerator = Accelerator(cpu=processes > 1 and not torch.accelerator.is_available(), **options)
+    if processes > 1 and not torch.accelerator.is_available():
+        # processes of torchrun find each other only so; the argument `cpu` would switch sharding off
+        os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+    accelerator = Accelerator(**options)
     if accelerator.num_processes != processes:
         raise ValueError(
             f"{processes} processes were started, but each works alone: start them with `accelerate launch`, or set "

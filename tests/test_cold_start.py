@@ -152,5 +152,8 @@ def test_no_label_beyond_training_reaches_a_weight(split, toy_folder, tmp_path):
     first, second = (read_json(run / "metrics.json") for run in (one, other))
     assert first["validation"] == second["validation"] and first["test"]["all"] != second["test"]["all"]
     if splits.stages:  # whose labels a stage does learn
-        files = [load_file(run / "checkpoints" / "warm_b.safetensors")["embedder.ids.weight"] for run in (one, other)]
+        files = [
+            load_file(run / "checkpoints" / "warm_b" / "task.safetensors")["embedder.ids.weight"]
+            for run in (one, other)
+        ]
         assert not np.array_equal(*files)

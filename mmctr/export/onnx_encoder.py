@@ -83,7 +83,7 @@ def export_encoder(run: Path, out: Path, data: str | None, int8: bool) -> dict[s
         ValueError: the run is not finished, or a graph differs from torch.
     """
     task = load_encoder(run).requires_grad_(False)
-    config = data_config(run, data)
+    config = data_config(run, data, is_read=data is not None)
     size = config.image_size or task.encoder.image_size
     embeds, left_out = True, {}
     try:

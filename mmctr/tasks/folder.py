@@ -41,7 +41,7 @@ def write_task(values: dict[str, Any], folder: Path) -> None:
         folder: the folder of the task.
     """
     files = RunFolder(folder)
-    single = (files.weights, files.content, files.catalog, files.config, files.item_tables)
+    single = (files.weights, files.content, files.catalog, files.config, files.place, files.item_tables)
     names = [path.name for path in single if path.is_file()]
     for part in (files.encoder, files.vocabulary, files.expert):
         names += [path.relative_to(folder).as_posix() for path in part.rglob("*") if path.is_file()]

@@ -29,7 +29,9 @@ def task_of(name: str = "openclip", encoder: dict[str, Any] | None = None, **val
 
 def save_run(task: PretrainTask, run: Path) -> Path:
     task.save(run)
-    write_json(run / "config.yaml", {"data": {"path": "nowhere", "image_resize": "squash"}, "run_dir": str(run)})
+    write_json(
+        run / "config.yaml", {"data": {"path": str(run / "nowhere"), "image_resize": "squash"}, "run_dir": str(run)}
+    )
     return run
 
 

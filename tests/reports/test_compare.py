@@ -11,6 +11,7 @@ import pytest
 from mmctr.evaluation.metrics import gauc
 from mmctr.reports import compare as report
 from mmctr.reports.run import load_runs
+from mmctr.run_folder import RunFolder
 from tests.helpers.pages import edit_metrics, make_run
 
 
@@ -46,6 +47,7 @@ def test_runs_on_other_rows_are_said_to_be(folders, tmp_path):
     other = make_run(tmp_path / "later", 0.5, seed=3)
     bare = make_run(tmp_path / "bare", 0.5)
     (bare / "predictions.parquet").unlink()
+    RunFolder(bare).write_metrics(RunFolder(bare).read_metrics())
     runs = load_runs([*folders, other, bare], num_bootstrap=20)
     notes = report.row_notes(runs)
     assert len(notes) == 2 and notes[0].startswith("later was tested on other rows than din_id")

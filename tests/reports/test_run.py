@@ -33,6 +33,7 @@ def test_differences_are_paired_where_rows_match(folders, tmp_path):
     other = make_run(tmp_path / "other_rows", 0.9, rows=900, seed=5)
     bare = make_run(tmp_path / "bare", 0.9)
     (bare / "predictions.parquet").unlink()
+    RunFolder(bare).write_metrics(RunFolder(bare).read_metrics())
     runs = load_runs([*folders, other, bare], num_bootstrap=30)
     assert [run.difference is None for run in runs] == [True, False, True, True]
     first, second = (pq.read_table(folder / "predictions.parquet").to_pydict() for folder in folders)

@@ -93,10 +93,10 @@ def test_mistakes():
 
 
 def test_saved_and_loaded(tmp_path):
-    index = ItemIndex.build(table(manifest={"identity": {"run": "r"}}))
+    index = ItemIndex.build(table(manifest={"identity": {"run": "/r"}}))
     index.save(tmp_path / "index")
     again = ItemIndex.load(tmp_path / "index")
-    assert again.search_item(1005) == index.search_item(1005) and again.manifest == {"identity": {"run": "r"}}
+    assert again.search_item(1005) == index.search_item(1005) and again.manifest == {"identity": {"run": "/r"}}
     index.save(tmp_path / "index")  # an index may be replaced
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").write_text("precious")

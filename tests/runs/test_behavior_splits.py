@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from pathlib import Path
@@ -13,6 +12,8 @@ import pytest
 from mmctr.data.embedding_identity import EmbeddingIdentity
 from mmctr.data.prepare import open_dataset, prepare
 from mmctr.data.splits import ColdItemsSplit, StagedSplit, TemporalSplit, split_interactions
+from mmctr.manifests import write_manifest
+from mmctr.run_folder import RunFolder
 from mmctr.runs.behavior_splits import (
     behavior_splits,
     behavior_splits_of_run,
@@ -30,14 +31,14 @@ def pretrain_config(folder: Path, **values) -> PretrainConfig:
 
 def a_run(folder: Path, splits) -> str:
     folder.mkdir()
-    (folder / "metrics.json").write_text(json.dumps({"validation": {}, "behavior_splits": splits}))
+    RunFolder(folder).write_metrics({"validation": {}, "behavior_splits": splits})
     return str(folder)
 
 
 def a_table(folder: Path, splits) -> str:
     folder.mkdir()
     identity = EmbeddingIdentity(run="x", behavior_splits=splits).to_json()
-    (folder / "manifest.json").write_text(json.dumps({"identity": identity}))
+    write_manifest(folder / "manifest.json", {"identity": identity}, [])
     return str(folder)
 
 

@@ -14,6 +14,7 @@ from mmctr.cli.main import main
 from mmctr.data import picture_building
 from mmctr.data.embeddings import EmbeddingTable
 from mmctr.runs import embed
+from tests.helpers.damage import rewrite
 
 pytestmark = pytest.mark.slow
 
@@ -88,6 +89,7 @@ def test_refused_pictures_are_counted_by_reason_with_the_remedy(runs, toy_folder
         values = yaml.safe_load((run / "config.yaml").read_text())
         values["data"] |= {"path": str(tmp_path / "d"), "stream": {}}
         (run / "config.yaml").write_text(yaml.safe_dump(values))
+        rewrite(run / "task.json", {})
     source = [] if streamed else ["--data", str(tmp_path / "d")]
     main(["embed", str(run), *source, "--out", str(tmp_path / "e")])
     told = capsys.readouterr().err

@@ -104,5 +104,5 @@ def test_runs_on_other_rows_and_without_predictions_are_named(copied_study):
     with pytest.raises(ValueError, match=r"content/seed0: its test rows are not those of .*ids/seed0"):
         study_results(study, kept(study, out))
     path.unlink()
-    with pytest.raises(ValueError, match=r"content/seed0: has no predictions.parquet; run the recipe again"):
+    with pytest.raises(ValueError, match=r"content/seed0/predictions.parquet: missing; run the recipe again"):
         study_results(study, kept(study, out))

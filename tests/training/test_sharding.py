@@ -206,9 +206,9 @@ def test_ranking_under_fsdp_is_one_line(toy_folder, tmp_path):
 
 
 if __name__ == "__main__":
-    import mmctr.runs.launch
+    import accelerate
 
     os.environ["DS_ACCELERATOR"] = "cpu"
     kind, *sys.argv = sys.argv[1:]
-    mmctr.runs.launch.Accelerator = {"fsdp": CpuFsdp, "deepspeed": CpuDeepSpeed}[kind]
+    accelerate.Accelerator = {"fsdp": CpuFsdp, "deepspeed": CpuDeepSpeed}[kind]
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
