@@ -184,7 +184,8 @@ def _build(architecture: dict[str, Any], preprocess: dict[str, Any], source: str
     logging.disable(logging.WARNING)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            write_json(Path(folder) / CONFIG_NAME, {"model_cfg": architecture, "preprocess_cfg": preprocess})
+            config = {"model_cfg": architecture, "preprocess_cfg": preprocess}
+            (Path(folder) / CONFIG_NAME).write_text(json.dumps(config), encoding="utf-8")
             name = f"local-dir:{folder}"
             model = open_clip.create_model(name, load_weights=False, pretrained_text=False, pretrained_image=False)
             if not text.get("hf_tokenizer_name"):

@@ -113,7 +113,7 @@ def test_a_spread_run_equals_one_process_and_goes_on_when_killed(toy_folder, tmp
     if kind == "fsdp":  # a layer each of two towers and of two that follow, and the rest
         assert "0.5 of the weights, in 5 groups" in text, text
 
-    assert pretrain(tmp_path, "killed", kind, config, kill_at_rename=8).wait() != 0
+    assert pretrain(tmp_path, "killed", kind, config, kill_at_rename=10).wait() != 0
     reached = list((tmp_path / "killed" / "checkpoints").glob("step-*"))
     assert len(reached) == 1 and len(losses(tmp_path / "killed")) < len(losses(tmp_path / "two"))
     pretrain(tmp_path, "killed", kind, config).ok()
