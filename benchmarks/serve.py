@@ -1,9 +1,11 @@
 """`mmctr serve` under load: many clients at once on the loopback, each with a connection that stays open.
 
-    python benchmarks/serve.py INDEX [--ranker RUN] [--clients 64] [--requests 4000]
+    python benchmarks/serve.py INDEX [--ranker RUN] [--clients 64] [--requests 4000] [--hostile]
 
 Starts the server in a process of its own. Prints a line of JSON for each kind of request: requests a second, latency in
-milliseconds (median, 99th percentile, slowest), and answers that were no 200.
+milliseconds (median, 99th percentile, slowest), and answers that were no 200. With `--hostile` searches by item are
+measured again while two other clients send what a server should not get: conditions of thousands of spaces, bodies too
+large and stalled, half requests, forms of another site, broken JSON; the line has the answers to these by status.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -65,12 +68,65 @@ def load(port: int, bodies: list[tuple[str, Any]], clients: int) -> dict[str, An
     }
 
 
+SPACES = "a" + " " * 1900 + "b"
+JUNK: list[tuple[str, dict[str, str], bytes]] = [
+    ("/api/search", {}, json.dumps({"parts": [{"item_id": 1}], "where": [SPACES] * 16}).encode()),
+    ("/api/search", {"Origin": "http://elsewhere.example"}, b'{"parts": [{"item_id": 1}]}'),
+    ("/api/search", {}, b"[" * 100_000),
+    ("/api/search", {}, b"x" * 3_000_000),
+    ("/api/search/picture", {"Content-Type": "multipart/form-data; boundary=x"}, b"--x\r\n" + b"y" * 500_000),
+    ("/api/score", {}, json.dumps({"user_id": "x", "items": ["y"] * 5000}).encode()),
+]
+"""path, headers and body of hostile requests"""
+
+
+class Hostile:
+    """Clients that send junk until they are told to stop, and count the answers by status."""
+
+    def __init__(self, port: int, clients: int = 2):
+        self.port, self.stopped, self.statuses = port, threading.Event(), Counter[str]()
+        self.threads = [threading.Thread(target=self._send, args=(number,)) for number in range(clients)]
+
+    def __enter__(self) -> Counter[str]:
+        for thread in self.threads:
+            thread.start()
+        return self.statuses
+
+    def __exit__(self, *_: Any) -> None:
+        self.stopped.set()
+        for thread in self.threads:
+            thread.join()
+
+    def _send(self, number: int) -> None:
+        half = []
+        while not self.stopped.wait(0.02):
+            path, headers, body = JUNK[number % len(JUNK)]
+            number += 1
+            try:
+                connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+                connection.request("POST", path, body, {"Content-Type": "application/json"} | headers)
+                self.statuses[str(connection.getresponse().status)] += 1
+                connection.close()
+                opened = socket.create_connection(("127.0.0.1", self.port), timeout=60)
+                opened.sendall(
+                    b"POST /api/search HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{"[: 40 + number % 40]
+                )
+                half.append(opened)  # half a request, or a body that stalls
+            except OSError as error:
+                self.statuses[type(error).__name__] += 1
+            if len(half) > 50:
+                half.pop(0).close()
+        for opened in half:
+            opened.close()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("index")
     parser.add_argument("--ranker")
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--requests", type=int, default=4000)
+    parser.add_argument("--hostile", action="store_true")
     arguments = parser.parse_args()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -97,6 +153,15 @@ def main() -> None:
         for name, body in kinds.items():
             bodies = [body(number) for number in range(arguments.requests)]
             print(json.dumps({"kind": name, **load(port, bodies, arguments.clients)}), flush=True)
+        if arguments.hostile:
+            bodies = [kinds["item"](number) for number in range(arguments.requests)]
+            for _ in range(2):
+                alone = load(port, bodies, 4)
+                with Hostile(port) as statuses:
+                    beside = load(port, bodies, 4)
+                line = {"kind": "item, 4 clients", "alone": alone, "beside hostile requests": beside}
+                ratio = round(beside["p99_ms"] / alone["p99_ms"], 2)
+                print(json.dumps({**line, "ratio of p99": ratio, "hostile answers": dict(statuses)}), flush=True)
     finally:
         server.terminate()
         server.wait(30)
