@@ -12,12 +12,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.numpy import load_file, save_file
 
 from mmctr.data.embeddings import EmbeddingTable
 from mmctr.data.prepare import open_dataset, prepare
 from mmctr.files import fingerprint
 from mmctr.reports.run import read_predictions
+from mmctr.retrieval.codebooks import Codebooks
 from mmctr.retrieval.index import ItemIndex
+from mmctr.retrieval.semantic_ids import semantic_ids
 from mmctr.run_folder import RunFolder
 from mmctr.tasks import PretrainTask, RankingTask
 from mmctr.training.checkpoints import Checkpoints
@@ -262,3 +266,45 @@ def test_damaged_shards_are_encoded_again(runs, tmp_path):
     shard.write_bytes(bytes(content))
     main(command)
     assert read_embeddings(tmp_path / "e") == before
+
+
+def test_damaged_caches_are_made_again_or_named(toy_folder, tmp_path):
+    prepare(toy_folder, tmp_path / "p")
+
+    def tokenize(texts: list[str]) -> torch.Tensor:
+        return torch.tensor([[len(text), 1] for text in texts])
+
+    def read() -> Any:
+        catalog = open_dataset(tmp_path / "p").catalog
+        ids, has = catalog.tokens(["title"], tokenize, "lengths")
+        images, has_image = catalog.pictures(16, "shortest").take(torch.arange(len(catalog)))
+        return [ids.tolist(), has.tolist(), images.tolist(), has_image.tolist()]
+
+    before = read()
+    (tokens,) = (tmp_path / "p").glob("tokens-*.npy")
+    for content in (b"", b"hello", tokens.read_bytes()[:-8]):
+        tokens.write_bytes(content)
+        assert read() == before
+    (pictures,) = (tmp_path / "p").glob("pictures-*")
+    for name in ("values.npy", "index.npy", "hashes.npy"):
+        whole = (pictures / name).read_bytes()
+        for content in (b"", b"hello", whole[: len(whole) // 2]):
+            (pictures / name).write_bytes(content)
+            with pytest.raises(ValueError, match=r"damaged .*delete the folder|do not fit each other"):
+                read()
+        (pictures / name).write_bytes(whole)
+    assert read() == before
+
+
+def test_damaged_codebooks_are_named(tmp_path):
+    np.savez(tmp_path / "v.npz", item_id=np.arange(300), vectors=np.random.default_rng(0).normal(size=(300, 4)))
+    semantic_ids([str(tmp_path / "v.npz")], tmp_path / "sid.parquet", levels=2, codes=8)
+    path = tmp_path / "sid.codebooks.safetensors"
+    tensors = load_file(path)
+    for change in ({"mean": tensors["mean"][:2]}, {"dims": np.array([9])}, {"level_1": np.zeros((8, 3), "f4")}):
+        save_file(tensors | change, path, {"format": "mmctr codebooks 1"})
+        with pytest.raises(ValueError, match=r"codebooks\.safetensors: .*(do not fit|writes)"):
+            Codebooks.load(path)
+    save_file({name: tensors[name] for name in tensors if name != "mean"}, path, {"format": "mmctr codebooks 1"})
+    with pytest.raises(ValueError, match=r"codebooks\.safetensors: .*(without 'mean'|writes)"):
+        Codebooks.load(path)

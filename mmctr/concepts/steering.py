@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from mmctr.files import read_json
+from mmctr.manifests import require_types
 
 
 def steering_vector(
@@ -28,6 +29,7 @@ def steering_vector(
     if not path.is_file():
         raise ValueError(f"{path}: no such file; `mmctr concepts RUN` writes it, and --more and --less need its names")
     report = read_json(path)
+    require_types(report, path, weights=(str, type(None)), dimensions=list, spread=dict)
     if weights is not None and report["weights"] != weights:
         raise ValueError(
             f"{path}: names of other weights than the vectors; run `mmctr concepts` and `mmctr embed` anew"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,9 @@ from mmctr.locks import locked
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+
+logger = logging.getLogger(__name__)
 
 
 class Catalog:
@@ -118,7 +122,8 @@ class Catalog:
         """
         texts = self.texts(columns)
         path = self.cache_path(f"tokens-{fingerprint(key, chr(0).join(texts).encode())}.npy")
-        if not path.is_file():
+        ids = _read_tokens(path, len(texts))
+        if ids is None:
             ids = tokenized(texts, tokenize).numpy()
 
             def write(temporary: Path) -> None:
@@ -126,8 +131,7 @@ class Catalog:
                     np.save(handle, ids, allow_pickle=False)
 
             replace_file(path, write)
-        ids = torch.from_numpy(np.load(path, allow_pickle=False))
-        return ids, torch.tensor([bool(text) for text in texts])
+        return torch.from_numpy(ids), torch.tensor([bool(text) for text in texts])
 
     def pictures(
         self, size: int, resize: Resize, threads: int = 2, column: str = "image", position: int = 0
@@ -242,6 +246,18 @@ class Catalog:
         table, _ = clean_items(dataset_table(dataset), "dataset")
         folder.mkdir(parents=True, exist_ok=True)
         return cls(table, folder, root)
+
+
+def _read_tokens(path: Path, num_texts: int) -> np.ndarray | None:
+    """The cached token ids (N, T); None where the cache is missing or damaged, and the tokens are made again."""
+    if not path.is_file():
+        return None
+    try:
+        ids = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        logger.warning("%s: damaged (%s); the texts are tokenized again", path, error)
+        return None
+    return ids if ids.dtype == np.int32 and ids.ndim == 2 and len(ids) == num_texts else None
 
 
 def tokenized(texts: list[str], tokenize: Callable[[list[str]], Tensor]) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,16 +21,21 @@ class Pictures:
 
     Args:
         folder: folder of a cache that `Catalog.pictures` has built.
+
+    Raises:
+        ValueError: a file of the cache is missing or damaged.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.values = np.load(folder / "values.npy", mmap_mode="r", allow_pickle=False)
-        self.index: np.ndarray = np.load(folder / "index.npy", allow_pickle=False)
+        self.values = _read(folder, "values.npy", mmap_mode="r")
+        self.index: np.ndarray = _read(folder, "index.npy")
         """(N,) int32 positions in `values`, -1 for an item without a readable picture"""
-        self.hashes: np.ndarray = np.load(folder / "hashes.npy", allow_pickle=False)
+        self.hashes: np.ndarray = _read(folder, "hashes.npy")
         """(M,) int64 hashes of the pixels, equal for equal pictures"""
         self.report: dict[str, Any] = read_json(folder / "report.json")
+        if len(self.hashes) != len(self.values) or self.index.max(initial=-1) >= len(self.values):
+            raise ValueError(f"{folder}: the files do not fit each other; delete the folder, it is made again")
 
     def __reduce__(self) -> tuple[type[Pictures], tuple[Path]]:
         return Pictures, (self.folder,)  # a worker process maps the file anew: a pickled map copies the whole file
@@ -53,6 +58,14 @@ class Pictures:
             images = np.zeros((len(position), *self.values.shape[1:]), np.uint8)
             images[has_image] = self.values[position[has_image]]
         return torch.from_numpy(images), torch.from_numpy(has_image)
+
+
+def _read(folder: Path, name: str, mmap_mode: Literal["r"] | None = None) -> np.ndarray:
+    try:
+        return np.load(folder / name, mmap_mode=mmap_mode, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{folder / name}: damaged ({reason}); delete the folder, it is made again") from None
 
 
 def reserve(path: Path, shape: tuple[int, ...], dtype: type[np.integer] = np.uint8) -> np.ndarray:

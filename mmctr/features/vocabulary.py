@@ -22,7 +22,7 @@ from mmctr.features.columns import (
 )
 from mmctr.features.crosses import HISTORY, CrossFeature
 from mmctr.features.trees import LEAVES, Trees
-from mmctr.files import read_json, write_json
+from mmctr.files import read_json, replace_file, write_json
 from mmctr.manifests import require_types
 
 
@@ -110,10 +110,12 @@ class RankingVocabulary:
     def save(self, folder: Path) -> None:
         """Write Parquet and JSON files into a folder, which is created where it does not exist."""
         folder.mkdir(parents=True, exist_ok=True)
-        pyarrow.parquet.write_table(
-            pa.table({"item_id": self.item_ids, "clicks": self.clicks}), folder / "items.parquet"
-        )
-        pyarrow.parquet.write_table(pa.table({"user_id": self.user_ids}), folder / "users.parquet")
+        tables = {
+            "items.parquet": pa.table({"item_id": self.item_ids, "clicks": self.clicks}),
+            "users.parquet": pa.table({"user_id": self.user_ids}),
+        }
+        for name, table in tables.items():
+            replace_file(folder / name, lambda path, table=table: pyarrow.parquet.write_table(table, path))
         groups = {"item": self.item, "user": self.user, "context": self.context}
         write_json(
             folder / "features.json", {g: {n: v.to_json() for n, v in group.items()} for g, group in groups.items()}

@@ -213,9 +213,17 @@ class Codebooks:
             raise ValueError(f"{path}: not a file of codebooks ({error})") from None
         if metadata.get("format") != f"mmctr codebooks {FORMAT}":
             raise ValueError(f"{path}: not a file of codebooks that `mmctr semantic-ids` writes")
-        levels = [arrays[f"level_{n}"] for n in range(sum(name.startswith("level_") for name in arrays))]
-        normalize = bool(arrays["normalize_residuals"][0])
-        return cls(arrays["mean"], arrays["scale"], arrays["dims"].tolist(), levels, normalize)
+        try:
+            levels = [arrays[f"level_{n}"] for n in range(sum(name.startswith("level_") for name in arrays))]
+            normalize = bool(arrays["normalize_residuals"][0])
+            mean, scale, dims = arrays["mean"], arrays["scale"], arrays["dims"].tolist()
+        except (KeyError, IndexError) as error:
+            raise ValueError(f"{path}: a file of codebooks without {error}; run `mmctr semantic-ids` again") from None
+        width = len(mean) if mean.ndim == 1 else -1
+        shapes = [centres.shape[1:] for centres in levels]
+        if not levels or scale.shape != (len(dims),) or sum(dims) != width or shapes != [(width,)] * len(levels):
+            raise ValueError(f"{path}: the codebooks do not fit each other; run `mmctr semantic-ids` again")
+        return cls(mean, scale, dims, levels, normalize)
 
 
 def _directed(residual: np.ndarray, normalize: bool) -> tuple[np.ndarray, np.ndarray]:
