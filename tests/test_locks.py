@@ -86,7 +86,7 @@ def test_a_claimed_folder_is_refused_for_as_long_as_a_child_lives(tmp_path):
 
 _HOLDER = (
     "import sys\nfrom pathlib import Path\nfrom mmctr.locks import hold\n"
-    "hold(Path(sys.argv[1]))\nprint('held', flush=True)\nsys.stdin.read()"
+    "import os\nhold(Path(sys.argv[1]))\nos.write(1, b'held\\n')\nsys.stdin.read()"
 )
 
 
@@ -118,9 +118,8 @@ def test_a_held_folder_is_refused_to_other_processes(tmp_path):
 
 def test_a_forked_child_does_not_hold_the_folder(tmp_path):
     """Workers that load data outlive a killed run by seconds, and the run may be started again at once."""
-    code = _HOLDER.replace(
-        "print(", "import os, time\nif os.fork() == 0:\n    print('forked', flush=True)\n    time.sleep(30)\nprint("
-    )
+    fork = "if os.fork() == 0:\n    os.write(1, b'forked\\n')\n    sys.stdin.read()\n"
+    code = _HOLDER.replace("os.write(", fork + "os.write(", 1)
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path)],
         stdin=subprocess.PIPE,

@@ -216,6 +216,8 @@ def quiet_loop(loop: asyncio.AbstractEventLoop, every: float = 60.0) -> None:
 
     def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         nonlocal last
+        if "_start_serving" in context.get("message", "") and isinstance(context.get("exception"), ValueError):
+            return  # asyncio tries to accept again a second after descriptors were short, though the server has ended
         if "out of system resource" not in context.get("message", ""):
             loop.default_exception_handler(context)
         elif time.monotonic() - last >= every:
