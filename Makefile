@@ -1,6 +1,8 @@
 # `make demo` and `make test` do all the set-up themselves: a .venv in the clone, with the package in it.
 PYTHON ?= python3
 BIN := .venv/bin
+# one more than cores, as many tests wait for processes that they start
+WORKERS = $(shell $(BIN)/python -c "import os; print(min((os.cpu_count() or 1) + 1, 4))")
 
 .PHONY: demo docs test lint clean
 
@@ -21,7 +23,7 @@ test: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile
 
 lint: .venv/installed
 	$(BIN)/ruff check --fix .
