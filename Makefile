@@ -4,7 +4,7 @@ BIN := .venv/bin
 # one more than cores, as many tests wait for processes that they start
 WORKERS = $(shell $(BIN)/python -c "import os; print(min((os.cpu_count() or 1) + 1, 4))")
 
-.PHONY: demo docs test lint clean
+.PHONY: demo docs test test-lowest lint clean
 
 # pip runs again only when pyproject.toml has changed
 .venv/installed: pyproject.toml
@@ -25,9 +25,20 @@ test: .venv/installed
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/pytest -n $(WORKERS) --dist loadfile
 
+# The lowest versions that pyproject.toml allows; not part of `make test`: another PyTorch is a download of gigabytes.
+.venv-lowest/installed: pyproject.toml tests/lowest.txt
+	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet --upgrade pip
+	.venv-lowest/bin/python -m pip install --quiet --constraint tests/lowest.txt \
+		-e ".[trackers,serve,gbdt,concepts,lora,onnx,small-pretrained]" pytest pytest-xdist httpx
+	touch $@
+
+test-lowest: .venv-lowest/installed
+	.venv-lowest/bin/python -m pytest -m lowest -n 2 --dist loadfile
+
 lint: .venv/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv demo runs site
+	rm -rf .venv .venv-lowest demo runs site

@@ -208,7 +208,11 @@ def _classified(error: Exception, data: bytes) -> PictureError:
         return PictureError("too_large", detail)
     # WebP's decoder does not say why it refuses; the container announces its length.
     short_riff = data[:4] == b"RIFF" and int.from_bytes(data[4:8], "little") + 8 > len(data)
-    if short_riff or any(word in str(error).lower() for word in ("truncat", "premature", "incomplete")):
+    # Pillow before 13 does not recognise a JPEG that was cut off within the header.
+    short_jpeg = (
+        isinstance(error, UnidentifiedImageError) and data.startswith(b"\xff\xd8\xff") and b"\xff\xd9" not in data
+    )
+    if short_riff or short_jpeg or any(word in str(error).lower() for word in ("truncat", "premature", "incomplete")):
         return PictureError("truncated", detail)
     if isinstance(error, UnidentifiedImageError):
         return PictureError("not_a_picture", f"none of {', '.join(_FORMATS)}")

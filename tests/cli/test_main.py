@@ -64,6 +64,7 @@ def test_help_does_not_import_torch():
         assert re.search(rf"^    {command}\s", done.stdout, re.MULTILINE), command
 
 
+@pytest.mark.lowest
 def test_prepare_prints_its_report(toy_folder, tmp_path, capsys):
     config = write_config(tmp_path / "p.yaml", pretrain_values(toy_folder))
     out = tmp_path / "prepared"
@@ -77,6 +78,7 @@ def test_prepare_prints_its_report(toy_folder, tmp_path, capsys):
     )
 
 
+@pytest.mark.lowest
 def test_embed_writes_the_catalog_or_another_one(runs, tmp_path, capsys):
     manifest = json.loads((runs / "embeddings" / "manifest.json").read_text())
     assert manifest["items"] == 120 and manifest["vectors"] + manifest["without content"] == 120
@@ -92,6 +94,7 @@ def test_embed_writes_the_catalog_or_another_one(runs, tmp_path, capsys):
     assert "needs a run of pretrain.train" in refused(capsys, "embed", runs / "id", "--out", tmp_path / "new")
 
 
+@pytest.mark.lowest
 def test_search_by_item_text_and_picture(runs, toy_folder, tmp_path, capsys):
     items = pq.read_table(runs / "embeddings" / "items.parquet")
     item = items["item_id"][3].as_py()
@@ -226,6 +229,7 @@ def test_an_index_is_built_merged_and_thinned_out(runs, toy_folder, tmp_path, ca
         main(["index", str(runs / "embeddings"), "--memory", "much"])
 
 
+@pytest.mark.lowest
 @pytest.mark.parametrize("name", ["id", "table", "joint", "trees"])
 def test_evaluate_gives_the_metrics_of_the_run(runs, name, tmp_path, capsys):
     numbers = json.loads(output(capsys, "evaluate", runs / name, "--out", tmp_path / "m.json"))

@@ -121,6 +121,7 @@ def runs(toy_folder, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.lowest
 @pytest.mark.slow
 def test_the_command_writes_json_and_a_page(runs, toy_folder, tmp_path, capsys):
     table = EmbeddingTable.read(runs / "emb")

@@ -174,6 +174,7 @@ def test_animation_gives_its_first_frame(kind):
     assert decoded[0].min() > 200 and decoded[2].max() < 60
 
 
+@pytest.mark.lowest
 @pytest.mark.parametrize("kind", ["JPEG", "progressive", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
 def test_truncated_files_are_errors(kind):
     options = {"progressive": True} if kind == "progressive" else {}

@@ -45,6 +45,7 @@ def test_a_list_of_categories():
     assert plain_table(pa.table({"x": column}))["x"].to_pylist() == [["a", "b"], []]
 
 
+@pytest.mark.lowest
 def test_a_dataset_of_views_and_categories(tmp_path):
     """A repeated item is set aside, for which pyarrow has no function on views."""
     columns = {

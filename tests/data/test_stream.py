@@ -130,6 +130,7 @@ def test_one_window_at_a_time_is_in_memory(tmp_path, monkeypatch):
     assert len(rows) > 30 and max(rows) == 6
 
 
+@pytest.mark.lowest
 def test_problems_are_counted_once_by_reason(tmp_path):
     columns = world(40)
     columns["image"] = [picture(colour(i), 8) for i in range(40)]

@@ -23,6 +23,7 @@ NAMES = {  # names of what has an adapter
 }
 
 
+@pytest.mark.lowest
 @pytest.mark.parametrize("name", ENCODERS)
 def test_adapters_start_as_the_tower_without_them(name):
     base, adapted = build(name), build(name, **with_modes(name, "lora", "lora"))

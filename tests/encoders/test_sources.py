@@ -67,6 +67,7 @@ def change(path: Path, **values: Any) -> None:
     path.write_text(json.dumps((json.loads(path.read_text()) if path.is_file() else {}) | values))
 
 
+@pytest.mark.lowest
 @pytest.mark.parametrize("name", ["openclip", "hf", "towers"])
 def test_a_saved_tokenizer_is_read_from_the_folder_alone(name, tmp_path, asked):
     config = with_tokenizer(name, tmp_path / "words")
@@ -137,6 +138,7 @@ def test_an_open_clip_config_of_a_folder_names_no_models_of_a_hub(tmp_path, aske
     assert not asked
 
 
+@pytest.mark.lowest
 def test_a_text_tower_of_transformers_inside_open_clip_is_saved_whole(tmp_path, asked):
     small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     BertConfig(vocab_size=len(_WORDS), **small).save_pretrained(tmp_path / "words")

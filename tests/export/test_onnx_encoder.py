@@ -82,6 +82,7 @@ def test_an_exported_run(tmp_path, capsys):
         assert facts["megabytes"] < entry["megabytes"] and facts["int8_products"] > 0 and not facts["warning"]
 
 
+@pytest.mark.lowest
 @pytest.mark.parametrize(
     ("name", "values"),
     [

@@ -125,6 +125,7 @@ def padded(feature: Any) -> Tensor:
     )
 
 
+@pytest.mark.lowest
 @pytest.mark.parametrize("name", RANKERS)
 def test_an_exported_ranker_scores_as_the_task(world, name, tmp_path, capsys):
     task = make_task(world, RANKERS[name], all_features=name in ("lr", "din"))

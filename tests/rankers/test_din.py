@@ -85,6 +85,7 @@ def test_positions_of_any_integer_type_and_none_outside(way):
         model(replace(x, history=x.history + 9))
 
 
+@pytest.mark.lowest
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("weights", ["intensity", "softmax"])
 @pytest.mark.parametrize("lengths", [[0, 0, 0], [0, 2, 0], [1]])

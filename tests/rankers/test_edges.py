@@ -51,6 +51,7 @@ def world(tmp_path_factory):
     return dataset, splits, features, RankingVocabulary.learn(dataset, splits, features)
 
 
+@pytest.mark.lowest
 @pytest.mark.parametrize("name", RANKERS)
 def test_every_ranker_takes_it(world, name):
     dataset, splits, features, vocabulary = world

@@ -92,6 +92,7 @@ def test_mistakes():
         index.search(np.ones(D), 0)
 
 
+@pytest.mark.lowest
 def test_saved_and_loaded(tmp_path):
     index = ItemIndex.build(table(manifest={"identity": {"run": "/r"}}))
     index.save(tmp_path / "index")
@@ -166,6 +167,7 @@ def overlap(found, truth):
     return np.mean([len(set(a) & set(b)) / len(b) for a, b in zip(found.tolist(), truth.tolist(), strict=True)])
 
 
+@pytest.mark.lowest
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_recall_that_was_measured_is_the_recall_there_is(indexes, kind):
     index, table = indexes[kind], clustered()
@@ -314,6 +316,7 @@ def test_changes_that_cannot_be_made(tmp_path):
         merge(parts)
 
 
+@pytest.mark.lowest
 def test_a_vector_of_zeros_is_left_out_and_named(caplog):
     """One item without a direction must not keep the others out of an index, nor out of one that grows."""
     vectors = np.array([[1, 0], [0, 0], [0, 1], [0, 0]], np.float32)
@@ -454,6 +457,7 @@ def test_the_choice_of_an_index():
         assert len(ItemIndex.build(clustered(count), Wanted()).search_item(0, 3)) == min(3, count - 1)
 
 
+@pytest.mark.lowest
 def test_columns_of_a_catalog_of_polars_and_pandas(caplog):
     """Lists of 64-bit offsets and categories are columns to filter by; what cannot be filtered by is named."""
     catalog = pa.table(

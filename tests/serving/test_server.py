@@ -53,6 +53,7 @@ def ask(client, path, body, status=200):
     return response.json()
 
 
+@pytest.mark.lowest
 def test_search_equals_the_library(client, service):
     index, searcher = service.index, service.searcher
     item = index.ids[5].as_py()
