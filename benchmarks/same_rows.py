@@ -22,7 +22,7 @@ from rankers import HERE, install, run
 
 from mmctr.data.interactions import Impressions
 from mmctr.data.prepare import Dataset, open_dataset
-from mmctr.data.splits import Splits, split_interactions
+from mmctr.data.splits import Splits
 from mmctr.evaluation.predict import full_report
 from mmctr.features.behavior_collator import behaviors_read
 from mmctr.features.ranking_data import RankingData
@@ -52,7 +52,7 @@ def log_of(part: Impressions, data: RankingData) -> Columns:
 
 def prepare(config: FinetuneConfig, folder: Path) -> Splits:
     dataset: Dataset = open_dataset(config.data.path, config.data.items)
-    splits = split_interactions(dataset.interactions, len(dataset.catalog), config.split)
+    splits = dataset.split(config.split)
     vocabulary = RankingVocabulary.learn(dataset, splits, config.task.features)
     data = RankingData(dataset, vocabulary, config.task.features, config.task.max_history)
     for name, part in (("train", splits.train), ("validation", splits.validation), ("eval", splits.test)):

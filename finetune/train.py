@@ -14,7 +14,6 @@ from typing import Any
 
 from mmctr.data.loaders import TrainBatches
 from mmctr.data.split_checks import check_labels
-from mmctr.data.splits import split_interactions
 from mmctr.evaluation.predict import predict, quick_metrics
 from mmctr.features.behavior_collator import NegativeSampler
 from mmctr.features.ranking_data import RankingData
@@ -41,7 +40,7 @@ def main(config: FinetuneConfig) -> dict[str, Any]:
     # data: the log is split first; vocabularies then hold what training rows hold
     dataset = open_run_data(config.data, run)
     item_ids = dataset.catalog.item_ids
-    splits = split_interactions(dataset.interactions, len(item_ids), config.split)
+    splits = dataset.split(config.split)
     check_labels(splits, config.data.path)
     vocabulary = RankingVocabulary.learn(dataset, splits, task_config.features)
     logger.info(f"{config.data.path}: {splits.report}")

@@ -20,6 +20,7 @@ import pyarrow.parquet
 from mmctr.data.catalog import Catalog, clean_items, dataset_table
 from mmctr.data.click_log import write_log
 from mmctr.data.interactions import AGAIN, Interactions
+from mmctr.data.splits import GivenSplit, SplitConfig, Splits, split_interactions
 from mmctr.data.tables import (
     find_table,
     one_array,
@@ -95,6 +96,19 @@ class Dataset:
             ValueError: the time is not finite or too large.
         """
         return None if at is None else scaled_time(at, self.report["interactions"]["time scale"])
+
+    def split(self, config: SplitConfig) -> Splits:
+        """Training, validation and test impressions of the click log: `split_interactions` with the columns that the
+        split reads.
+
+        Args:
+            config: the way to split.
+
+        Raises:
+            ValueError: the dataset has no click log, a part is empty, or the log lacks the column of a split `given`.
+        """
+        context = self.context if isinstance(config, GivenSplit) else None
+        return split_interactions(self.interactions, len(self.catalog), config, context)
 
     def user_row(self, user_id: Any) -> int:
         """The row of a user in `users`.

@@ -1,4 +1,5 @@
-"""Splits of a click log into training, validation and test impressions: by time, by cold items, or in stages.
+"""Splits of a click log into training, validation and test impressions: by time, by cold items, in stages, or as a
+column of the log says.
 
 Rows with equal times: `temporal` keeps a moment together. The cuts by user and by item fall between rows of one moment
 where the fractions say so, in the order of a hash of (user, item, time): no result depends on the order in which a file
@@ -13,11 +14,13 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
+import pyarrow as pa
 from pydantic import Field, model_validator
 
 from mmctr.config import Config
 from mmctr.data.hashing import tie_hashes
 from mmctr.data.interactions import Impressions, Interactions
+from mmctr.data.tables import value_codes
 
 
 class TemporalSplit(Config):
@@ -116,7 +119,50 @@ class StagedSplit(Config):
         return self
 
 
-SplitConfig = Annotated[TemporalSplit | ColdItemsSplit | StagedSplit, Field(discriminator="name")]
+class GivenSplit(Config):
+    """The parts that a column of the click log names, such as the published split of a public dataset. Cold items are
+    items without a training row.
+
+    A history holds clicks of the same user at a strictly earlier time. Training histories hold training rows and
+    history rows alone; validation histories no test row. Rows that are set aside are in no part and in no history.
+    Whether the training rows are earlier than the test rows is up to the column: `metrics.json` counts, under `split`,
+    the training rows that are not.
+    """
+
+    name: Literal["given"] = "given"
+    column: str = "split"
+    """column of the interactions table that names the part of each row"""
+    train: list[str] = ["train"]
+    """values of the training rows"""
+    validation: list[str] = ["validation", "valid", "val", "dev"]
+    """values of the validation rows"""
+    test: list[str] = ["test"]
+    """values of the test rows"""
+    history: list[str] = ["history"]
+    """values of rows that are read in histories, and neither trained nor tested"""
+    aside: list[str] = ["aside"]
+    """values of rows that are set aside; rows without a value are set aside as well"""
+    validation_fraction: float | None = Field(default=None, gt=0, lt=1)
+    """for a column without validation rows: fraction of the training rows of each user that is used for validation
+    instead, the latest ones"""
+    hide_cold: bool = False
+    """no history holds a cold item, as in the split `cold_items`; for a column that holds items out of training"""
+
+    @property
+    def parts(self) -> dict[str, list[str]]:
+        """The values of the column for each part."""
+        return {name: getattr(self, name) for name in ("train", "validation", "test", "history", "aside")}
+
+    @model_validator(mode="after")
+    def _one_part_a_value(self) -> Self:
+        values = [value for listed in self.parts.values() for value in listed]
+        repeated = sorted({value for value in values if values.count(value) > 1})
+        if repeated:
+            raise ValueError(f"{repeated[0]!r} is listed for two parts; a value of the column names one part")
+        return self
+
+
+SplitConfig = Annotated[TemporalSplit | ColdItemsSplit | StagedSplit | GivenSplit, Field(discriminator="name")]
 
 
 @dataclass(frozen=True)
@@ -151,20 +197,26 @@ class Splits:
 
 
 def split_interactions(
-    log: Interactions, num_items: int, config: TemporalSplit | ColdItemsSplit | StagedSplit
+    log: Interactions,
+    num_items: int,
+    config: TemporalSplit | ColdItemsSplit | StagedSplit | GivenSplit,
+    context: pa.Table | None = None,
 ) -> Splits:
     """Cut a click log into training, validation and test impressions without leaking the future or the cold items.
+
+    `Dataset.split` does the same for a dataset, with the columns that the split needs.
 
     Args:
         log: the interactions of a dataset.
         num_items: N, number of items of the catalog.
         config: the way to split, and the fractions of the parts.
+        context: the further columns of the log, in the order of `log`; needed by the split `given` alone.
 
     Returns:
         The three parts, with the history of every impression, and the number of training rows of every item.
 
     Raises:
-        ValueError: a part is empty.
+        ValueError: a part is empty; for the split `given`, the column is missing or holds a value of no part.
 
     Example:
         ```python
@@ -192,6 +244,15 @@ def split_interactions(
         keep_train, keep_validation, keep_test = train, old, old
         used = sum(int(rows.sum()) for rows in (old, test, *stages.values()))  # the masks are disjoint
         aside = {"rows of items too rare to be new": len(log) - used}
+    elif isinstance(config, GivenSplit):
+        train, validation, test, history, aside = _given_rows(log, context, config)
+        keep_train, keep_validation = train | history, train | history | validation
+        keep_test = keep_validation | test
+        if config.hide_cold:
+            is_warm = np.bincount(log.item[train], minlength=num_items) > 0
+            keep_train, keep_validation, keep_test = (
+                keep & is_warm[log.item] for keep in (keep_train, keep_validation, keep_test)
+            )
     else:
         cold, validation_cold = _cold_items(log, num_items, config)
         position, size = log.user_position()
@@ -215,9 +276,12 @@ def split_interactions(
     staged = {name: _impressions(log, rows, keep_test) for name, rows in stages.items()}
     for name, part in parts.items():
         if not len(part):
-            raise ValueError(
-                f"split {config.name!r}: no {name} rows among {len(log)} interactions; change its fractions"
-            )
+            remedy = "change its fractions"
+            if isinstance(config, GivenSplit):
+                remedy = f"column {config.column!r} has no row for it"
+                if name == "validation":
+                    remedy += ": set split.validation_fraction=0.1 to take the latest training rows of each user"
+            raise ValueError(f"split {config.name!r}: no {name} rows among {len(log)} interactions; {remedy}")
     seen = np.bincount(parts["train"].item, minlength=num_items)
     clicks = np.bincount(parts["train"].item, weights=parts["train"].label, minlength=num_items).astype(np.int64)
     report: dict[str, Any] = {
@@ -225,10 +289,53 @@ def split_interactions(
         for name, part in parts.items()
     }
     report |= {"items seen in training": int((seen > 0).sum()), "set aside": aside}
+    if isinstance(config, GivenSplit):
+        first_test = log.time[parts["test"].source].min()
+        not_before = int((log.time[parts["train"].source] >= first_test).sum())
+        report["training rows not before the first test row"] = not_before
     if staged:
         report["stages"] = {n: {"rows": len(part), "positives": int(part.label.sum())} for n, part in staged.items()}
         report["new items"] = len(np.unique(parts["test"].item))
     return Splits(**parts, seen=seen, clicks=clicks, report=report, stages=staged)
+
+
+def _given_rows(
+    log: Interactions, context: pa.Table | None, config: GivenSplit
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, int]]:
+    """(n,) masks of training, validation, test and history rows by a column of the log, and counts of the other rows.
+
+    Raises:
+        ValueError: the column is missing, or holds a value of no part.
+    """
+    source = "split 'given': the interactions table"
+    if context is None:
+        raise ValueError(f"{source}: the column {config.column!r} is needed; give `context`, or use `Dataset.split`")
+    codes, values = value_codes(context, config.column, source)
+    part_of = {value: part for part, listed in config.parts.items() for value in listed}
+    for code, value in enumerate(values):
+        if value not in part_of:
+            raise ValueError(
+                f"{source}: column {config.column!r} holds {value!r} ({int((codes == code).sum())} rows), which is "
+                f"the value of no part; list it under split.train, validation, test, history or aside"
+            )
+    names = list(config.parts)
+    # the code -1 of a row without a value picks the last entry
+    part = np.array([names.index(part_of[value]) for value in values] + [-1], np.int8)[codes]
+    train, validation, test, history, set_aside = (part == number for number in range(len(names)))
+    if config.validation_fraction is not None:
+        if validation.any():
+            raise ValueError(
+                f"split.validation_fraction: column {config.column!r} has {int(validation.sum())} validation rows of "
+                f"its own; leave the fraction out, or list their values under split.train"
+            )
+        validation = _latest_of_users(log, train, config.validation_fraction)
+        train = train & ~validation
+    aside = {
+        "rows that are history alone": int(history.sum()),
+        "rows that the column sets aside": int(set_aside.sum()),
+        f"rows without a value in {config.column!r}": int((part < 0).sum()),
+    }
+    return train, validation, test, history, aside
 
 
 def _impressions(log: Interactions, rows: np.ndarray, keep: np.ndarray) -> Impressions:

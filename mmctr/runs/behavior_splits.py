@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 from mmctr.data.embeddings import read_identity
 from mmctr.data.interactions import Interactions
 from mmctr.data.prepare import Dataset
-from mmctr.data.splits import SplitConfig, Splits, split_interactions
+from mmctr.data.splits import SplitConfig, Splits
 from mmctr.run_folder import RunFolder
 from mmctr.runs.config import PretrainConfig
 
@@ -89,7 +89,7 @@ def check_behavior_splits(known: BehaviorSplits, dataset: Dataset, splits: Split
             continue
         config = TypeAdapter(SplitConfig).validate_python(entry["split"])
         read = np.zeros(len(log), bool)
-        read[split_interactions(log, len(dataset.catalog), config).train.source] = True
+        read[dataset.split(config).train.source] = True
         for name, impressions in parts.items():
             rows = np.concatenate([part.source for part in impressions])
             cold = np.unique(log.item[rows])

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from mmctr.data.embeddings import read_tables
 from mmctr.data.interactions import Impressions, Interactions
 from mmctr.data.prepare import Dataset
-from mmctr.data.splits import Splits, split_interactions
+from mmctr.data.splits import Splits
 from mmctr.embedders.item_embedder import ContentTable
 from mmctr.evaluation.predict import embed_catalog
 from mmctr.features.behavior_collator import BehaviorCollator
@@ -136,7 +136,7 @@ def ranking_data(task: RankingTask, dataset: Dataset) -> RankingData:
 
 def splits_of_run(run: Path, dataset: Dataset) -> Splits:
     """The training, validation and test impressions of a run, by the split of the config of the run."""
-    return split_interactions(dataset.interactions, len(dataset.catalog), split_config(run))
+    return dataset.split(split_config(run))
 
 
 def load_encoder(run: Path) -> PretrainTask:

@@ -20,7 +20,7 @@ from mmctr.data.loaders import BatchPlan, TrainBatches
 from mmctr.data.pairs import ClickedQueries, CoClicks, GroupMates, PairCollator, PartnerSampler, ShownNotClicked
 from mmctr.data.prepare import Dataset
 from mmctr.data.shards import ShardedItems
-from mmctr.data.splits import SplitConfig, Splits, split_interactions
+from mmctr.data.splits import SplitConfig, Splits
 from mmctr.data.stream import StoredItems, StreamBatches, StreamContent, StreamPlan
 from mmctr.data.tables import as_text, require_columns, value_codes
 from mmctr.evaluation.pretraining import ValidationCoClicks, ValidationItems
@@ -160,7 +160,7 @@ class PretrainData:
 
         splits = None
         try:
-            splits = split_interactions(dataset.interactions, len(catalog), split)
+            splits = dataset.split(split)
         except ValueError:  # no log, or a log too small to split: only objectives on behaviour need the log
             if objectives.read_behavior:
                 raise

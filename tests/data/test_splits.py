@@ -3,13 +3,22 @@ from __future__ import annotations
 import logging
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from mmctr.config import Config
 from mmctr.data.hashing import tie_hashes
 from mmctr.data.interactions import Impressions, Interactions
 from mmctr.data.split_checks import check_labels
-from mmctr.data.splits import ColdItemsSplit, SplitConfig, Splits, StagedSplit, TemporalSplit, split_interactions
+from mmctr.data.splits import (
+    ColdItemsSplit,
+    GivenSplit,
+    SplitConfig,
+    Splits,
+    StagedSplit,
+    TemporalSplit,
+    split_interactions,
+)
 from tests.helpers.worlds import clicks_before, log_of, random_log
 
 NUM_ITEMS = 30
@@ -315,3 +324,79 @@ def test_shares_of_positives_that_differ_are_said(caplog):
         check_labels(split_interactions(late, NUM_ITEMS * 4, ColdItemsSplit()), "shop")
     (message,) = caplog.messages
     assert message.startswith("shop: the share of positives differs: 4") and "0.0% of test rows" in message
+
+
+def given_parts(num_rows: int, seed: int = 0) -> np.ndarray:
+    """The part of each row of a log, drawn at random: what a published split may look like."""
+    names = ["train", "valid", "test", "history", "aside", None]
+    return np.random.default_rng(seed).choice(np.array(names, object), num_rows, p=[0.5, 0.1, 0.2, 0.1, 0.05, 0.05])
+
+
+@pytest.mark.parametrize("hide_cold", [False, True])
+def test_a_given_split_is_that_of_the_column(hide_cold):
+    log = random_log(seed=7)
+    part = given_parts(len(log))
+    part[(log.item < 5) & (part == "train")] = "aside"  # five cold items
+    splits = split_interactions(log, NUM_ITEMS, GivenSplit(hide_cold=hide_cold), pa.table({"split": part}))
+    seen = np.isin(np.arange(NUM_ITEMS), log.item[part == "train"])
+    assert not seen[:5].any() and seen[5:].all() and ((splits.seen > 0) == seen).all()
+    visible = seen[log.item] | (not hide_cold)
+    histories = {
+        "train": np.isin(part, ["train", "history"]),
+        "validation": np.isin(part, ["train", "valid", "history"]),
+        "test": np.isin(part, ["train", "valid", "test", "history"]),
+    }
+    for name, column in (("train", "train"), ("validation", "valid"), ("test", "test")):
+        found = parts_of(splits)[name]
+        assert found.source.tolist() == np.flatnonzero(part == column).tolist()
+        keep = histories[name] & visible
+        assert [history(found, i) for i in range(len(found))] == [clicks_before(log, i, keep) for i in found.source]
+    late = (part == "train") & (log.time >= log.time[part == "test"].min())
+    assert splits.report["training rows not before the first test row"] == late.sum() > 0
+    assert splits.report["set aside"] == {
+        "rows that are history alone": (part == "history").sum(),
+        "rows that the column sets aside": (part == "aside").sum(),
+        "rows without a value in 'split'": sum(value is None for value in part),
+    }
+
+
+def test_a_given_split_by_numbers_and_without_validation_rows():
+    log = random_log(seed=8)
+    fold = np.random.default_rng(1).integers(0, 3, len(log))
+    config = GivenSplit(column="fold", train=["0", "2"], test=["1"], validation_fraction=0.25)
+    splits = split_interactions(log, NUM_ITEMS, config, pa.table({"fold": fold}))
+    assert splits.test.source.tolist() == np.flatnonzero(fold == 1).tolist()
+    rest = np.flatnonzero(fold != 1)
+    assert sorted([*splits.train.source, *splits.validation.source]) == rest.tolist()
+    for user in np.unique(log.user[rest]):
+        rows = rest[log.user[rest] == user]  # in the order of time
+        taken = len(rows) - int(np.ceil(len(rows) * 0.75 - 1e-9))
+        assert np.isin(rows, splits.validation.source).tolist() == [i >= len(rows) - taken for i in range(len(rows))]
+
+
+@pytest.mark.parametrize(
+    ("values", "config", "message"),
+    [
+        ({"part": "train"}, GivenSplit(), "interactions table: column 'split' is missing"),
+        (
+            {"split": "training"},
+            GivenSplit(),
+            r"column 'split' holds 'training' \(\d+ rows\), which is the value of no",
+        ),
+        ({"split": "train"}, GivenSplit(), r"no validation rows among \d+ interactions; column 'split' has no row for"),
+        ({"split": "valid"}, GivenSplit(), "no train rows among"),
+        (
+            {"split": "valid"},
+            GivenSplit(validation_fraction=0.1),
+            r"validation_fraction: .* validation rows of its own",
+        ),
+        (None, GivenSplit(), "column 'split' is needed; give `context`"),
+    ],
+)
+def test_what_is_wrong_with_a_given_split_is_said(values, config, message):
+    log = random_log()
+    context = None if values is None else pa.table({name: [value] * len(log) for name, value in values.items()})
+    with pytest.raises(ValueError, match=message):
+        split_interactions(log, NUM_ITEMS, config, context)
+    with pytest.raises(ValueError, match="'test' is listed for two parts"):
+        GivenSplit(validation=["test"])
