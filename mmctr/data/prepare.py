@@ -296,7 +296,8 @@ def _read_items(path: Path, items: str | None) -> tuple[pa.Table, str]:
         file = find_table(path, "items")
         if file is None:
             raise ValueError(
-                f"{path}: no items.parquet, items.csv or items.jsonl; or name a `datasets` dataset with --items"
+                f"{path}: no items.parquet, items.csv, items.tsv or items.jsonl; or name a `datasets` dataset with "
+                "--items"
             )
         return read_table(file, ("item_id",)), str(file)
     import datasets

@@ -1,42 +1,35 @@
-"""Reading of the tables of a dataset folder: Parquet, CSV or JSON lines files, with ids as they are written."""
+"""Reading of the tables of a dataset folder: Parquet, CSV, TSV or JSON lines, in one file or in parts, with ids as they
+are written."""
 
 from __future__ import annotations
 
 import difflib
-import gzip
-import logging
 import os
 import re
-import zlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-from pyarrow import csv, json, parquet
+from pyarrow import parquet
 
 from mmctr.data.arrow import pc
 from mmctr.data.plain_tables import plain_table
+from mmctr.data.text_tables import COMPRESSIONS, ID_COLUMNS, TO_UTF8, read_text_table, require_distinct_columns
 from mmctr.errors import UnknownId
 
-logger = logging.getLogger(__name__)
-
-ID_COLUMNS = ("item_id", "user_id")
-TEXT_COLUMNS = ("title", "description", "category", "brand", "shop", "image")
-"""columns of a CSV file that are read as text, not as numbers: a title may be "1984", a brand "007" """
-SUFFIXES = (".parquet", ".csv", ".csv.gz", ".jsonl", ".jsonl.gz")
+SUFFIXES = (".parquet", *(f".{form}{end}" for form in ("csv", "tsv", "jsonl") for end in ("", *COMPRESSIONS)))
 """endings of the files that are read as tables, in lower or upper case"""
 _OTHERS = re.compile(
-    r"\.(tsv|txt|json|ndjson|xlsx?|ods|feather|arrow|ipc|orc|avro|pq|pkl|pickle|npz|h5|db|sqlite|sql"
+    r"\.(txt|json|ndjson|xlsx?|ods|feather|arrow|ipc|orc|avro|pq|pkl|pickle|npz|h5|db|sqlite|sql"
     r"|zip|tar|gz|tgz|bz2|xz|zst|7z)$"
 )
 """endings of tables in formats that are not read"""
 
 
 def find_table(folder: Path, stem: str) -> Path | None:
-    """The file of one table of a dataset folder: `stem` with an ending of `SUFFIXES`, or a folder `stem.parquet` of
-    Parquet files, as Spark writes it.
+    """The file of one table of a dataset folder: `stem` with an ending of `SUFFIXES`, or a folder of that name with the
+    parts of the table, as Spark writes it.
 
     Args:
         folder: the dataset folder.
@@ -52,18 +45,17 @@ def find_table(folder: Path, stem: str) -> Path | None:
     if not folder.is_dir():
         return None
     names = [folder / name for name in sorted(os.listdir(folder)) if name.lower().startswith(stem)]
-    files = [path for path in names if path.name.lower() in [stem + suffix for suffix in SUFFIXES]]
-    # CSV and JSON lines are single files
-    found = [path for path in files if path.is_file() or (path.is_dir() and table_format(path) == "parquet")]
+    found = [path for path in names if path.name.lower() in [stem + suffix for suffix in SUFFIXES] and path.exists()]
     if len(found) > 1:
         raise ValueError(f"{folder}: both {found[0].name} and {found[1].name} are there; keep one")
     if found:
         return found[0]
-    other = [path for path in names if path in files or _is_other_table(path, stem)]
+    other = [path for path in names if _is_other_table(path, stem)]
     if other:
         raise ValueError(
-            f"{other[0]}: a table in a form that is not read; write it as {stem}.parquet (a file, or a folder of "
-            f"Parquet files), {stem}.csv or {stem}.jsonl, the last two plain or as .gz, or rename it"
+            f"{other[0]}: a table in a form that is not read; write it as {stem}.parquet, {stem}.csv, {stem}.tsv or "
+            f"{stem}.jsonl (a file, or a folder of that name with files of that form; all but Parquet plain, as .gz or "
+            f"as .zst), or rename it"
         )
     return None
 
@@ -77,23 +69,26 @@ def _is_other_table(path: Path, stem: str) -> bool:
 
 
 def table_format(path: Path) -> Literal["parquet", "csv", "jsonl"] | None:
-    """The format of a table by the ending of the name; None for a name with another ending."""
-    name = path.name.lower().removesuffix(".gz")
+    """The format of a table by the ending of the name: "csv" for TSV as well; None for a name with another ending."""
+    name = path.name.lower()
     if name.endswith(".parquet"):
         return "parquet"
-    return "csv" if name.endswith(".csv") else "jsonl" if name.endswith(".jsonl") else None
+    if not name.endswith(SUFFIXES):
+        return None
+    return "jsonl" if ".jsonl" in name[-len(".jsonl.zst") :] else "csv"
 
 
 def read_table(path: Path, required: tuple[str, ...] = ()) -> pa.Table:
     """Read one table, with plain types (`mmctr.data.plain_tables`).
 
     Args:
-        path: a file with an ending of `SUFFIXES`, or a folder of Parquet files.
+        path: a file with an ending of `SUFFIXES`, or a folder with such an ending that holds the parts of the table in
+            the order of the names, all with the same columns.
         required: columns that the table must have.
 
     Raises:
-        ValueError: the file cannot be read, a column name repeats, or a required column is missing; the message names
-            the file and the column name most similar to the missing one.
+        ValueError: a file cannot be read, the columns of two parts differ, a column name repeats, or a required column
+            is missing; the message names the file and the column name most similar to the missing one.
     """
     form = table_format(path)
     if form is None:
@@ -102,69 +97,62 @@ def read_table(path: Path, required: tuple[str, ...] = ()) -> pa.Table:
         if form == "parquet":
             table = parquet.read_table(path)
         else:
-            table = _read_text(path, _read_csv if form == "csv" else _read_json)
-    except UnicodeDecodeError as error:  # of the column names
-        raise ValueError(f"{path}: the column names are not UTF-8 ({error}); {_TO_UTF8}") from None
-    except (pa.ArrowException, OSError, EOFError, zlib.error) as error:
-        remedy = f"; {_TO_UTF8}" if "UTF8" in str(error) else ""
-        raise ValueError(f"{path}: cannot be read as {form}: {error}{remedy}") from None
-    repeated = [name for name in table.column_names if table.column_names.count(name) > 1]
-    if repeated:
-        raise ValueError(f"{path}: column {repeated[0]!r} is there {repeated.count(repeated[0])} times; keep one")
+            table = _joined([(part, read_text_table(part, form)) for part in _parts_of(path, form)])
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path}: cannot be read as {form}: {error}") from None
+    require_distinct_columns(table, path)
     if form == "csv":
+        for index, name in enumerate(table.column_names):
+            if name in ID_COLUMNS:
+                table = table.set_column(index, name, _integers_if_exact(table.column(index)))
         binary = [field.name for field in table.schema if pa.types.is_binary(field.type)]
         if binary:  # what pyarrow makes of text that is not UTF-8
-            raise ValueError(f"{path}: column {binary[0]!r} holds text that is not UTF-8; {_TO_UTF8}")
+            raise ValueError(f"{path}: column {binary[0]!r} holds text that is not UTF-8; {TO_UTF8}")
     require_columns(table, required, path)
     return plain_table(table)
 
 
-_TO_UTF8 = "save the file as UTF-8 (iconv -f latin1 -t utf-8 OLD > NEW, for example)"
+def _parts_of(path: Path, form: str) -> list[Path]:
+    """The files of a table: the file, or the files of a folder in the order of the names. Hidden files, and files like
+    `_SUCCESS`, are no parts.
+
+    Raises:
+        ValueError: the folder holds a file of another form, or no file.
+    """
+    if not path.is_dir():
+        return [path]
+    parts = sorted(part for part in path.rglob("*") if part.is_file() and not part.name.startswith((".", "_")))
+    for part in parts:
+        if table_format(part) != form:
+            raise ValueError(f"{part}: a file of another form in a table of {form} files; move it elsewhere")
+    if not parts:
+        raise ValueError(f"{path}: the folder holds no {form} file; put the parts of the table there")
+    return parts
 
 
-def _read_text(path: Path, read: Callable[[Any, int], pa.Table]) -> pa.Table:
-    """Read a CSV or JSON lines file, compressed or not, in blocks; as one block where rows need that."""
-    with open(path, "rb") as file:
-        head = file.read(2)
-    if head in (b"\xff\xfe", b"\xfe\xff"):
-        raise ValueError(f"{path}: the text is UTF-16; save the file as UTF-8")
-    # the first bytes say whether the file is compressed: programs unpack files and keep the name, or the reverse
-    compressed = head == b"\x1f\x8b"
-    if compressed and not path.name.lower().endswith(".gz"):
-        logger.warning("%s: the file is compressed by gzip, though the name does not end in .gz; read so", path)
+def _joined(parts: list[tuple[Path, pa.Table]]) -> pa.Table:
+    """The rows of the parts of a table one after the other.
+
+    Raises:
+        ValueError: the columns of two parts differ, or a column holds text in one part and numbers in another.
+    """
+    first_path, first = parts[0]
+    if len(parts) == 1:
+        return first
+    for path, table in parts[1:]:
+        differ = sorted(set(table.column_names) ^ set(first.column_names))
+        if differ:
+            raise ValueError(
+                f"{path}: the columns differ from those of {first_path.name} ({', '.join(differ)}); give all parts of "
+                f"a table the same columns"
+            )
     try:
-        with pa.input_stream(str(path), compression="gzip" if compressed else None) as stream:
-            return read(stream, 1 << 20)
-    except pa.ArrowInvalid:
-        # a row longer than a block, or a column that changes its type later on: the whole file as one block
-        if compressed:
-            with gzip.open(path) as unpacked:
-                data = unpacked.read()
-            return read(pa.BufferReader(data), min(max(len(data) + 1, 1 << 20), 2**31 - 1))
-        with pa.input_stream(str(path), compression=None) as stream:
-            return read(stream, min(max(path.stat().st_size + 1, 1 << 20), 2**31 - 1))
-
-
-def _read_csv(file: Any, block_size: int) -> pa.Table:
-    # ids are read as text first: type inference would turn "007" into 7
-    table = csv.read_csv(
-        file,
-        read_options=csv.ReadOptions(block_size=block_size),
-        convert_options=csv.ConvertOptions(
-            column_types=dict.fromkeys((*ID_COLUMNS, *TEXT_COLUMNS), pa.string()),
-            strings_can_be_null=True,
-            null_values=["", "null", "NaN", "nan"],
-        ),
-        parse_options=csv.ParseOptions(newlines_in_values=True),
-    )
-    for index, name in enumerate(table.column_names):
-        if name in ID_COLUMNS:
-            table = table.set_column(index, name, _integers_if_exact(table.column(index)))
-    return table
-
-
-def _read_json(file: Any, block_size: int) -> pa.Table:
-    return json.read_json(file, read_options=json.ReadOptions(block_size=block_size))
+        return pa.concat_tables([table for _, table in parts], promote_options="permissive")
+    except pa.ArrowException as error:
+        raise ValueError(
+            f"{first_path.parent}: a column has types that do not fit each other in different parts ({error}); write "
+            f"it in one type"
+        ) from None
 
 
 def typed_id(item_id: Any, ids: pa.Array) -> Any:

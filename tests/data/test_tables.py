@@ -73,7 +73,59 @@ def test_a_folder_of_parquet_files_as_spark_writes_it(tmp_path):
     assert read_table(folder, ("item_id",))["item_id"].to_pylist() == [1, 2, 3]
 
 
-@pytest.mark.parametrize("name", ["items.tsv", "items.xlsx", "items.json", "ITEMS.csv.zip", "items.csv/", "items/"])
+PARTS = {
+    "csv": ["item_id,n,size\n007,1,\n", "item_id,n,size\n8,2.5,XL\n"],
+    "tsv": ["item_id\tn\tsize\n007\t1\t\n", "item_id\tn\tsize\n8\t2.5\tXL\n"],
+    "jsonl": ['{"item_id": "007", "n": 1, "size": null}\n', '{"item_id": "8", "n": 2.5, "size": "XL"}\n'],
+}
+
+
+@pytest.mark.parametrize("form", PARTS)
+@pytest.mark.parametrize("compression", [None, "gz", "zst"])
+def test_a_folder_of_parts_is_read_as_one_table(tmp_path, form, compression):
+    """Types are those of all parts together: "8" is text beside "007", and a column may be empty in one part."""
+    ending = f".{compression}" if compression else ""
+    folder = tmp_path / f"items.{form}{ending}"
+    (folder / "dt=1").mkdir(parents=True)
+    for number, text in enumerate(PARTS[form]):
+        data = text.encode()
+        if compression:
+            data = pa.compress(data, codec={"gz": "gzip", "zst": "zstd"}[compression], asbytes=True)
+        (folder / "dt=1" / f"part-{number}.{form}{ending}").write_bytes(data)
+    (folder / "_SUCCESS").write_bytes(b"")
+    (folder / ".part-0.crc").write_bytes(b"x")
+    assert find_table(tmp_path, "items") == folder
+    expected = {"item_id": ["007", "8"], "n": [1, 2.5], "size": [None, "XL"]}
+    assert read_table(folder, ("item_id",)).to_pydict() == expected
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, r"items\.csv: the folder holds no csv file"),
+        (
+            {"a.csv": "item_id,x\n1,2\n", "b.csv": "item_id,y\n1,2\n"},
+            r"b\.csv: the columns differ from .*a\.csv \(x, y\)",
+        ),
+        ({"a.csv": "item_id\n1\n", "b.jsonl": '{"item_id": 1}'}, r"b\.jsonl: a file of another form in a table of csv"),
+        (
+            {"a.csv": "item_id,x\n1,2\n", "b.csv": "item_id,x\n1,XL\n"},
+            r"items\.csv: a column has types that do not fit",
+        ),
+        ({"a.csv": "item_id,x\n1,2\n", "b.csv": "item_id,x\n1\n"}, r"b\.csv: cannot be read as csv"),
+        ({"a.csv": "x,x\n1,2\n", "b.csv": "x,x\n1,2\n"}, r"a\.csv: column 'x' is there 2 times"),
+    ],
+)
+def test_parts_that_do_not_fit_each_other_are_named(tmp_path, files, message):
+    folder = tmp_path / "items.csv"
+    folder.mkdir()
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_table(folder)
+
+
+@pytest.mark.parametrize("name", ["items.txt", "items.xlsx", "items.json", "ITEMS.csv.zip", "items/"])
 def test_a_table_in_another_form_is_named_and_not_taken_for_absent(tmp_path, name):
     if name.endswith("/"):
         (tmp_path / name).mkdir()
