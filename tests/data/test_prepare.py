@@ -271,7 +271,7 @@ def test_a_folder_that_is_no_dataset(tmp_path):
     with pytest.raises(ValueError, match="nowhere: no such dataset folder"):
         open_dataset(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"empty: no items\.parquet, items\.csv or items\.jsonl"):
+    with pytest.raises(ValueError, match=r"empty: no items\.parquet, items\.csv, items\.tsv or items\.jsonl"):
         open_dataset(tmp_path / "empty")
 
 
