@@ -25,13 +25,18 @@ test: .venv/installed
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/pytest -n $(WORKERS) --dist loadfile
 
-# The lowest versions that pyproject.toml allows; not part of `make test`: another PyTorch is a download of gigabytes.
+# The lowest versions that pyproject.toml allows; part of `make test` in CI alone: another PyTorch is gigabytes.
 .venv-lowest/installed: pyproject.toml tests/lowest.txt
 	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/python -m pip install --quiet --upgrade pip
 	.venv-lowest/bin/python -m pip install --quiet --constraint tests/lowest.txt \
 		-e ".[trackers,serve,gbdt,concepts,lora,onnx,small-pretrained]" pytest pytest-xdist httpx
 	touch $@
+
+# CI=true, as CI services set it, adds these tests to `make test`
+ifeq ($(CI),true)
+test: test-lowest
+endif
 
 test-lowest: .venv-lowest/installed
 	.venv-lowest/bin/python -m pytest -m lowest -n 2 --dist loadfile
