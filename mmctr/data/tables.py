@@ -206,13 +206,21 @@ def require_columns(table: pa.Table, required: tuple[str, ...] | list[str], path
         path: name of the file or table, for the error message.
 
     Raises:
-        ValueError: a column is missing; the message suggests the most similar column name.
+        ValueError: columns are missing; the message names all of them and the most similar column names.
     """
-    for name in required:
-        if name not in table.column_names:
-            near = difflib.get_close_matches(name, table.column_names, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"columns there: {', '.join(table.column_names)}"
-            raise ValueError(f"{path}: column {name!r} is missing; {hint}")
+    missing = [name for name in required if name not in table.column_names]
+    if not missing:
+        return
+    near = {
+        name: found[0] for name in missing if (found := difflib.get_close_matches(name, table.column_names, 1, 0.5))
+    }
+    there = f"columns there: {', '.join(table.column_names)}"
+    if len(missing) == 1:
+        hint = f"did you mean {near[missing[0]]!r}?" if near else there
+        raise ValueError(f"{path}: column {missing[0]!r} is missing; {hint}")
+    meant = [f"did you mean {found!r} for {name!r}?" for name, found in near.items()]
+    listed = ", ".join(map(repr, missing))
+    raise ValueError(f"{path}: columns {listed} are missing; {'; '.join([*meant, there])}")
 
 
 def _integers_if_exact(column: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -20,7 +20,7 @@ from mmctr.data.loaders import BatchPlan, TrainBatches
 from mmctr.data.pairs import ClickedQueries, CoClicks, GroupMates, PairCollator, PartnerSampler, ShownNotClicked
 from mmctr.data.prepare import Dataset
 from mmctr.data.shards import ShardedItems
-from mmctr.data.splits import SplitConfig, Splits
+from mmctr.data.splits import GivenSplit, SplitConfig, Splits
 from mmctr.data.stream import StoredItems, StreamBatches, StreamContent, StreamPlan
 from mmctr.data.tables import as_text, require_columns, value_codes
 from mmctr.evaluation.pretraining import ValidationCoClicks, ValidationItems
@@ -162,7 +162,7 @@ class PretrainData:
         try:
             splits = dataset.split(split)
         except ValueError:  # no log, or a log too small to split: only objectives on behaviour need the log
-            if objectives.read_behavior:
+            if objectives.read_behavior or isinstance(split, GivenSplit):  # a column that is named must be there
                 raise
         values = {
             name: as_text(catalog.table.column(name)).take(pa.array(validation_rows)).to_pylist() for name in attributes

@@ -203,6 +203,9 @@ def test_missing_and_repeated_columns(tmp_path):
         read_table(path, ("item_id",))
     with pytest.raises(ValueError, match=r"column 'timestamp' is missing; columns there: itemid, x"):
         read_table(path, ("timestamp",))
+    both = r"columns 'item_id', 'label' are missing; did you mean 'itemid' for 'item_id'\?; columns there: itemid, x$"
+    with pytest.raises(ValueError, match=both):
+        read_table(path, ("item_id", "x", "label"))
     (tmp_path / "t.csv").write_text("item_id,a,item_id\n1,2,3\n")
     with pytest.raises(ValueError, match=r"t\.csv: column 'item_id' is there 2 times; keep one"):
         read_table(tmp_path / "t.csv")

@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 
 from mmctr.data.prepare import open_dataset
-from mmctr.data.splits import ColdItemsSplit, split_interactions
+from mmctr.data.splits import ColdItemsSplit, GivenSplit, SplitConfig, split_interactions
 from mmctr.evaluation.pretraining import ValidationCoClicks, evaluate_pretraining
 from mmctr.evaluation.probes import (
     coclick_auc,
@@ -26,14 +26,14 @@ from tests.tasks.test_pretrain import pretrain_task
 SPLIT = ColdItemsSplit(cold=0.2, validation_cold=0.1)
 
 
-def data_of(folder, task, seed=0, attributes=(), **config) -> PretrainData:
+def data_of(folder, task, seed=0, attributes=(), split: SplitConfig = SPLIT, **config) -> PretrainData:
     dataset = open_dataset(folder)
     content = item_content(dataset, DataConfig(path=str(folder), **config), task, Accelerator(cpu=True))
     return PretrainData.make(
         dataset,
         content,
         task,
-        SPLIT,
+        split,
         validation=0.15,
         same=["text", "image"],
         attributes=attributes,
@@ -173,6 +173,11 @@ def test_what_the_dataset_lacks_is_said(toy_folder, objectives, message):
         return
     with pytest.raises(ValueError, match=message):
         data_of(toy_folder, task)
+
+
+def test_a_split_by_a_column_that_is_not_there_is_said_without_behavior_too(toy_folder):
+    with pytest.raises(ValueError, match="column 'fold' is missing"):
+        data_of(toy_folder, pretrain_task(), split=GivenSplit(column="fold"))
 
 
 def test_a_log_without_pairs_is_said(tmp_path):
