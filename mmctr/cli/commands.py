@@ -13,7 +13,7 @@ def prepare(arguments: argparse.Namespace) -> None:
     """`mmctr prepare`: prepare a dataset folder, and print the report."""
     from mmctr.data.prepare import prepare
 
-    dataset = prepare(arguments.dataset, arguments.out, arguments.items)
+    dataset = prepare(arguments.dataset, arguments.out, arguments.items, arguments.schema)
     report: dict[str, Any] = dict(dataset.report)
     pictures = {(size, arguments.image_resize) for size in arguments.image_size}
     if arguments.config:

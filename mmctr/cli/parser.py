@@ -40,8 +40,9 @@ def _add_prepare(subparsers: Commands) -> None:
         commands.prepare,
         "check a dataset folder once, report what was rejected and why, build caches",
     )
-    sub.add_argument("dataset", type=path, help="folder with items.*, and optionally interactions.*, users.*, images/")
+    sub.add_argument("dataset", type=path, help="folder with items.*, interactions.*, users.*, or with a dataset.yaml")
     sub.add_argument("--out", type=path, required=True, help="prepared folder to write; give it as data.path")
+    sub.add_argument("--schema", type=path, help="description of the files, instead of the dataset.yaml in the folder")
     sub.add_argument(
         "--items", type=path, help="take the catalog from a `datasets` dataset: a name, name:split, or a saved folder"
     )

@@ -10,19 +10,19 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from mmctr.data.arrow import pc
+from mmctr.data.dataset_files import SourceTable
 from mmctr.data.interactions import Interactions
 from mmctr.data.split_checks import log_notes
-from mmctr.data.tables import as_ids, examples, one_array, read_table, rows_of, same_kind, table_format
+from mmctr.data.tables import as_ids, examples, one_array, rows_of, same_kind
 from mmctr.data.times import read_times
 
 
-def write_log(log: pa.Table, log_path: Path, users_path: Path | None, items: pa.Table, folder: Path) -> dict[str, Any]:
+def write_log(source: SourceTable, users_table: SourceTable | None, items: pa.Table, folder: Path) -> dict[str, Any]:
     """Check, sort and write a click log: `interactions/`, `context.parquet` and `users.parquet`.
 
     Args:
-        log: the log as read, with `user_id`, `item_id`, `timestamp`, `label` and further columns.
-        log_path: the file of the log, for error messages.
-        users_path: the users table; None where the dataset has none.
+        source: the log as read, with `user_id`, `item_id`, `timestamp`, `label` and further columns.
+        users_table: the users; None where the dataset has none.
         items: the items of the catalog, with `item_id`.
         folder: the folder to write into.
 
@@ -32,6 +32,7 @@ def write_log(log: pa.Table, log_path: Path, users_path: Path | None, items: pa.
     Raises:
         ValueError: a column is malformed, or no row is left; the message names the file, the column and the remedy.
     """
+    log, log_path = source.table, source.name
     users = as_ids(log.column("user_id"), "user_id", log_path)
     item_ids = as_ids(log.column("item_id"), "item_id", log_path)
     item = rows_of(item_ids, one_array(items.column("item_id")), f"{log_path} and the items table")
@@ -57,7 +58,7 @@ def write_log(log: pa.Table, log_path: Path, users_path: Path | None, items: pa.
 
     known_users = pc.unique(users.filter(pa.array(ok)))
     known_users = known_users.take(pc.sort_indices(known_users))
-    user = rows_of(users, known_users, str(log_path))
+    user = rows_of(users, known_users, log_path)
     picked = np.flatnonzero(ok)
     # the same user, item and moment twice: one impression, clicked if either was
     order = picked[np.lexsort((-label[picked].astype(np.int64), item[picked], time[picked], user[picked]))]
@@ -74,13 +75,13 @@ def write_log(log: pa.Table, log_path: Path, users_path: Path | None, items: pa.
     interactions.save(folder / "interactions")
     extra = log.drop_columns(["user_id", "item_id", "timestamp", "label"]).take(pa.array(rows[sorting]))
     pyarrow.parquet.write_table(extra, folder / "context.parquet")
-    users_table, strangers = _users_table(users_path, known_users, table_format(log_path) == "csv")
-    pyarrow.parquet.write_table(users_table, folder / "users.parquet")
+    known_table, strangers = _known_users(users_table, known_users, source.ids_from_text)
+    pyarrow.parquet.write_table(known_table, folder / "users.parquet")
     positives = int(interactions.label.sum())
     notes = list(times.notes)
-    if len(strangers) == len(known_users):
+    if users_table is not None and len(strangers) == len(known_users):
         notes.append(
-            f"no user of the log is in {users_path}: all columns of users are empty; ids of the log look like "
+            f"no user of the log is in {users_table.name}: all columns of users are empty; ids of the log look like "
             f"{known_users[0].as_py()!r}"
         )
     return {
@@ -88,7 +89,7 @@ def write_log(log: pa.Table, log_path: Path, users_path: Path | None, items: pa.
         "kept": len(interactions),
         "positives": positives,
         "users": len(known_users),
-        **({} if users_path is None else {"users without a row in the users table": _counted(strangers)}),
+        **({} if users_table is None else {"users without a row in the users table": _counted(strangers)}),
         "time scale": times.scale,
         "items with interactions": len(np.unique(interactions.item)),
         "set aside": aside,
@@ -104,23 +105,24 @@ def _counted(ids: pa.Array) -> dict[str, Any]:
     return {"count": len(ids), "examples": examples(ids)}
 
 
-def _users_table(users_path: Path | None, known_users: pa.Array, log_is_csv: bool) -> tuple[pa.Table, pa.Array]:
+def _known_users(
+    users: SourceTable | None, known_users: pa.Array, log_ids_from_text: bool
+) -> tuple[pa.Table, pa.Array]:
     """The columns of the users of the log, and the ids of users that the users table lacks."""
-    if users_path is None:
+    if users is None:
         return pa.table({"user_id": known_users}), known_users[:0]
-    table = read_table(users_path, ("user_id",))
-    table = same_kind(table, users_path, "user_id", known_users.type)
-    ids = as_ids(table.column("user_id"), "user_id", users_path)
-    if pa.types.is_integer(known_users.type) and pa.types.is_string(ids.type) and log_is_csv:
+    table = same_kind(users.table, users.ids_from_text, "user_id", known_users.type)
+    ids = as_ids(table.column("user_id"), "user_id", users.name)
+    if pa.types.is_integer(known_users.type) and pa.types.is_string(ids.type) and log_ids_from_text:
         known_users = known_users.cast(pa.string())
     # of a repeated user the first row counts; users that are missing from the table get nulls
-    rows = rows_of(known_users, ids, f"{users_path} and the interactions table")
+    rows = rows_of(known_users, ids, f"{users.name} and the interactions table")
     index = pa.array(np.where(rows < 0, 0, rows), mask=rows < 0)
     columns = {name: table.column(name).take(index) for name in table.column_names if name != "user_id"}
     return pa.table({"user_id": known_users, **columns}), known_users.filter(pa.array(rows < 0))
 
 
-def _labels(column: pa.ChunkedArray, path: Path) -> tuple[np.ndarray, np.ndarray]:
+def _labels(column: pa.ChunkedArray, path: str) -> tuple[np.ndarray, np.ndarray]:
     """(n,) uint8 labels and the (n,) bool mask of rows with a label. Raises ValueError for labels but 0 and 1."""
     try:
         values = column.cast(pa.float64()).to_numpy()

@@ -43,7 +43,8 @@ def join_item_tables(dataset: Dataset, paths: list[str]) -> Dataset:
         path = Path(name)
         if not path.exists() or table_format(path) is None:
             raise ValueError(f"data.item_tables: {path}: no such file; give files that end in {', '.join(SUFFIXES)}")
-        other = same_kind(read_table(path, ("item_id",)), path, "item_id", catalog.item_ids.type)
+        other = read_table(path, ("item_id",))
+        other = same_kind(other, table_format(path) == "csv", "item_id", catalog.item_ids.type)
         taken = [column for column in other.column_names if column != "item_id" and column in table.column_names]
         if taken:
             raise ValueError(

@@ -9,7 +9,7 @@ order) and `users.parquet` (one row per user). Caches of pictures and tokens are
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,11 @@ import pyarrow.parquet
 
 from mmctr.data.catalog import Catalog, clean_items, dataset_table
 from mmctr.data.click_log import write_log
+from mmctr.data.dataset_files import DatasetFiles, SourceTable
+from mmctr.data.description import DESCRIPTION
 from mmctr.data.interactions import AGAIN, Interactions
 from mmctr.data.splits import GivenSplit, SplitConfig, Splits, split_interactions
 from mmctr.data.tables import (
-    find_table,
     one_array,
     read_table,
     rows_of,
@@ -154,8 +155,9 @@ def open_dataset(path: str | Path, items: str | None = None) -> Dataset:
     The cache is `$MMCTR_CACHE`, else `~/.cache/mmctr`; a dataset is prepared again when one of the tables has changed.
 
     Args:
-        path: a folder of `mmctr prepare`, or a dataset folder with `items.parquet` and optionally
-            `interactions.parquet` and `users.parquet` (or the other forms that `mmctr.data.tables.find_table` reads).
+        path: a folder of `mmctr prepare`; or a dataset folder with `items.parquet` and optionally
+            `interactions.parquet` and `users.parquet` (or the other forms that `mmctr.data.tables.find_table` reads),
+            or with a `dataset.yaml` that describes other files; or such a description.
         items: a `datasets` dataset to read the items from instead: a Hub name, `NAME:SPLIT`, or a folder written by
             `save_to_disk`.
 
@@ -176,21 +178,23 @@ def open_dataset(path: str | Path, items: str | None = None) -> Dataset:
     path = user_path(path)
     if (path / MANIFEST).is_file():
         return _load(path)
-    if not path.is_dir() and items is None:
+    if not path.exists() and items is None:
         raise ValueError(f"{path}: no such dataset folder")
-    cache = cache_folder()
-    folder = cache / f"{path.resolve().name or 'dataset'}-{_source_key(path, items)}"
-    return _load(folder) if _is_sound(folder, _source_key(path, items)) else prepare(path, folder, items)
+    files = DatasetFiles.at(path)
+    key = _source_key(files, items)
+    folder = cache_folder() / f"{files.folder.resolve().name or 'dataset'}-{key}"
+    return _load(folder) if _is_sound(folder, key) else _locked_prepare(files, folder, items)
 
 
-def prepare(path: str | Path, out: str | Path, items: str | None = None) -> Dataset:
+def prepare(path: str | Path, out: str | Path, items: str | None = None, schema: str | Path | None = None) -> Dataset:
     """Check a dataset folder and write a prepared folder; a finished prepared folder of an unchanged dataset is reused.
 
     Args:
-        path: the dataset folder.
+        path: the dataset folder, or a description of one.
         out: the prepared folder to write.
         items: a `datasets` dataset to read the items from instead of `path/items.*`: a Hub name, `NAME:SPLIT`, or a
             folder written by `save_to_disk`.
+        schema: a description of the files of the folder, instead of a `dataset.yaml` in the folder.
 
     Raises:
         ValueError: a table is missing or malformed, or `out` holds other files; the message names the file, the column
@@ -199,31 +203,43 @@ def prepare(path: str | Path, out: str | Path, items: str | None = None) -> Data
     path, out = user_path(path), user_path(out)
     if (path / MANIFEST).is_file():
         raise ValueError(f"{path}: is a prepared folder already; use it as it is, or name the dataset it was made from")
+    return _locked_prepare(DatasetFiles.at(path, None if schema is None else user_path(schema)), out, items)
+
+
+def _locked_prepare(files: DatasetFiles, out: Path, items: str | None) -> Dataset:
     with locked(out):
-        return _prepare(path, out, items)
+        return _prepare(files, out, items)
 
 
-def _prepare(path: Path, out: Path, items: str | None) -> Dataset:
-    key = _source_key(path, items)
+def _prepare(files: DatasetFiles, out: Path, items: str | None) -> Dataset:
+    key = _source_key(files, items)
     if _is_sound(out, key):
         return _load(out)
     require_replaceable(out, MANIFEST, (*_WRITTEN, *(f"{name}*" for name in _CACHES)), "prepared dataset")
 
-    items_table, items_name = _read_items(path, items)
-    catalog_table, report = clean_items(items_table, items_name)
+    path = files.folder
+    tables = files.read(without_items=items is not None)
+    if items is not None:
+        tables["items"] = SourceTable(_loaded_items(items), f"--items {items}", ids_from_text=False)
+    if "items" not in tables:
+        raise ValueError(
+            f"{path}: no items.parquet, items.csv, items.tsv or items.jsonl, and no {DESCRIPTION}; or name a `datasets`"
+            f" dataset with --items"
+        )
+    catalog_table, report = clean_items(tables["items"].table, tables["items"].name)
     result: dict[str, Any] = {"source": str(path), "items": report}
-    log_path, users_path = find_table(path, "interactions"), find_table(path, "users")
-    log = read_table(log_path, ("user_id", "item_id", "timestamp", "label")) if log_path else None
+    log = tables.get("interactions")
     if log is not None:
         # ids of a CSV that look like integers are text where the ids of the other table are text
-        items_path = find_table(path, "items") if items is None else None
-        log = same_kind(log, log_path, "item_id", catalog_table.schema.field("item_id").type)
-        catalog_table = same_kind(catalog_table, items_path, "item_id", log.schema.field("item_id").type)
+        kind = catalog_table.schema.field("item_id").type
+        log = replace(log, table=same_kind(log.table, log.ids_from_text, "item_id", kind))
+        kind = log.table.schema.field("item_id").type
+        catalog_table = same_kind(catalog_table, tables["items"].ids_from_text, "item_id", kind)
 
     def write(folder: Path) -> None:
         pyarrow.parquet.write_table(catalog_table, folder / "items.parquet", row_group_size=10_000)
-        if log is not None and log_path is not None:
-            result["interactions"] = write_log(log, log_path, users_path, catalog_table, folder)
+        if log is not None:
+            result["interactions"] = write_log(log, tables.get("users"), catalog_table, folder)
         write_json(folder / "report.json", result)
         root = str(path.resolve()) if path.is_dir() else None
         files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
@@ -276,14 +292,13 @@ def _root(value: str | None, source: Path) -> Path | None:
     return root
 
 
-def _source_key(path: Path, items: str | None) -> str:
+def _source_key(source: DatasetFiles, items: str | None) -> str:
     """A fingerprint that changes with any table of the dataset (pictures are checked when they are decoded)."""
-    tables = [find_table(path, stem) for stem in ("items", "interactions", "users")] if path.is_dir() else []
+    files = source.all_files(without_items=items is not None)
     if items is not None and Path(_name_and_split(items)[0]).is_dir():
-        tables += sorted(file for file in Path(_name_and_split(items)[0]).rglob("*") if file.is_file())
-    files = [file for table in tables if table for file in (sorted(table.rglob("*")) if table.is_dir() else [table])]
-    stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
-    return fingerprint(FORMAT, str(path.resolve()), items, stats)
+        files += sorted(file for file in Path(_name_and_split(items)[0]).rglob("*") if file.is_file())
+    stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return fingerprint(FORMAT, str(source.folder.resolve()), items, stats)
 
 
 def _name_and_split(items: str) -> tuple[str, str]:
@@ -291,15 +306,8 @@ def _name_and_split(items: str) -> tuple[str, str]:
     return (name, split) if name else (items, "train")
 
 
-def _read_items(path: Path, items: str | None) -> tuple[pa.Table, str]:
-    if items is None:
-        file = find_table(path, "items")
-        if file is None:
-            raise ValueError(
-                f"{path}: no items.parquet, items.csv, items.tsv or items.jsonl; or name a `datasets` dataset with "
-                "--items"
-            )
-        return read_table(file, ("item_id",)), str(file)
+def _loaded_items(items: str) -> pa.Table:
+    """The items of a `datasets` dataset."""
     import datasets
 
     name, split = _name_and_split(items)
@@ -311,4 +319,4 @@ def _read_items(path: Path, items: str | None) -> tuple[pa.Table, str]:
         if split not in loaded:
             raise ValueError(f"--items {items}: has splits {', '.join(map(str, loaded))}; write {name}:SPLIT")
         loaded = loaded[split]
-    return dataset_table(loaded), f"--items {items}"
+    return dataset_table(loaded)

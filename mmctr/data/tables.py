@@ -97,24 +97,38 @@ def read_table(path: Path, required: tuple[str, ...] = ()) -> pa.Table:
         if form == "parquet":
             table = parquet.read_table(path)
         else:
-            table = _joined([(part, read_text_table(part, form)) for part in _parts_of(path, form)])
+            table = joined_parts([(part, read_text_table(part, form)) for part in parts_of_table(path, form)])
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path}: cannot be read as {form}: {error}") from None
     require_distinct_columns(table, path)
     if form == "csv":
         for index, name in enumerate(table.column_names):
             if name in ID_COLUMNS:
-                table = table.set_column(index, name, _integers_if_exact(table.column(index)))
-        binary = [field.name for field in table.schema if pa.types.is_binary(field.type)]
-        if binary:  # what pyarrow makes of text that is not UTF-8
-            raise ValueError(f"{path}: column {binary[0]!r} holds text that is not UTF-8; {TO_UTF8}")
+                table = table.set_column(index, name, integers_if_exact(table.column(index)))
+        require_utf8(table, path)
     require_columns(table, required, path)
     return plain_table(table)
 
 
-def _parts_of(path: Path, form: str) -> list[Path]:
+def require_utf8(table: pa.Table, path: Path) -> None:
+    """Check that pyarrow has read no column of a CSV file as bytes, which text that is not UTF-8 becomes.
+
+    Raises:
+        ValueError: a column holds bytes.
+    """
+    binary = [field.name for field in table.schema if pa.types.is_binary(field.type)]
+    if binary:
+        raise ValueError(f"{path}: column {binary[0]!r} holds text that is not UTF-8; {TO_UTF8}")
+
+
+def parts_of_table(path: Path, form: str, any_ending: bool = False) -> list[Path]:
     """The files of a table: the file, or the files of a folder in the order of the names. Hidden files, and files like
     `_SUCCESS`, are no parts.
+
+    Args:
+        path: a file, or a folder of files.
+        form: the format of the files, as of `table_format`.
+        any_ending: take files of any ending for files of this format.
 
     Raises:
         ValueError: the folder holds a file of another form, or no file.
@@ -123,15 +137,18 @@ def _parts_of(path: Path, form: str) -> list[Path]:
         return [path]
     parts = sorted(part for part in path.rglob("*") if part.is_file() and not part.name.startswith((".", "_")))
     for part in parts:
-        if table_format(part) != form:
+        if table_format(part) != form and not any_ending:
             raise ValueError(f"{part}: a file of another form in a table of {form} files; move it elsewhere")
     if not parts:
         raise ValueError(f"{path}: the folder holds no {form} file; put the parts of the table there")
     return parts
 
 
-def _joined(parts: list[tuple[Path, pa.Table]]) -> pa.Table:
+def joined_parts(parts: list[tuple[Path, pa.Table]]) -> pa.Table:
     """The rows of the parts of a table one after the other.
+
+    Args:
+        parts: the file and the rows of each part, one part at least.
 
     Raises:
         ValueError: the columns of two parts differ, or a column holds text in one part and numbers in another.
@@ -174,19 +191,19 @@ def typed_id(item_id: Any, ids: pa.Array) -> Any:
         raise UnknownId(f"item {item_id!r}: ids here are integers{like}") from None
 
 
-def same_kind(table: pa.Table, path: Path | None, name: str, kind: pa.DataType) -> pa.Table:
-    """A table of a CSV file with integer ids converted to text where the ids of the other table are text.
+def same_kind(table: pa.Table, ids_from_text: bool, name: str, kind: pa.DataType) -> pa.Table:
+    """A table of a file without types, with integer ids converted to text where the ids of the other table are text.
 
     A CSV file has no types: "8" is the text "8" when the ids of the catalog include "007".
 
     Args:
-        table: a table that was read from `path`.
-        path: the file; only tables of CSV files are changed.
+        table: the table.
+        ids_from_text: whether the types of the ids were guessed from text; other tables are not changed.
         name: name of the id column.
         kind: type of the ids of the other table.
     """
     index = table.column_names.index(name)
-    if path is None or table_format(path) != "csv" or not _is_text(kind) or _is_text(table.schema.field(index).type):
+    if not ids_from_text or not _is_text(kind) or _is_text(table.schema.field(index).type):
         return table
     return table.set_column(index, name, table.column(index).cast(pa.string()))
 
@@ -195,6 +212,10 @@ def _is_text(kind: pa.DataType) -> bool:
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+class MissingColumns(ValueError):
+    """A table lacks columns."""
 
 
 def require_columns(table: pa.Table, required: tuple[str, ...] | list[str], path: Path | str) -> None:
@@ -206,7 +227,7 @@ def require_columns(table: pa.Table, required: tuple[str, ...] | list[str], path
         path: name of the file or table, for the error message.
 
     Raises:
-        ValueError: columns are missing; the message names all of them and the most similar column names.
+        MissingColumns: the message names all of them and the most similar column names.
     """
     missing = [name for name in required if name not in table.column_names]
     if not missing:
@@ -217,13 +238,13 @@ def require_columns(table: pa.Table, required: tuple[str, ...] | list[str], path
     there = f"columns there: {', '.join(table.column_names)}"
     if len(missing) == 1:
         hint = f"did you mean {near[missing[0]]!r}?" if near else there
-        raise ValueError(f"{path}: column {missing[0]!r} is missing; {hint}")
+        raise MissingColumns(f"{path}: column {missing[0]!r} is missing; {hint}")
     meant = [f"did you mean {found!r} for {name!r}?" for name, found in near.items()]
     listed = ", ".join(map(repr, missing))
-    raise ValueError(f"{path}: columns {listed} are missing; {'; '.join([*meant, there])}")
+    raise MissingColumns(f"{path}: columns {listed} are missing; {'; '.join([*meant, there])}")
 
 
-def _integers_if_exact(column: pa.ChunkedArray) -> pa.ChunkedArray:
+def integers_if_exact(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """Text ids as int64 when every id is written exactly as the integer would be written, or every id as the float
     `7.0`, which pandas makes of integers in a column with gaps; else unchanged."""
     if pc.all(pc.match_substring_regex(column, r"^(-?[1-9][0-9]{0,15}|0)\.0$")).as_py():

@@ -9,9 +9,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from mmctr.data.arrow import pc
+from mmctr.data.description import TimeSource
+
 FRACTIONS = 1_000_000
 """factor by which times with fractions are multiplied, so that millionths of the unit order rows"""
-_EPOCHS = {
+_ISO = r"^\d{4}-\d\d-\d\d([ T]\d\d:\d\d(:\d\d(\.\d{1,9})?)?)?(Z|[+-]\d\d(:?\d\d)?)?$"
+EPOCHS = {
     "seconds": (1e8, 1e11),
     "milliseconds": (1e11, 1e14),
     "microseconds": (1e14, 1e17),
@@ -34,7 +38,7 @@ class Times:
     """one line for each peculiarity that a reader of the report should know"""
 
 
-def read_times(column: pa.ChunkedArray, path: Path) -> Times:
+def read_times(column: pa.ChunkedArray, path: Path | str) -> Times:
     """The times of a log as integers.
 
     Integers and timestamps keep the unit of the column; dates become milliseconds. Floats with fractions become
@@ -87,15 +91,24 @@ def _notes(values: np.ndarray, kind: pa.DataType) -> list[str]:
             notes.append(
                 f"times are stored as {kind}, which rounds them to multiples of {step:g}; store integers or float64"
             )
-    counts = {
-        unit: number
-        for unit, (begin, end) in _EPOCHS.items()
-        if (number := int(np.count_nonzero((values >= begin) & (values < end))))
-    }
+    counts = unit_counts(values)
     if len(counts) > 1:
         parts = ", ".join(f"{number} like {unit}" for unit, number in counts.items())
         notes.append(f"times look like several units since 1970: {parts}; write all times in one unit")
     return notes
+
+
+def unit_counts(values: np.ndarray) -> dict[str, int]:
+    """The number of times that look like each unit since 1970; units without a time are left out.
+
+    Args:
+        values: (n,) numbers.
+    """
+    return {
+        unit: number
+        for unit, (begin, end) in EPOCHS.items()
+        if (number := int(np.count_nonzero((values >= begin) & (values < end))))
+    }
 
 
 def scaled_time(at: float, scale: int) -> int:
@@ -111,3 +124,83 @@ def scaled_time(at: float, scale: int) -> int:
     if not math.isfinite(at) or abs(at) * scale >= 2**63:
         raise ValueError(f"at: {at!r} is no time; write it in the unit of the column timestamp of the log")
     return int(at) * scale if isinstance(at, int) else math.floor(at * scale)
+
+
+def described_times(column: pa.ChunkedArray, time: TimeSource | None, what: str) -> pa.ChunkedArray:
+    """A column of times as numbers or timestamps.
+
+    Args:
+        column: numbers, timestamps, dates or text.
+        time: how the times are written; None: as the type of the column says, and text as ISO 8601 in UTC.
+        what: name of the column, for error messages.
+
+    Returns:
+        Text, dates and timestamps as timestamps in microseconds, UTC; numbers with a unit as timestamps of the unit;
+        other numbers as they are. Text that does not fit the format is null, and so is set aside and counted.
+
+    Raises:
+        ValueError: no text fits the format, or numbers are of several units.
+    """
+    time = time or TimeSource(column="")
+    if pa.types.is_timestamp(column.type) or pa.types.is_date(column.type):  # pyarrow finds such text in CSV files
+        zone = column.type.tz if pa.types.is_timestamp(column.type) else None
+        return _in_utc(column.cast(pa.timestamp("us", zone), safe=False), time.time_zone, what)
+    if pa.types.is_string(column.type):
+        return _times_of_text(column, time, what)
+    if time.format:
+        column = column.cast(pa.string())  # such as 20191112 for %Y%m%d
+        return _times_of_text(column, time, what)
+    if pa.types.is_integer(column.type) or pa.types.is_floating(column.type):
+        counts = unit_counts(column.drop_null().to_numpy())
+        if len(counts) > 1:
+            parts = ", ".join(f"{number} like {unit}" for unit, number in counts.items())
+            raise ValueError(f"{what}: times of several units since 1970: {parts}; write all times in one unit")
+        if time.unit:
+            wanted = dict(zip(("s", "ms", "us", "ns"), EPOCHS, strict=True))[time.unit]
+            if counts and wanted not in counts:
+                raise ValueError(
+                    f"{what}: the unit is said to be {time.unit}, but times look like {next(iter(counts))}"
+                )
+            whole = pc.floor(column) if pa.types.is_floating(column.type) else column
+            return whole.cast(pa.int64()).cast(pa.timestamp(time.unit, "UTC"))
+    return column
+
+
+def _times_of_text(column: pa.ChunkedArray, time: TimeSource, what: str) -> pa.ChunkedArray:
+    text = pc.utf8_trim_whitespace(column)
+    if time.format:
+        times = pc.strptime(text, format=time.format, unit="us", error_is_null=True)
+        wanted = f"the format {time.format!r}"
+    else:
+        wanted = "ISO 8601, such as 2020-09-16T12:30:00"
+        text = pc.if_else(pc.match_substring_regex(text, _ISO), text, None)
+        zoned = pc.match_substring_regex(text, r"(Z|:\d\d[+-]\d\d(:?\d\d)?)$")
+        if pc.any(zoned).as_py():
+            plain = pc.if_else(zoned, None, text)
+            return pc.coalesce(
+                _cast(pc.if_else(zoned, text, None), pa.timestamp("us", "UTC"), what),
+                _in_utc(_cast(plain, pa.timestamp("us"), what), time.time_zone, what),
+            )
+        times = _cast(text, pa.timestamp("us"), what)
+    if times.null_count == len(times) > column.null_count:
+        example = column.drop_null()[0].as_py()
+        raise ValueError(f"{what}: no text is written in {wanted}; the first one is {example!r}; say `format` and such")
+    return _in_utc(times, time.time_zone, what)
+
+
+def _cast(text: pa.ChunkedArray, kind: pa.DataType, what: str) -> pa.ChunkedArray:
+    try:
+        return text.cast(kind)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{what}: {error}") from None
+
+
+def _in_utc(times: pa.ChunkedArray, time_zone: str, what: str) -> pa.ChunkedArray:
+    """Local times as times in UTC; the hour that a clock shows twice is the first, one that is skipped the later."""
+    if isinstance(times.type, pa.TimestampType) and times.type.tz is not None:
+        return times.cast(pa.timestamp("us", "UTC"))
+    try:
+        local = pc.assume_timezone(times, time_zone, ambiguous="earliest", nonexistent="latest")
+    except (pa.ArrowException, KeyError) as error:
+        raise ValueError(f"{what}: time zone {time_zone!r}: {error}") from None
+    return local.cast(pa.timestamp("us", "UTC"))
