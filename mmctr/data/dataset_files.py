@@ -75,7 +75,9 @@ class DatasetFiles:
                 return []
             return sorted(path for path in found.rglob("*") if path.is_file()) if found.is_dir() else [found]
         described = getattr(self.description, stem)
-        return [] if described is None else described_files(described, self.folder, f"{self.source}: {stem}")
+        if described is None:
+            return []
+        return [file for file, _ in described_files(described, self.folder, f"{self.source}: {stem}")]
 
     def all_files(self, without_items: bool = False) -> list[Path]:
         """The description and the files of all tables.

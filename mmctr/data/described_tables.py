@@ -6,12 +6,14 @@ import re
 import string
 from pathlib import Path, PurePosixPath
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
 from mmctr.data.arrow import pc
 from mmctr.data.description import (
     IdSource,
+    ImpressionsSource,
     InteractionsDescription,
     ItemsDescription,
     PictureSource,
@@ -33,14 +35,15 @@ from mmctr.data.tables import (
     require_utf8,
     table_format,
 )
-from mmctr.data.text_tables import TextFormat, read_text_table
+from mmctr.data.text_tables import TEXT_COLUMNS, TextFormat, read_text_table
 from mmctr.data.times import described_times
 
 _PARTITION = re.compile(r"^([A-Za-z_]\w*)=(.+)$")
 
 
-def described_files(description: TableDescription, folder: Path, source: str) -> list[Path]:
-    """The files of a described table, in the order in which they are read.
+def described_files(description: TableDescription, folder: Path, source: str) -> list[tuple[Path, str | None]]:
+    """The files of a described table, in the order in which they are read, each with the part of the split that the
+    description names for the file.
 
     Args:
         description: the description of the table.
@@ -50,8 +53,8 @@ def described_files(description: TableDescription, folder: Path, source: str) ->
     Raises:
         ValueError: a pattern leads out of the folder, or no file fits a pattern.
     """
-    files: list[Path] = []
-    for pattern in description.patterns:
+    files: list[tuple[Path, str | None]] = []
+    for split, pattern in description.patterns:
         parts = PurePosixPath(pattern).parts
         if not parts or PurePosixPath(pattern).is_absolute() or ".." in parts or "\\" in pattern:
             raise ValueError(
@@ -64,7 +67,7 @@ def described_files(description: TableDescription, folder: Path, source: str) ->
             raise ValueError(f"{source}.files: no file fits {pattern!r} in {folder}")
         for path in found:
             form = _format(description, path, source)
-            files += parts_of_table(path, form, any_ending=description.format is not None)
+            files += [(file, split) for file in parts_of_table(path, form, description.format is not None)]
     return files
 
 
@@ -102,19 +105,22 @@ def read_described(
         description.encoding,
         tuple(description.columns) if description.columns else None,
         description.quotes,
-        frozenset(description.rename.get(name, name) for name in text),
+        frozenset(description.rename.get(name, name) for name in (*text, *TEXT_COLUMNS)),
     )
     parts = []
-    for file in files:
+    for file, split in files:
         form = _format(description, file, source)
         part = _read_parquet(file) if form == "parquet" else read_text_table(file, form, text_format)
-        parts.append((file, _with_partitions(part, file, folder)))
+        part = _with_partitions(part, file, folder)
+        if split is not None:
+            part = _set(part, "split", pa.chunked_array([pa.repeat(pa.scalar(split), len(part))]))
+        parts.append((file, part))
     table = joined_parts(parts)
-    if _format(description, files[0], source) == "csv":
-        require_utf8(table, files[0])
+    if _format(description, files[0][0], source) == "csv":
+        require_utf8(table, files[0][0])
     old = list(description.rename.values())
     in_files = {description.rename.get(name, name) for name in needed - description.constants.keys()}
-    require_columns(table, sorted(in_files | set(old)), f"{source} ({files[0].name})")
+    require_columns(table, sorted(in_files | set(old)), f"{source} ({files[0][0].name})")
     table = plain_table(table)
     for new, column in description.rename.items():
         if new in table.column_names:
@@ -172,15 +178,18 @@ def read_interactions(description: InteractionsDescription, folder: Path, source
     Raises:
         ValueError: files or columns are missing or malformed.
     """
-    time = description.timestamp if isinstance(description.timestamp, TimeSource) else None
-    time_column = time.column if time else str(description.timestamp)
-    needed, text = {time_column}, {time_column} if time and time.format else set()
-    for ids in (description.user_id, description.item_id):
+    time = description.timestamp
+    time = TimeSource(column=time) if isinstance(time, str) else time
+    needed = {time.column} if time.column is not None else set()
+    text = set(needed) if time.format else set()
+    for ids in [description.user_id] if description.impressions else [description.user_id, description.item_id]:
         columns, as_read = _of_ids(ids)
         needed, text = needed | columns, text | as_read
-    expressions = dict(description.labels) | (
-        {"label": description.label} if isinstance(description.label, str) else {}
-    )
+    expressions = dict(description.labels)
+    if description.impressions is not None:
+        needed, text = needed | {description.impressions.column}, text | {description.impressions.column}
+    elif isinstance(description.label, str):
+        expressions["label"] = description.label
     for expression in expressions.values():
         needed |= columns_of(expression)
     weight = description.weight
@@ -189,19 +198,52 @@ def read_interactions(description: InteractionsDescription, folder: Path, source
     table = read_described(description, folder, source, needed, text)
 
     values = {name: _label(evaluate(text_of, table, source)) for name, text_of in expressions.items()}
-    if not isinstance(description.label, str):
-        values["label"] = pa.chunked_array([pa.repeat(pa.scalar(description.label), len(table))])
     if isinstance(weight, WeightSource):
         values["weight"] = _weights(weight, table)
-    times = described_times(table.column(time_column), time, f"{source}: column {time_column!r}")
+    if time.column is None:
+        values["timestamp"] = pa.chunked_array([pa.array(np.arange(len(table)))])
+    else:
+        values["timestamp"] = described_times(table.column(time.column), time, f"{source}: column {time.column!r}")
+        table = table.drop_columns([time.column])
     table = _with_ids(table, "user_id", description.user_id, source)
-    table = _with_ids(table, "item_id", description.item_id, source)
-    table = _set(table.drop_columns([time_column]) if time_column in table.column_names else table, "timestamp", times)
     if isinstance(weight, str):
         table = _moved(table, "weight", weight)
     for name, value in values.items():
         table = _set(table, name, value)
-    return table
+    if description.impressions is not None:
+        return _rows_of_impressions(table, description.impressions, source)
+    if not isinstance(description.label, str):
+        table = _set(table, "label", pa.chunked_array([pa.repeat(pa.scalar(description.label), len(table))]))
+    return _with_ids(table, "item_id", description.item_id, source)
+
+
+def _rows_of_impressions(table: pa.Table, impressions: ImpressionsSource, source: str) -> pa.Table:
+    """A row for each item of each impression, with `item_id`, `label` and the columns of the impression."""
+    column = as_text(table.column(impressions.column))
+    if "impression_id" not in table.column_names:
+        table = table.append_column("impression_id", pa.array(np.arange(len(table))))
+    lists = one_array(pc.split_pattern(column, impressions.separator))
+    pairs, rows = pc.list_flatten(lists), pc.list_parent_indices(lists)
+    filled = pc.greater(pc.utf8_length(pairs), 0)  # two separators after each other hold nothing
+    pairs, rows = pairs.filter(filled), rows.filter(filled)
+    cut = pc.split_pattern(pairs, impressions.label_separator, max_splits=1, reverse=True)
+    whole = pc.equal(pc.list_value_length(cut), 2)
+    if not pc.all(whole).as_py():
+        example = pairs.filter(pc.invert(whole))[0].as_py()
+        raise ValueError(
+            f"{source}.impressions: column {impressions.column!r} holds {example!r}, which is not an item, "
+            f"{impressions.label_separator!r} and a label"
+        )
+    labels = pc.list_element(cut, 1)
+    try:
+        labels = labels.cast(pa.int8())
+    except pa.ArrowInvalid as error:
+        raise ValueError(
+            f"{source}.impressions: column {impressions.column!r}: a label is no number: {error}"
+        ) from None
+    items = integers_if_exact(pa.chunked_array([pc.list_element(cut, 0)]))
+    result = table.drop_columns([impressions.column]).take(rows)
+    return _set(_set(result, "item_id", items), "label", pa.chunked_array([labels]))
 
 
 def read_users(description: UsersDescription, folder: Path, source: str) -> pa.Table:

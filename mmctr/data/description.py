@@ -29,8 +29,10 @@ class IdSource(Config):
 class TimeSource(Config):
     """A column of times."""
 
-    column: str
+    column: str | None = None
     """name of the column"""
+    row_number: bool = False
+    """the rows are in the order of time, and the number of a row is the time: for files without a column of times"""
     unit: Literal["s", "ms", "us", "ns"] | None = None
     """unit of numbers, counted from 1970; None: any unit, kept as it is"""
     format: str | None = None
@@ -40,6 +42,8 @@ class TimeSource(Config):
 
     @model_validator(mode="after")
     def _numbers_or_text(self) -> TimeSource:
+        if (self.column is None) != self.row_number:
+            raise ValueError("give either `column`, or `row_number: true` for files without a column of times")
         if self.unit and self.format:
             raise ValueError("give either `unit`, for numbers, or `format`, for text")
         return self
@@ -51,6 +55,17 @@ class PictureSource(Config):
     pattern: str
     """path of the picture file relative to the folder, with columns in braces: `images/{item_id}.jpg`, and
     `images/{item_id:.3}/{item_id}.jpg` for the first three characters of the id as the name of a folder"""
+
+
+class ImpressionsSource(Config):
+    """A column that holds all items of an impression with the labels, such as `N1-0 N2-1`."""
+
+    column: str
+    """name of the column"""
+    separator: str = Field(default=" ", min_length=1)
+    """text between two items"""
+    label_separator: str = Field(default="-", min_length=1)
+    """text between an item and the label"""
 
 
 class WeightSource(Config):
@@ -65,9 +80,10 @@ class WeightSource(Config):
 class TableDescription(Config):
     """The files of a table, and how they are written."""
 
-    files: str | list[str]
+    files: str | list[str] | dict[str, str | list[str]]
     """files relative to the folder: names, folders or patterns such as `logs/dt=*/part-*.parquet`, read one after the
-    other; a folder named `dt=2020-01-01` adds the column `dt`"""
+    other; a folder named `dt=2020-01-01` adds the column `dt`. A mapping of parts to files, such as `{train: a.csv,
+    test: b.csv}`, adds the column `split`, which the split `given` reads"""
     format: Literal["parquet", "csv", "tsv", "jsonl"] | None = None
     """format of the files; None: by the ending of the name"""
     separator: str | None = Field(default=None, min_length=1)
@@ -84,9 +100,14 @@ class TableDescription(Config):
     """further columns with one value"""
 
     @property
-    def patterns(self) -> list[str]:
-        """`files` as a list."""
-        return [self.files] if isinstance(self.files, str) else self.files
+    def patterns(self) -> list[tuple[str | None, str]]:
+        """Each pattern of `files` with the part of the split that the files are; None without parts."""
+        parts = self.files if isinstance(self.files, dict) else {None: self.files}
+        return [
+            (part, pattern)
+            for part, patterns in parts.items()
+            for pattern in ([patterns] if isinstance(patterns, str) else patterns)
+        ]
 
 
 class ItemsDescription(TableDescription):
@@ -114,6 +135,9 @@ class InteractionsDescription(TableDescription):
     """column of the ids of items"""
     timestamp: str | TimeSource = "timestamp"
     """column of the times"""
+    impressions: ImpressionsSource | None = None
+    """column with all items of an impression and the labels, which becomes a row for each item, in the place of
+    `item_id` and `label`; the rows of an impression have the same `impression_id`"""
     label: Value = "label"
     """an expression over the columns that is true for a positive, such as `rating >= 4`; or 1, where all rows are"""
     labels: dict[str, str] = {}

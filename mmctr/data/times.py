@@ -126,12 +126,12 @@ def scaled_time(at: float, scale: int) -> int:
     return int(at) * scale if isinstance(at, int) else math.floor(at * scale)
 
 
-def described_times(column: pa.ChunkedArray, time: TimeSource | None, what: str) -> pa.ChunkedArray:
+def described_times(column: pa.ChunkedArray, time: TimeSource, what: str) -> pa.ChunkedArray:
     """A column of times as numbers or timestamps.
 
     Args:
         column: numbers, timestamps, dates or text.
-        time: how the times are written; None: as the type of the column says, and text as ISO 8601 in UTC.
+        time: how the times are written.
         what: name of the column, for error messages.
 
     Returns:
@@ -141,7 +141,6 @@ def described_times(column: pa.ChunkedArray, time: TimeSource | None, what: str)
     Raises:
         ValueError: no text fits the format, or numbers are of several units.
     """
-    time = time or TimeSource(column="")
     if pa.types.is_timestamp(column.type) or pa.types.is_date(column.type):  # pyarrow finds such text in CSV files
         zone = column.type.tz if pa.types.is_timestamp(column.type) else None
         return _in_utc(column.cast(pa.timestamp("us", zone), safe=False), time.time_zone, what)
