@@ -75,7 +75,8 @@ def test_the_union_of_the_worked_example_takes_it(recency):
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_yaml_loads(path, tmp_path, monkeypatch):
-    """Every YAML block is valid over a config of the recipe it speaks of, or a whole study."""
+    """Every YAML block is valid over a config of the recipe it speaks of, or a whole study or description of data."""
+    from mmctr.data.description import DatasetDescription
     from mmctr.runs.config import FinetuneConfig, PretrainConfig
     from mmctr.studies.config import StudyConfig
     from mmctr.studies.runner import study_cells
@@ -88,6 +89,9 @@ def test_yaml_loads(path, tmp_path, monkeypatch):
         values = yaml.safe_load(body)
         if "protocols" in values:
             study_cells(StudyConfig.parse(values), tmp_path)
+            continue
+        if "interactions" in values:
+            DatasetDescription.parse(values)
             continue
         pretrain = "encoder" in values.get("task", {}) or "attributes" in values
         base = CLONE / "configs" / ("pretrain/toy.yaml" if pretrain else "finetune/toy_din_id.yaml")
